@@ -1,0 +1,43 @@
+"""On-device, multi-domain training for PyTorch Lightning.
+
+>>> import lightning as L
+>>> from lightning_da3 import DA3Callback
+>>> trainer = L.Trainer(callbacks=[DA3Callback(domain="flowers", num_classes=102)])
+>>> trainer.fit(lit_model, flowers)
+
+Without a Trainer: ``model = convert(network)``, ``model.add_domain("flowers", num_classes=102)``,
+``model.set_domain("flowers")``.
+"""
+
+from lightning_da3.callbacks import DA3Callback
+from lightning_da3.config import AdapterConfig, DA3Config, GateConfig, MemoryConfig
+from lightning_da3.converting import convert
+from lightning_da3.domains import DA3Model
+from lightning_da3.errors import (
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    DA3Error,
+    DomainError,
+    InputError,
+    NoEffectWarning,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterConfig",
+    "CheckpointError",
+    "ConfigError",
+    "ConversionError",
+    "DA3Callback",
+    "DA3Config",
+    "DA3Error",
+    "DA3Model",
+    "DomainError",
+    "GateConfig",
+    "InputError",
+    "MemoryConfig",
+    "NoEffectWarning",
+    "convert",
+]

@@ -1,0 +1,258 @@
+"""The file of one domain: safetensors, never a pickle, and found out when damaged.
+
+The tensors are the file's tensors. Its string metadata holds four keys: `format`,
+`format_version`, `metadata` (the caller's, as JSON) and `sha256` (of that JSON and of the tensors'
+fingerprint, so that one flipped bit anywhere is noticed).
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import stat
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lightning_da3.errors import CheckpointError
+
+FORMAT = "lightning_da3"
+FORMAT_VERSION = 1
+
+_LENGTH_BYTES = 8  # a safetensors file opens with the length of its JSON header
+_REMEDY = "Restore the file from a copy, or train and save the domain again."
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainFile:
+    """What a domain file holds.
+
+    Attributes:
+        tensors: By name, on the CPU.
+        metadata: As it was written, tuples as lists.
+        format_version: Of the file.
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+    format_version: int
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Identifies named tensors by name, dtype, shape and value.
+
+    The order of the mapping, devices, strides and memory formats make no difference.
+
+    Args:
+        tensors: Strided tensors by name, such as a state dict.
+
+    Returns:
+        A SHA-256 digest, 64 hexadecimal digits.
+
+    Raises:
+        CheckpointError: If a tensor has no values to read (sparse, quantized, meta).
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = _plain(name, tensors[name])
+        # the length of what follows is in the header, so no two mappings give the same bytes
+        header = json.dumps([name, str(tensor.dtype), list(tensor.shape)])
+        digest.update(header.encode() + b"\n")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_domain(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> None:
+    """Writes a domain file, whole or not at all.
+
+    Whatever fails, a good file that was at `path` stays as it was.
+
+    Args:
+        path: Where to write; its folder must exist.
+        tensors: Dense tensors by name, on any device. Values must be finite.
+        metadata: What JSON can hold: str, int, finite float, bool, None, lists and dicts of them.
+
+    Raises:
+        CheckpointError: If a tensor or the metadata cannot be saved, or the file not be written.
+    """
+    with _explained(f"Cannot write the domain file {str(path)!r}"):
+        target = Path(os.path.realpath(path))  # of a link, what it points to is replaced
+        # clones: the format refuses tensors that share memory
+        plain = {name: _plain(name, tensor).clone() for name, tensor in tensors.items()}
+        _check_names_and_values(plain)
+        strings = _string_metadata(plain, metadata)
+        with _as_checkpoint_error("safetensors cannot hold these tensors", "Give other tensors."):
+            content = save(plain, strings)
+        _replace(target, content)
+
+
+def read_domain(path: str | os.PathLike[str]) -> DomainFile:
+    """Reads a domain file and checks all of it.
+
+    Takes no more memory for tensors than the file is long, whatever the file declares.
+
+    Args:
+        path: A file that `write_domain` wrote.
+
+    Returns:
+        Its tensors and metadata.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, foreign, or of a newer format.
+    """
+    with _explained(f"Cannot read the domain file {str(path)!r}"):
+        with _as_checkpoint_error("it is damaged or no domain file", _REMEDY):
+            tensors, strings = _read(Path(path))
+            version = _format_version(strings)
+            text = strings.get("metadata", "")
+            if strings.get("sha256") != _checksum(tensors, text):
+                raise CheckpointError(f"its content does not match its checksum. {_REMEDY}")
+            metadata = json.loads(text)
+        if not isinstance(metadata, dict):
+            raise CheckpointError(f"its metadata is not a JSON object. {_REMEDY}")
+        # copies: the originals are a map of the file, and reading one of a file that shrank kills
+        # the process
+        return DomainFile({k: t.clone() for k, t in tensors.items()}, metadata, version)
+
+
+@contextlib.contextmanager
+def _explained(context: str) -> Iterator[None]:
+    """Adds what was attempted to an error, once, and makes every error a CheckpointError."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{context}: {error}") from error.__cause__
+    except (OSError, ValueError) as error:  # ValueError: a path that no system could have
+        reason = getattr(error, "strerror", None) or str(error)
+        remedy = "Check that the path exists, and its permissions and free space."
+        raise CheckpointError(f"{context}: {reason}. {remedy}") from error
+
+
+@contextlib.contextmanager
+def _as_checkpoint_error(what: str, remedy: str) -> Iterator[None]:
+    """For a parser, which raises errors of many kinds over a bad file."""
+    try:
+        yield
+    except (CheckpointError, OSError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{what} ({error}). {remedy}") from error
+
+
+def _plain(name: str, tensor: Tensor) -> Tensor:
+    """The tensor on the CPU and contiguous."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        kind = "meta" if tensor.is_meta else f"{tensor.layout}, {tensor.dtype}"
+        raise CheckpointError(f"tensor {name!r} is not dense ({kind}). Give a dense tensor.")
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+
+
+def _check_names_and_values(tensors: Mapping[str, Tensor]) -> None:
+    bad = [name for name in tensors if not isinstance(name, str) or name == "__metadata__"]
+    if bad:
+        raise CheckpointError(f"{bad} cannot name tensors. Use other strings.")
+    bad = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    if bad:
+        raise CheckpointError(
+            f"NaN or infinite values in {bad}; the last good file is kept. "
+            "Lower the learning rate or clip gradients, and train again from that file."
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_floating_point() and tensor.itemsize == 1:
+        tensor = tensor.float()  # 8-bit floats have few operations
+    return bool(torch.isfinite(tensor).all())
+
+
+def _string_metadata(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, str]:
+    try:
+        text = json.dumps(dict(metadata), allow_nan=False, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"the metadata is not JSON ({error}). Give str, int, finite float, bool, None, lists "
+            "and dicts of them."
+        ) from error
+    return {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "metadata": text,
+        "sha256": _checksum(tensors, text),
+    }
+
+
+def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    return hashlib.sha256(f"{fingerprint(tensors)}\n{text}".encode()).hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    _check_length(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, file.metadata() or {}
+
+
+def _format_version(strings: Mapping[str, str]) -> int:
+    if strings.get("format") != FORMAT:
+        raise CheckpointError(
+            f"its format is {strings.get('format')!r}, not {FORMAT!r}. "
+            "Give a file that `write_domain` wrote."
+        )
+    try:
+        version = int(strings.get("format_version", ""))
+    except ValueError:
+        version = 0
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"it has format version {version}, this package reads up to {FORMAT_VERSION}. "
+            "Upgrade lightning-da3."
+        )
+    if version < 1:
+        given = strings.get("format_version")
+        raise CheckpointError(f"it has no valid format version ({given!r}). {_REMEDY}")
+    return version
+
+
+def _check_length(path: Path) -> None:
+    """Refuses what safetensors would wait for, or explain badly."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        raise CheckpointError(f"it is {kind}. Give the path of a domain file.")
+    if status.st_size == 0:
+        raise CheckpointError(f"it is empty. {_REMEDY}")
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+    if header_bytes > status.st_size - _LENGTH_BYTES:
+        raise CheckpointError(
+            f"it is {status.st_size} bytes long and declares a header of {header_bytes} bytes: it "
+            f"is truncated or no domain file. {_REMEDY}"
+        )
+
+
+def _replace(target: Path, content: bytes) -> None:
+    # in the same folder: a rename is atomic only inside one file system
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the new name on empty blocks
+        os.replace(temporary, target)  # noqa: PTH105 - the one call that tests make fail
+    finally:
+        temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not every system can sync a folder
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

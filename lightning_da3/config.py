@@ -1,0 +1,191 @@
+"""What a user can choose: frozen, self-checking, versioned dataclasses. No logic beyond the checks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from lightning_da3.errors import ConfigError
+
+CONFIG_VERSION = 1
+
+_Config = TypeVar("_Config")
+
+
+def _require(problems: list[str], condition: bool, message: str) -> None:
+    if not condition:
+        problems.append(message)
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise ConfigError(" ".join(problems))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The additive attention adapter of every host.
+
+    Args:
+        hidden_channels: Channels ``m`` of the adapter's hidden map; more learn more and cost more.
+        kernel_size: Window of the adapter's first convolution on the coarse grid: 1 or 3.
+        max_cells: Largest number of cells of the coarse grid (49: at most 7 x 7 on images).
+        min_stride: Hosts get an adapter only where the network has downsampled its input by at
+            least this factor. Larger maps keep the most and adapt the least; nothing upstream of
+            the first host is trained through, so a larger value starts the graph later.
+    """
+
+    hidden_channels: int = 16
+    kernel_size: int = 3
+    max_cells: int = 49
+    min_stride: int = 8
+
+    def __post_init__(self) -> None:
+        """Check every field and report all problems at once."""
+        problems: list[str] = []
+        for name in ("hidden_channels", "max_cells", "min_stride"):
+            value = getattr(self, name)
+            _require(
+                problems,
+                _is_int(value) and value >= 1,
+                f"`{name}` must be an int of at least 1, got {value!r}.",
+            )
+        _require(
+            problems,
+            _is_int(self.kernel_size) and self.kernel_size in (1, 3),
+            f"`kernel_size` must be 1 or 3, got {self.kernel_size!r}.",
+        )
+        _raise(problems)
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """The dynamic gates: which cells of a host are computed at all.
+
+    Args:
+        target: Fraction of the hosts' FLOPs to execute, in (0, 1]. Training moves there.
+        weight: Weight of the budget loss that does so.
+        noise: Logistic (Gumbel) noise on the gate logits while training, off for the last fifth
+            of it. Needs a `DA3Callback`, which tells the model how far training is.
+    """
+
+    target: float = 0.5
+    weight: float = 1.0
+    noise: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every field and report all problems at once."""
+        problems: list[str] = []
+        _require(
+            problems,
+            _is_number(self.target) and 0.0 < self.target <= 1.0,
+            f"`target` must lie in (0, 1], got {self.target!r}.",
+        )
+        _require(
+            problems,
+            _is_number(self.weight) and 0.0 <= self.weight < float("inf"),
+            f"`weight` must be finite and at least 0, got {self.weight!r}.",
+        )
+        _require(
+            problems, isinstance(self.noise, bool), f"`noise` must be a bool, got {self.noise!r}."
+        )
+        _raise(problems)
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What the network may keep for the backward pass.
+
+    Args:
+        exact: Keep whatever the exact gradient needs. By default the adapters keep 8-bit codes of
+            their (small) inputs instead, whose error is at most 1/510 of the range of each row.
+    """
+
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the field."""
+        if not isinstance(self.exact, bool):
+            raise ConfigError(f"`exact` must be a bool, got {self.exact!r}.")
+
+
+@dataclass(frozen=True)
+class DA3Config:
+    """Everything that `convert` decides by.
+
+    Args:
+        adapter: The adapters.
+        gate: The gates, or None for a network whose hosts always run.
+        memory: What may be kept for the backward pass.
+        head: The classifier that every domain replaces by its own: ``"auto"`` finds it in the
+            graph, a dotted module name takes that one, None keeps the backbone's own head.
+    """
+
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    gate: GateConfig | None = field(default_factory=GateConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    head: str | None = "auto"
+
+    def __post_init__(self) -> None:
+        """Check the types of the parts; each part checked its own values."""
+        problems: list[str] = []
+        for name, kind in (("adapter", AdapterConfig), ("memory", MemoryConfig)):
+            value = getattr(self, name)
+            _require(
+                problems,
+                isinstance(value, kind),
+                f"`{name}` must be of type {kind.__name__}, got {value!r}.",
+            )
+        _require(
+            problems,
+            self.gate is None or isinstance(self.gate, GateConfig),
+            f"`gate` must be a GateConfig or None, got {self.gate!r}.",
+        )
+        _require(
+            problems,
+            self.head is None or (isinstance(self.head, str) and bool(self.head)),
+            f"`head` must be 'auto', a module name or None, got {self.head!r}.",
+        )
+        _raise(problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, for files and loggers; `from_dict` is the way back."""
+        return {"version": CONFIG_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DA3Config:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ConfigError: The version is newer than this library's, or a field is unknown or wrong.
+        """
+        fields = dict(values)
+        version = fields.pop("version", CONFIG_VERSION)
+        if not _is_int(version) or not 1 <= version <= CONFIG_VERSION:
+            raise ConfigError(
+                f"Config version {version!r} cannot be read here (versions 1 to {CONFIG_VERSION} "
+                "can). Update lightning_da3."
+            )
+        parts = {"adapter": AdapterConfig, "gate": GateConfig, "memory": MemoryConfig}
+        for name, kind in parts.items():
+            if isinstance(fields.get(name), Mapping):
+                fields[name] = _build(kind, fields[name])
+        return _build(cls, fields)
+
+
+def _build(kind: type[_Config], fields: Mapping[str, Any]) -> _Config:
+    known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise ConfigError(f"{kind.__name__} has no field {unknown}. It has {known}.")
+    return kind(**fields)

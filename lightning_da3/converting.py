@@ -1,0 +1,88 @@
+"""``convert``: trace, plan, rewrite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_da3.checkpointing import fingerprint
+from lightning_da3.config import DA3Config
+from lightning_da3.domains import DA3Model
+from lightning_da3.errors import ConfigError, ConversionError, DA3Error
+from lightning_da3.planning import plan
+from lightning_da3.rewriting import rewrite
+from lightning_da3.state import backbone_state
+from lightning_da3.tracing import trace
+
+
+def convert(
+    backbone: nn.Module,
+    config: DA3Config | None = None,
+    example_inputs: Any = None,
+) -> DA3Model:
+    """Turn a pretrained network into one that learns domains in little memory.
+
+    The copy is frozen and held in eval, batch norm is folded, every layer is replaced by one that
+    keeps as little as the exact gradient allows, and every host gets a place for adapters.
+
+    Args:
+        backbone: Any network that `torch.fx` can trace; left unchanged.
+        config: Choices; the defaults are good.
+        example_inputs: A tensor or a tuple of the network's arguments. If given, the converted
+            network is run once on them and must reproduce the backbone, which finds unusual
+            networks before training does.
+
+    Returns:
+        A `DA3Model` without domains, which computes what `backbone` computes in eval.
+
+    Raises:
+        ConversionError: The network cannot be traced, has nothing to adapt, is converted already,
+            or its classifier cannot be found.
+        ConfigError: An argument has a wrong type.
+    """
+    config = _checked(backbone, config)
+    gm = trace(backbone)
+    decided = plan(gm, config)
+    mark = fingerprint(backbone_state(backbone.state_dict(), decided.head))
+    model = DA3Model(rewrite(gm, decided, config), decided, config, mark)
+    if example_inputs is not None:
+        inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+        _verify(backbone, model, inputs)
+    return model.train(backbone.training)
+
+
+def _checked(backbone: nn.Module, config: DA3Config | None) -> DA3Config:
+    if not isinstance(backbone, nn.Module):
+        raise ConfigError(f"`backbone` must be a torch.nn.Module, got {type(backbone).__name__}.")
+    if any(isinstance(module, DA3Model) for module in backbone.modules()):
+        raise ConversionError(
+            f"{type(backbone).__name__} is converted already. One conversion serves every domain: "
+            "call `add_domain` on the DA3Model instead."
+        )
+    if config is not None and not isinstance(config, DA3Config):
+        raise ConfigError(f"`config` must be a DA3Config, got {type(config).__name__}.")
+    return config or DA3Config()
+
+
+@torch.no_grad()
+def _verify(backbone: nn.Module, model: DA3Model, inputs: tuple[Any, ...]) -> None:
+    modes = {module: module.training for module in backbone.modules()}
+    try:
+        expected = backbone.eval()(*inputs)
+        got = model(*inputs)
+    except DA3Error:
+        raise
+    except Exception as error:  # the user's own forward
+        raise ConversionError(f"The example inputs do not fit the network: {error}") from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    try:
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    except AssertionError as error:
+        raise ConversionError(
+            "The converted network does not reproduce the backbone on the example inputs, so its "
+            f"forward cannot be described by one graph: {error}"
+        ) from error

@@ -1,0 +1,367 @@
+"""DA3Model: a frozen backbone and any number of domains. No files, no Lightning."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lightning_da3.checkpointing import read_domain, write_domain
+from lightning_da3.config import DA3Config
+from lightning_da3.errors import CheckpointError, ConfigError, DomainError
+from lightning_da3.nn.adapter import Adapter, HostInput
+from lightning_da3.nn.gate import Executed, budget_loss, executed_fraction, with_loss
+from lightning_da3.nn.head import Head, HeadSlot, new_head
+from lightning_da3.passes.hosts import INPUTS, host_key
+from lightning_da3.planning import HostPlan, Plan
+from lightning_da3.state import check_input, complete_state
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+NOISE_UNTIL = 0.8  # of training; the gates settle without noise
+
+
+class Domain(nn.Module):
+    """What one domain owns: an adapter for every host, and its head.
+
+    Args:
+        adapters: By host key, in the order of the plan.
+        head: Its classifier, or None if it uses the backbone's own.
+        num_classes: Scores that the head gives.
+    """
+
+    def __init__(
+        self, adapters: Mapping[str, Adapter], head: nn.Module | None, num_classes: int | None
+    ) -> None:
+        super().__init__()
+        self.adapters = nn.ModuleDict(dict(adapters))
+        self.head = head
+        self.num_classes = num_classes
+
+
+class DA3Model(nn.Module):
+    """A network whose backbone is frozen and held in eval, with domains to switch between.
+
+    Made by `lightning_da3.convert`. Calls like the network it was made from. With no domain active
+    it computes what that network computes in eval.
+
+    Args:
+        backbone: The rewritten network.
+        plan: By which it was rewritten.
+        config: The user's choices.
+        fingerprint: Of the user's backbone (see `lightning_da3.state.backbone_state`).
+    """
+
+    def __init__(
+        self, backbone: fx.GraphModule, plan: Plan, config: DA3Config, fingerprint: str
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.bank = nn.ModuleDict()
+        self.plan, self.config, self.fingerprint = plan, config, fingerprint
+        self.progress = 1.0
+        self.gate_loss_scale = 1.0
+        self.executed_flops_fraction: Tensor | None = None
+        self._active: str | None = None
+        self.register_load_state_dict_pre_hook(complete_state)
+        self.train(self.training)
+
+    # --- the domains ------------------------------------------------------------------------------
+
+    @property
+    def domains(self) -> list[str]:
+        """Names, in the order in which they were added."""
+        return list(self.bank)
+
+    @property
+    def active_domain(self) -> str | None:
+        """The domain that `forward` computes, or None for the backbone alone."""
+        return self._active
+
+    def domain(self, name: str) -> Domain:
+        """The modules of one domain.
+
+        Raises:
+            DomainError: There is no such domain.
+        """
+        if name not in self.bank:
+            raise DomainError(
+                f"There is no domain {name!r}. There are {self.domains}; "
+                "`add_domain(name, num_classes)` makes a new one."
+            )
+        return cast(Domain, self.bank[name])
+
+    def add_domain(self, name: str, num_classes: int | None = None) -> None:
+        """Make a fresh domain, which adds exactly zero to the backbone's features.
+
+        Args:
+            name: Letters, digits, ``-`` and ``_``, at most 100.
+            num_classes: Scores of its head, at least 1. None exactly if the config has no head.
+
+        Raises:
+            DomainError: The name is taken or ill-formed.
+            ConfigError: `num_classes` is missing or wrong.
+        """
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise DomainError(
+                f"{name!r} cannot name a domain: use 1 to 100 letters, digits, '-' and '_', "
+                "beginning with a letter or digit."
+            )
+        if name in self.bank:
+            raise DomainError(
+                f"There is a domain {name!r} already. Choose another name, or make room with "
+                f"`delete_domain({name!r})`."
+            )
+        head = self._new_head(num_classes)
+        place = self._place()
+        adapters = {
+            host_key(host.name): self._new_adapter(host).to(**place) for host in self.plan.hosts
+        }
+        domain = Domain(adapters, head, num_classes)
+        domain.requires_grad_(False)
+        self.bank[name] = domain.train(self.training)
+
+    def set_domain(self, name: str | None) -> None:
+        """Activate a domain by changing references; None leaves the backbone alone.
+
+        Parameters of the active domain require a gradient, all others do not.
+
+        Args:
+            name: One of `domains`, or None.
+
+        Raises:
+            DomainError: There is no such domain.
+        """
+        domain = None if name is None else self.domain(name)
+        if self._active is not None and self._active != name:
+            self.domain(self._active).requires_grad_(False)
+        for host in self.plan.hosts:
+            adapter = None if domain is None else domain.adapters[host_key(host.name)]
+            self._input(host).set_active(cast(Adapter | None, adapter))
+        if self._head_slot is not None:
+            self._head_slot.set_active(None if domain is None else domain.head)
+        if domain is not None:
+            domain.requires_grad_(True)
+        self._active = name
+
+    def delete_domain(self, name: str) -> None:
+        """Remove a domain and its parameters; if it was active, the backbone alone remains.
+
+        Raises:
+            DomainError: There is no such domain.
+        """
+        self.domain(name)
+        if self._active == name:
+            self.set_domain(None)
+        del self.bank[name]
+
+    @contextmanager
+    def disable_adapters(self) -> Iterator[None]:
+        """The backbone alone inside a ``with`` block; afterwards the same domain as before."""
+        before = self._active
+        self.set_domain(None)
+        try:
+            yield
+        finally:
+            self.set_domain(before)
+
+    # --- computing --------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the network returned before, for the active domain.
+
+        While a domain trains, the output carries the gates' budget loss into the backward pass.
+        """
+        if args and isinstance(args[0], Tensor):
+            check_input(args[0], self.plan)
+        output, executed = self.backbone(*args, **kwargs)
+        executed = [host for host in executed if host is not None]
+        if not executed:
+            self.executed_flops_fraction = None
+            return output
+        self.executed_flops_fraction = executed_fraction(executed).detach()
+        gate = self.config.gate
+        if gate is None or not (self.training and torch.is_grad_enabled()):
+            return output
+        return _carry(output, self.gate_loss(executed), self.gate_loss_scale)
+
+    def gate_loss(self, executed: Sequence[Executed]) -> Tensor:
+        """The weighted budget loss of one forward pass, a scalar."""
+        assert self.config.gate is not None
+        loss = budget_loss(executed, self.config.gate.target, self.progress)
+        return loss * self.config.gate.weight
+
+    @torch.no_grad()
+    def gate_maps(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Where every host of the active domain runs for this input.
+
+        Args:
+            args: As `forward` takes them.
+            kwargs: Likewise.
+
+        Returns:
+            By host name, zeros and ones of shape (N, 1, *grid).
+        """
+        maps = self.backbone(*args, **kwargs)[1]
+        return {
+            host.name: executed.gate
+            for host, executed in zip(self.plan.hosts, maps, strict=True)
+            if executed is not None
+        }
+
+    def train(self, mode: bool = True) -> DA3Model:
+        """Domains follow `mode`; the backbone is held in eval whatever it says."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def set_progress(self, progress: float) -> None:
+        """Say how far training is, in [0, 1]: opens the gate bounds and ends the noise."""
+        self.progress = progress
+        for adapter in self.modules():
+            if isinstance(adapter, Adapter):
+                adapter.noisy = progress < NOISE_UNTIL
+
+    # --- files and state --------------------------------------------------------------------------
+
+    def save_domain(self, name: str, path: str | os.PathLike[str], **metadata: Any) -> None:
+        """Write one domain to a safetensors file, whole or not at all.
+
+        Args:
+            name: One of `domains`.
+            path: Of the file; its folder must exist.
+            metadata: Anything JSON holds that should lie with it, such as metrics.
+
+        Raises:
+            DomainError: There is no such domain.
+            CheckpointError: It cannot be written, or holds NaN; a file that was there stays.
+        """
+        domain = self.domain(name)
+        about = {
+            "domain": name,
+            "num_classes": domain.num_classes,
+            "config": self.config.to_dict(),
+            "network": self.plan.network,
+            "backbone": self.fingerprint,
+        }
+        write_domain(path, domain.state_dict(), {**about, "extra": metadata})
+
+    def load_domain(self, path: str | os.PathLike[str], name: str | None = None) -> str:
+        """Add the domain that `save_domain` wrote.
+
+        Args:
+            path: Of the file.
+            name: What to call it here; by default as it was called.
+
+        Returns:
+            Its name.
+
+        Raises:
+            CheckpointError: The file is damaged or foreign, or was made for another backbone or
+                another config; the model is left as it was.
+            DomainError: There is a domain of that name already.
+        """
+        file = read_domain(path)
+        about = file.metadata
+        problems = self._misfits(about)
+        if problems:
+            raise CheckpointError(
+                f"The domain file {str(path)!r} does not fit this model: {' '.join(problems)}"
+            )
+        name = str(about["domain"]) if name is None else name
+        self.add_domain(name, about["num_classes"])
+        try:
+            self.domain(name).load_state_dict(file.tensors)
+        except RuntimeError as error:
+            self.delete_domain(name)
+            raise CheckpointError(
+                f"The domain file {str(path)!r} does not fit this model: {error}"
+            ) from error
+        return name
+
+    def _misfits(self, about: Mapping[str, Any]) -> list[str]:
+        if not {"domain", "num_classes", "config", "network", "backbone"} <= set(about):
+            return ["it was not written by `save_domain`."]
+        problems = []
+        if about["backbone"] != self.fingerprint:
+            problems.append(
+                f"It was learned on another backbone ({about['network']}, fingerprint "
+                f"{about['backbone'][:12]}); this one is {self.plan.network}, fingerprint "
+                f"{self.fingerprint[:12]}. Convert the backbone that it was learned on."
+            )
+        mine = self.config.to_dict()
+        differing = [key for key in ("adapter", "gate", "head") if about["config"][key] != mine[key]]
+        problems += [
+            f"Its `{key}` is {about['config'][key]}, here it is {mine[key]}: convert with "
+            "DA3Config.from_dict of its config."
+            for key in differing
+        ]
+        return problems
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What a state dict must say beside its tensors; plain types only."""
+        classes = {name: self.domain(name).num_classes for name in self.domains}
+        return {"backbone": self.fingerprint, "num_classes": classes}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Everything in it was used before the tensors were loaded (`complete_state`)."""
+
+    # --- parts ------------------------------------------------------------------------------------
+
+    @property
+    def _head_slot(self) -> HeadSlot | None:
+        if self.plan.head is None:
+            return None
+        return cast(HeadSlot, self.backbone.get_submodule(self.plan.head))
+
+    def _input(self, host: HostPlan) -> HostInput:
+        return cast(HostInput, self.backbone.get_submodule(f"{INPUTS}.{host_key(host.name)}"))
+
+    def _place(self) -> dict[str, Any]:
+        weight = next(self.backbone.parameters())
+        return {"device": weight.device, "dtype": weight.dtype}
+
+    def _new_adapter(self, host: HostPlan) -> Adapter:
+        choice, gate = self.config.adapter, self.config.gate
+        return Adapter(
+            host.in_channels,
+            host.out_channels,
+            choice.hidden_channels,
+            choice.kernel_size,
+            gated=gate is not None,
+            exact=self.config.memory.exact,
+            noise=gate is not None and gate.noise,
+        )
+
+    def _new_head(self, num_classes: int | None) -> nn.Module | None:
+        slot = self._head_slot
+        if slot is None:
+            if num_classes is not None:
+                raise ConfigError(
+                    f"`num_classes` is {num_classes!r}, but DA3Config(head=None) keeps the "
+                    "network's own head for every domain. Leave `num_classes` out, or name a head."
+                )
+            return None
+        if num_classes is None:
+            raise ConfigError(
+                f"`num_classes` is missing: every domain gets its own {self.plan.head!r}. "
+                "Say how many classes, as in `add_domain('flowers', num_classes=102)`."
+            )
+        if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
+            raise ConfigError(f"`num_classes` must be an int of at least 1, got {num_classes!r}.")
+        return new_head(cast(Head, slot.original), num_classes)
+
+
+def _carry(output: Any, loss: Tensor, scale: float) -> Any:
+    """`loss` rides on the first tensor of `output` that requires a gradient."""
+    leaves, structure = tree_flatten(output)
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            leaves[i] = with_loss(leaf, loss, scale)
+            return tree_unflatten(leaves, structure)
+    return output

@@ -1,0 +1,435 @@
+"""Measures what training keeps and what it peaks at. Nothing here logs or changes a network.
+
+Saved activation bytes: the storages that autograd holds for the backward pass, each counted once
+and whole, without those of parameters and buffers. They are seen in two places: in what a node
+saved (`save_for_backward`, and every built-in operation), through `saved_tensors_hooks`; and in
+tensors hidden as attributes of a custom Function's `ctx`, which those hooks never see.
+
+Peak bytes: the largest total of new memory alive at one time in a step, above its start.
+
+Not seen: what is saved under hooks entered inside the measured call (they replace ours), tensors
+that a custom Function hides in closures or in objects of its own, and a library's own scratch
+memory that does not come from PyTorch's allocator.
+"""
+
+import bisect
+import contextlib
+import dataclasses
+import gc
+import math
+import os
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._autograd import _get_sequence_nr
+from torch._C._profiler import _ExtraFields_Allocation
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lightning_da3.errors import ConfigError, DA3Error
+
+_Storages = dict[int, torch.UntypedStorage]  # by address, all of them alive
+_Found = tuple[int, str, Tensor, Tensor | None]  # node's number, module's fqn, saved tensor, leaf
+
+
+def saved_activation_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """Bytes that autograd keeps for the backward pass right after `fn(*args, **kwargs)`.
+
+    Args:
+        fn: A module, or any callable that runs a forward pass.
+        *args: Given to `fn`. Tensors among them are activations: they count where they are saved.
+        **kwargs: Given to `fn`, likewise.
+
+    Returns:
+        The sum over the storages alive at that moment, in bytes.
+    """
+    module = getattr(fn, "__self__", fn)  # of a bound method such as `net.forward` too
+    if not isinstance(module, nn.Module):
+        module = None
+    with SavedActivations(module, inputs=(args, kwargs)) as saved:
+        output = fn(*args, **kwargs)
+    del output  # held until here: the graph, and so what it keeps, lives as long as the output
+    return saved.bytes
+
+
+class SavedActivations:
+    """Measures the bytes that autograd keeps of what runs inside a `with` block.
+
+    The figures are taken when the block ends, of what is alive then: keep the output, and call
+    `backward` after the block.
+
+        with SavedActivations(net) as saved:
+            loss = net(x).sum()
+        saved.bytes, saved.by_module["layer1.0.conv2"]
+
+    A tensor with `requires_grad=True` that existed before the block counts as a parameter unless
+    it was given to `module` or is named in `inputs`.
+
+    Args:
+        module: Whose submodules the bytes are attributed to. None: everything goes to `""`, and
+            all modules of the process are looked through for parameters, which is slower.
+        inputs: Tensors, or containers of them, that are activations though they require a gradient.
+
+    Attributes:
+        bytes: Saved activation bytes.
+        by_module: The same by fqn: each storage goes to the innermost submodule whose forward ran
+            when it was first saved, `""` being `module` itself and all that runs outside of it.
+    """
+
+    def __init__(self, module: nn.Module | None = None, *, inputs: Any = ()) -> None:
+        self.bytes = 0
+        self.by_module: dict[str, int] = {}
+        self._module = module
+        self._declared_inputs = inputs
+
+    def __enter__(self) -> "SavedActivations":
+        """Starts to watch."""
+        self._packed: list[tuple[int, str, weakref.ref[_Packed]]] = []
+        self._stack = [""]
+        self._timeline = [(_get_sequence_nr(), "")]  # which module creates nodes from there on
+        self._inputs = _storages_of(_tensors_in(self._declared_inputs))
+        self._constants = _storages_of(
+            tensor for module in self._modules() for tensor in _own_constants(module)
+        )
+        with contextlib.ExitStack() as stack:
+            if gc.get_freeze_count() == 0:
+                # sets aside all that exists: what the block makes is then found in no time
+                gc.freeze()
+                stack.callback(gc.unfreeze)
+            self._hook_modules(stack)
+            stack.enter_context(saved_tensors_hooks(self._pack, _unpack))
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Counts what is alive, if the block succeeded, and stops watching."""
+        with self._exit:
+            if error is None:
+                self._count()
+        self._packed, self._inputs, self._constants = [], {}, {}
+
+    def _modules(self) -> Iterator[nn.Module]:
+        """The submodules of the module; without one, every module that is alive."""
+        if self._module is not None:
+            yield from self._module.modules()
+            return
+        for candidate in gc.get_objects():
+            # not isinstance, which would ask every proxy in the process for its `__class__`
+            if issubclass(type(candidate), nn.Module) and hasattr(candidate, "_buffers"):
+                yield candidate  # one whose __init__ has run
+
+    def _hook_modules(self, stack: contextlib.ExitStack) -> None:
+        if self._module is None:
+            return
+        compiled = {id(m) for m in self._modules() if _is_compiled(m) for m in m.modules()}
+        for name, module in self._module.named_modules():
+            if id(module) in compiled:
+                continue  # its hooks would be compiled with it
+
+            def enter(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                if module is self._module:
+                    self._inputs |= _storages_of(_tensors_in((args, kwargs)))
+                self._stack.append(name)
+                self._timeline.append((_get_sequence_nr(), name))
+
+            def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+                self._stack.pop()
+                self._timeline.append((_get_sequence_nr(), self._stack[-1]))
+
+            before = module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
+            stack.callback(before.remove)
+            # a forward that raises, and whose error the parent catches, must leave the stack too
+            after = module.register_forward_hook(leave, always_call=True)
+            stack.callback(after.remove)
+
+    def _pack(self, tensor: Tensor) -> "_Packed":
+        packed = _Packed(tensor)
+        self._packed.append((_get_sequence_nr() - 1, self._stack[-1], weakref.ref(packed)))
+        return packed
+
+    def _count(self) -> None:
+        gc.collect()  # what only a reference cycle holds is not kept by autograd
+        made_inside = gc.get_objects()
+        found = [
+            (number, name, packed.tensor, packed.leaf)
+            for number, name, reference in self._packed
+            if (packed := reference()) is not None
+        ]
+        found += self._hidden(made_inside)
+        found.sort(key=lambda item: item[0])
+        inside = {id(thing) for thing in made_inside}
+        constants = self._constants | _storages_of(
+            leaf for *_, leaf in found if leaf is not None and self._is_parameter(leaf, inside)
+        )
+        counted = set(constants)
+        self.by_module = {}
+        for _, name, tensor, _ in found:
+            for key, storage in _storages_of([tensor]).items():
+                if key not in counted:
+                    counted.add(key)
+                    self.by_module[name] = self.by_module.get(name, 0) + storage.nbytes()
+        self.bytes = sum(self.by_module.values())
+
+    def _is_parameter(self, leaf: Tensor, inside: set[int]) -> bool:
+        if isinstance(leaf, nn.Parameter):
+            return True
+        return id(leaf) not in inside and not _storages_of([leaf]).keys() & self._inputs.keys()
+
+    def _hidden(self, made_inside: list[Any]) -> list[_Found]:
+        """Tensors in attributes of the Python nodes that were created inside the block."""
+        starts = [start for start, _ in self._timeline]
+        hidden = []
+        for node in made_inside:
+            if not issubclass(type(node), BackwardCFunction):
+                continue
+            number = node._sequence_nr()
+            if number >= starts[0]:
+                name = self._timeline[bisect.bisect_right(starts, number) - 1][1]
+                hidden += [(number, name, t, _leaf_of(t)) for t in _tensors_in(vars(node))]
+        return hidden
+
+
+class _Packed:
+    """A saved tensor. It lives as long as the node that saved it, which its storage need not."""
+
+    __slots__ = ("__weakref__", "leaf", "tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        # not the tensor itself: an output would hold its own node, a cycle that is never freed
+        self.tensor = tensor.detach()
+        self.version = tensor._version
+        self.leaf = _leaf_of(tensor)
+
+
+def _unpack(packed: _Packed) -> Tensor:
+    # autograd leaves this check out for tensors that went through hooks
+    if packed.tensor._version != packed.version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: the saved tensor of shape {tuple(packed.tensor.shape)} is at version "
+            f"{packed.tensor._version}; expected version {packed.version} instead."
+        )
+    return packed.tensor
+
+
+def _own_constants(module: nn.Module) -> list[Tensor]:
+    """Its parameters and buffers without those of submodules."""
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    # torch.compile(module) wraps it under this name, module.compile() sets this attribute
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
+def _leaf_of(tensor: Tensor) -> Tensor | None:
+    """The parameter, or plain leaf that requires a gradient, that a tensor is or is a view of."""
+    owner = tensor if tensor._base is None else tensor._base
+    if isinstance(owner, nn.Parameter) or (owner.is_leaf and owner.requires_grad):
+        return owner
+    return None
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in a tensor, list, tuple, set or dict, nested in any way."""
+    pending, seen = [value], set()
+    while pending:
+        item = pending.pop()
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, (list, tuple, set, frozenset, dict)) and id(item) not in seen:
+            seen.add(id(item))
+            pending += item.values() if isinstance(item, dict) else item
+
+
+def _storages_of(tensors: Iterable[Tensor]) -> _Storages:
+    return {s._cdata: s for tensor in tensors for s in _storages(tensor)}
+
+
+def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    if nn.parameter.is_lazy(tensor):
+        return
+    parts = _parts(tensor)
+    if parts:
+        for part in parts:
+            yield from _storages(part)
+        return
+    try:
+        yield tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError) as error:
+        raise DA3Error(
+            f"Cannot measure a tensor of layout {tensor.layout} and shape {tuple(tensor.shape)}: "
+            "it has no storage to count. Use strided or sparse tensors."
+        ) from error
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The tensors that another is made of; empty for one with a storage of its own."""
+    wrapper: Any = tensor
+    if is_traceable_wrapper_subclass(wrapper):
+        names, _ = wrapper.__tensor_flatten__()
+        return [getattr(wrapper, name) for name in names]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return []
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMeasurement:
+    """What one training step costs.
+
+    Attributes:
+        peak_bytes: Largest total of memory allocated in the step and alive at one time.
+        time_ms: Median wall time of a step, in milliseconds; NaN if none was timed.
+    """
+
+    peak_bytes: int
+    time_ms: float
+
+
+def measure_step(
+    step: Callable[[], object],
+    *,
+    warmup: int = 1,
+    repeats: int = 1,
+    device: torch.device | str | None = None,
+) -> StepMeasurement:
+    """Measures the peak memory and the time of a training step.
+
+    Memory from before the step counts as zero, whether or not the step frees it. Let the step end
+    with `zero_grad(set_to_none=True)`: gradients then belong to it on every device.
+
+    Args:
+        step: Runs forward, backward, optimizer step and `zero_grad`, once per call. It is called
+            `warmup + 1 + repeats` times.
+        warmup: Calls before anything is measured; the first one makes the optimizer's state.
+        repeats: Timed calls, apart from the one whose memory is measured, which is slower.
+        device: Where the step computes, a CPU or a CUDA device. None: the CPU.
+
+    Returns:
+        Peak bytes above the start of the step, and its median time.
+
+    Raises:
+        ConfigError: If a count is negative or the kind of device is another.
+    """
+    for name, count in (("warmup", warmup), ("repeats", repeats)):
+        if count < 0:
+            raise ConfigError(f"`{name}` must be at least 0, got {count}.")
+    watch = PeakBytes(device)
+    for _ in range(warmup):
+        step()
+    gc.collect()  # garbage of earlier steps would be freed at any moment of this one
+    with watch:
+        step()
+    times_ms = [_time_ms(step, watch.device) for _ in range(repeats)]
+    return StepMeasurement(watch.bytes, statistics.median(times_ms) if times_ms else math.nan)
+
+
+class PeakBytes:
+    """Largest total of memory allocated in a `with` block and alive at one time.
+
+    Memory from before the block counts as zero, whether or not the block frees it.
+
+    Args:
+        device: Where the block computes, a CPU or a CUDA device. None: the CPU.
+
+    Attributes:
+        bytes: The peak, once the block ended.
+
+    Raises:
+        ConfigError: If the kind of device is another.
+    """
+
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        self.device = torch.device("cpu" if device is None else device)
+        if self.device.type not in ("cpu", "cuda"):
+            raise ConfigError(
+                f"`device` must be a CPU or a CUDA device, got {str(self.device)!r}."
+            )
+        self.bytes = 0
+        self._start = 0
+
+    def __enter__(self) -> "PeakBytes":
+        """Starts to watch."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._start = torch.cuda.memory_allocated(self.device)
+            return self
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its log would break progress bars
+        self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._profiler.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stops watching and takes the peak."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._start
+            return
+        self._profiler.__exit__(kind, error, traceback)
+        if error is None:
+            self.bytes = _highest_sum(_allocations(self._profiler))
+        del self._profiler
+
+
+def _highest_sum(allocations: list[tuple[int, int]]) -> int:
+    sizes: dict[int, int] = {}  # of the blocks allocated in the block and alive, by address
+    total = peak = 0
+    for address, size in allocations:
+        if size > 0:
+            sizes[address] = size
+            total += size
+        else:
+            # the profiler knows only some of the blocks from before: count none of them
+            total -= sizes.pop(address, 0)
+        peak = max(peak, total)
+    return peak
+
+
+def _allocations(profiler: profile) -> list[tuple[int, int]]:
+    """(address, bytes) of each CPU block in the order of time; negative bytes where it is freed."""
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    pending = profiler.profiler.kineto_results.experimental_event_tree()
+    events = []
+    while pending:
+        event = pending.pop()
+        pending += event.children
+        block = event.typed[1]
+        if isinstance(block, _ExtraFields_Allocation) and block.device.type == "cpu":
+            events.append((event.start_time_ns, block.ptr, block.alloc_size))
+    return [(address, size) for _, address, size in sorted(events, key=lambda item: item[0])]
+
+
+def _time_ms(step: Callable[[], object], device: torch.device) -> float:
+    def now_ms() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() * 1e3
+
+    start = now_ms()
+    step()
+    return now_ms() - start

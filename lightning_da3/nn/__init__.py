@@ -1,0 +1,1 @@
+"""Modules with state that a rewritten graph calls."""

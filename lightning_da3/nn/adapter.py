@@ -1,0 +1,145 @@
+"""The additive attention adapter with its gate, and the two places where a host meets it.
+
+Shapes: x (N, C, *in) enters the host, f (N, O, *out) leaves it; p (N, C, *grid) the cell means of
+x; m hidden channels. Source: Yang, Rakin, Fan, "DA3: Dynamic Additive Attention Adaption for
+Memory-Efficient On-Device Multi-Domain Learning", arXiv 2012.01362.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_da3.nn.gate import Executed, hard_gate
+from lightning_da3.ops.convolution import coded_conv
+from lightning_da3.ops.host import coarse_grid, read, write
+
+OPEN_LOGIT = 2.0  # bias of a fresh gate: open, and steep enough to learn to close
+
+
+class Adapted(NamedTuple):
+    """What an adapter says of one host and one batch.
+
+    Attributes:
+        addend: What is added, (N, O, *grid).
+        gate: Zeros and ones, (N, 1, *grid), or None without gates.
+    """
+
+    addend: Tensor
+    gate: Tensor | None
+
+
+class Adapter(nn.Module):
+    """One domain's adapter of one host.
+
+    ``h = relu(norm(conv(p)))``, ``s = w_s . h + b_s``, addend ``W_v (sigmoid(s) h) + b``, gate
+    ``1[s > 0]``. Scaling h by the attention before the value map is the same as scaling the value
+    after it and keeps m channels instead of O.
+
+    Fresh: ``W_v = 0``, ``b = 0`` and ``b_s > 0``: adds exactly zero and every gate is open.
+
+    Args:
+        in_channels: C.
+        out_channels: O.
+        hidden_channels: m.
+        kernel_size: Of the first convolution: 1 or 3.
+        gated: Make a gate.
+        exact: Keep p for the backward, not its 8-bit codes.
+        noise: Logistic noise on the gate logits while training.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden_channels: int,
+        kernel_size: int,
+        *,
+        gated: bool,
+        exact: bool,
+        noise: bool = False,
+    ) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(
+            in_channels, hidden_channels, kernel_size, padding=kernel_size // 2, bias=False
+        )
+        self.norm = nn.GroupNorm(1, hidden_channels)
+        self.attend = nn.Conv2d(hidden_channels, 1, 1)
+        self.value = nn.Conv2d(hidden_channels, out_channels, 1)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)  # type: ignore[arg-type]
+        nn.init.constant_(self.attend.bias, OPEN_LOGIT)  # type: ignore[arg-type]
+        self.gated, self.exact, self.noise = gated, exact, noise
+        self.noisy = noise  # until the model says that training is nearly over
+
+    def forward(self, p: Tensor) -> Adapted:
+        """(N, C, *grid) to the addend (N, O, *grid) and the gate (N, 1, *grid)."""
+        squeeze = self.squeeze
+        if self.exact or not (torch.is_grad_enabled() and squeeze.weight.requires_grad):
+            hidden = squeeze(p)
+        else:
+            hidden = coded_conv(p, squeeze.weight, None, int(squeeze.padding[0]))
+        hidden = F.relu(self.norm(hidden))  # (N, m, *grid)
+        logits = self.attend(hidden)  # (N, 1, *grid)
+        addend = self.value(torch.sigmoid(logits) * hidden)
+        if not self.gated:
+            return Adapted(addend, None)
+        if self.noise and self.noisy and self.training:
+            uniform = torch.rand_like(logits).clamp_(1e-6, 1 - 1e-6)
+            logits = logits + torch.logit(uniform)
+        return Adapted(addend, hard_gate(logits))
+
+
+class HostInput(nn.Module):
+    """Where a host begins: ``x`` becomes ``x, adapter(pool(x))``.
+
+    Refers to the active domain's adapter, which lives (and is saved) with its domain.
+
+    Args:
+        max_cells: Most cells of the coarse grid.
+        stride: Of the whole host, one number an axis.
+    """
+
+    active: Adapter | None
+
+    def __init__(self, max_cells: int, stride: tuple[int, ...]) -> None:
+        super().__init__()
+        self.max_cells, self.stride = max_cells, stride
+        self.set_active(None)
+
+    def set_active(self, adapter: Adapter | None) -> None:
+        """Refer to `adapter` without owning it."""
+        object.__setattr__(self, "active", adapter)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Adapted | None]:
+        """x (N, C, *in) and what the adapter says of it."""
+        if self.active is None:
+            return x, None
+        out = [-(-n // s) for n, s in zip(x.shape[2:], self.stride, strict=True)]
+        x, pooled = read(x, coarse_grid(out, self.max_cells))
+        return x, self.active(pooled)
+
+
+class HostOutput(nn.Module):
+    """Where a host ends: ``f`` becomes ``up(gate) * f + up(addend)``, in place.
+
+    Args:
+        macs_per_output: Multiply-accumulates of the whole host for one output position.
+        exact: Keep the gate's cell means as they are, not as 8-bit codes.
+    """
+
+    def __init__(self, macs_per_output: float, exact: bool) -> None:
+        super().__init__()
+        self.macs_per_output, self.exact = macs_per_output, exact
+
+    def forward(self, f: Tensor, adapted: Adapted | None) -> tuple[Tensor, Executed | None]:
+        """y (N, O, *out) and how much of the host ran."""
+        if adapted is None:
+            return f, None
+        y = write(f, adapted.addend, adapted.gate, self.exact)
+        if adapted.gate is None:
+            return y, None
+        return y, Executed(adapted.gate, self.macs_per_output * f.shape[2:].numel())

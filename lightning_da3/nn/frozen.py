@@ -1,0 +1,267 @@
+"""The backbone's layers, frozen and held in eval: weights get no gradient, nothing is updated.
+
+Each module is a leaf of the graph around one op of `lightning_da3.ops`, so that tracing a converted
+network again keeps the custom backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_da3.ops.activation import two_slopes
+from lightning_da3.ops.convolution import frozen_conv, pad_mode
+from lightning_da3.ops.normalization import frozen_affine
+from lightning_da3.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A parameter that never trains."""
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def numbers(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    """One int an axis from what PyTorch's layers take: an int or one for every axis."""
+    return (value,) * axes if isinstance(value, int) else tuple(value)
+
+
+class Statistics(NamedTuple):
+    """What batch norm in eval computes with, each (C,) but `eps`."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    @classmethod
+    def of(cls, norm: BatchNorm) -> Statistics:
+        """Those of a batch norm with running statistics."""
+        mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+        return cls(mean, var, norm.weight, norm.bias, norm.eps)
+
+    @classmethod
+    def read(cls, state: Mapping[str, Tensor], name: str, eps: float) -> Statistics:
+        """Those of the batch norm `name` in a state dict."""
+        weight, bias = state.get(f"{name}.weight"), state.get(f"{name}.bias")
+        return cls(state[f"{name}.running_mean"], state[f"{name}.running_var"], weight, bias, eps)
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift (C,) in float64: ``bn(x) = x * scale + shift``."""
+        scale = 1.0 / (self.var.double() + self.eps).sqrt()  # IEEE: the same on every device
+        if self.weight is not None:
+            scale = scale * self.weight.double()
+        shift = -self.mean.double() * scale
+        return scale.detach(), (shift if self.bias is None else shift + self.bias.double()).detach()
+
+
+def fold(weight: Tensor, bias: Tensor | None, norm: Statistics | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the one convolution that does ``norm(conv(x))``; computed in float64.
+
+    Args:
+        weight: (O, ..).
+        bias: (O,) or None.
+        norm: Of the batch norm behind, or None.
+
+    Returns:
+        float64 (O, ..) and (O,).
+    """
+    weight = weight.detach().double()
+    shift = weight.new_zeros(len(weight)) if bias is None else bias.detach().double()
+    if norm is None:
+        return weight, shift
+    scale, offset = norm.affine()
+    return weight * scale.view(-1, *[1] * (weight.dim() - 1)), shift * scale + offset
+
+
+class FrozenConv(nn.Module):
+    """A frozen convolution with the batch norm behind it folded in.
+
+    ``y = bn(conv(x))`` becomes ``y = conv'(x)``.
+
+    Args:
+        conv: The convolution; its weight is copied.
+        norm: The batch norm (with running statistics) that alone reads its output, if any.
+        name: Of the convolution in the user's network.
+        norm_name: Of the batch norm there.
+    """
+
+    def __init__(
+        self,
+        conv: Conv,
+        norm: BatchNorm | None = None,
+        name: str = "",
+        norm_name: str | None = None,
+    ) -> None:
+        super().__init__()
+        axes = conv.weight.dim() - 2
+        self.name, self.norm_name, self.eps = name, norm_name, 0.0 if norm is None else norm.eps
+        self.stride = numbers(conv.stride, axes)
+        self.dilation = numbers(conv.dilation, axes)
+        self.groups = conv.groups
+        self.padding_mode = conv.padding_mode
+        # last axis first, both sides: what torch.nn.functional.pad takes
+        self.pad: list[int] = list(conv._reversed_padding_repeated_twice)
+        weight, bias = fold(conv.weight, conv.bias, None if norm is None else Statistics.of(norm))
+        # activations follow the weight's layout; channels_last is the one CPUs are fastest in
+        layout = torch.channels_last if axes == 2 else torch.contiguous_format
+        dtype = conv.weight.dtype
+        self.weight = frozen(weight.to(dtype).contiguous(memory_format=layout))
+        has_bias = conv.bias is not None or norm is not None
+        self.bias = frozen(bias.to(dtype)) if has_bias else None
+
+    def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This layer's own state from that of the user's network.
+
+        Raises:
+            KeyError: A tensor is missing.
+        """
+        norm = None if self.norm_name is None else Statistics.read(state, self.norm_name, self.eps)
+        weight, bias = fold(state[f"{self.name}.weight"], state.get(f"{self.name}.bias"), norm)
+        return {"weight": weight} if self.bias is None else {"weight": weight, "bias": bias}
+
+    @property
+    def symmetric_padding(self) -> tuple[int, ...] | None:
+        """Zeros on both sides of every axis, or None where the sides differ."""
+        before, after = self.pad[::2], self.pad[1::2]
+        return tuple(reversed(before)) if before == after else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, *in) to (N, O, *out)."""
+        padding = self.symmetric_padding
+        if self.padding_mode != "zeros" or padding is None:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = pad_mode(x, self.pad, mode)
+            padding = (0,) * len(self.stride)
+        return frozen_conv(
+            x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
+        )
+
+    def extra_repr(self) -> str:
+        """Shapes, as PyTorch's own layers print them."""
+        return f"{tuple(self.weight.shape)}, stride={self.stride}, groups={self.groups}"
+
+
+class FrozenAffine(nn.Module):
+    """A batch norm that could not be folded: ``y = x * scale + shift`` by channel.
+
+    Args:
+        norm: With running statistics.
+        inplace: The input may be overwritten.
+        name: Of the batch norm in the user's network.
+    """
+
+    def __init__(self, norm: BatchNorm, inplace: bool = False, name: str = "") -> None:
+        super().__init__()
+        self.name, self.eps, self.inplace = name, norm.eps, inplace
+        scale, shift = Statistics.of(norm).affine()
+        dtype = cast(Tensor, norm.running_mean).dtype
+        self.scale, self.shift = frozen(scale.to(dtype)), frozen(shift.to(dtype))
+
+    def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This layer's own state from that of the user's network.
+
+        Raises:
+            KeyError: A tensor is missing.
+        """
+        scale, shift = Statistics.read(state, self.name, self.eps).affine()
+        return {"scale": scale, "shift": shift}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, *in) to the same shape."""
+        return frozen_affine(x, self.scale, self.shift, self.inplace)
+
+
+class TwoSlopes(nn.Module):
+    """ReLU, ReLU6, Hardtanh or leaky ReLU that keeps one bit an element.
+
+    Args:
+        low: Where the slope becomes 1.
+        high: Where it ends to be 1.
+        slope: Slope elsewhere.
+        inplace: The input may be overwritten.
+    """
+
+    def __init__(self, low: float, high: float, slope: float, inplace: bool) -> None:
+        super().__init__()
+        self.low, self.high, self.slope, self.inplace = low, high, slope, inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape to the same."""
+        return two_slopes(x, self.low, self.high, self.slope, self.inplace)
+
+    def extra_repr(self) -> str:
+        """The parameters."""
+        return f"low={self.low}, high={self.high}, slope={self.slope}, inplace={self.inplace}"
+
+
+class MaxPool(nn.Module):
+    """Max pool that keeps one byte an output; arguments as `lightning_da3.ops.pooling.max_pool`."""
+
+    def __init__(
+        self,
+        kernel: tuple[int, ...],
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        ceil_mode: bool,
+    ) -> None:
+        super().__init__()
+        self.kernel, self.stride, self.padding = kernel, stride, padding
+        self.dilation, self.ceil_mode = dilation, ceil_mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, *in) to (N, C, *out)."""
+        return max_pool(x, self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode)
+
+
+class AvgPool(nn.Module):
+    """Average pool that keeps nothing; arguments as `lightning_da3.ops.pooling.avg_pool`."""
+
+    def __init__(
+        self,
+        kernel: tuple[int, ...],
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        ceil_mode: bool,
+        count_include_pad: bool,
+        divisor_override: int | None,
+    ) -> None:
+        super().__init__()
+        self.kernel, self.stride, self.padding = kernel, stride, padding
+        self.ceil_mode, self.count_include_pad = ceil_mode, count_include_pad
+        self.divisor_override = divisor_override
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, *in) to (N, C, *out)."""
+        return avg_pool(
+            x,
+            self.kernel,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
+            self.divisor_override,
+        )
+
+
+class AdaptiveAvgPool(nn.Module):
+    """Adaptive average pool that keeps nothing.
+
+    Args:
+        grid: Output size, one number an axis; None keeps that axis.
+    """
+
+    def __init__(self, grid: tuple[int | None, ...]) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, *in) to (N, C, *grid)."""
+        return adaptive_avg_pool(x, self.grid)

@@ -1,0 +1,112 @@
+"""Dynamic gates: the hard decision, the budget that trains it, and how it reaches the loss.
+
+Source of the budget: Verelst, Tuytelaars, "Dynamic Convolutions: Exploiting Spatial Sparsity for
+Faster Inference" (DynConv), arXiv 1912.03203.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Executed(NamedTuple):
+    """How much of one host ran.
+
+    Attributes:
+        gate: Zeros and ones, (N, 1, *grid).
+        macs: Multiply-accumulates of the host for one sample if every gate is open.
+    """
+
+    gate: Tensor
+    macs: float
+
+
+class _HardGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return (logits > 0).to(logits.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (logits,) = ctx.saved_tensors
+        soft = torch.sigmoid(logits)
+        return grad * soft * (1.0 - soft)
+
+
+def hard_gate(logits: Tensor) -> Tensor:
+    """``1[s > 0]`` forward, the gradient of ``sigmoid(s)`` backward (straight-through).
+
+    Args:
+        logits: Any shape.
+
+    Returns:
+        Zeros and ones of the same shape and type.
+    """
+    result: Tensor = _HardGate.apply(logits)
+    return result
+
+
+def executed_fraction(executed: Sequence[Executed]) -> Tensor:
+    """Share of the hosts' FLOPs that ran, a scalar in [0, 1]."""
+    total = sum(host.macs for host in executed)
+    return torch.stack([host.gate.mean() * (host.macs / total) for host in executed]).sum()
+
+
+def budget_loss(executed: Sequence[Executed], target: float, progress: float) -> Tensor:
+    """What moves the executed share of FLOPs to `target`.
+
+    ``(executed/total - target)^2 + mean_l(max(0, c_l - ub)^2 + max(0, lb - c_l)^2)`` with c_l the
+    share of host l. The bounds hold every host near the target at first and open by a cosine over
+    the first third of training: ``ub = 1 - q (1 - target)``, ``lb = q target``, q from 1 to 0.
+
+    Args:
+        executed: Of every host.
+        target: Share to execute, in (0, 1].
+        progress: Of the training, in [0, 1].
+
+    Returns:
+        A scalar.
+    """
+    shares = torch.stack([host.gate.mean() for host in executed])  # (L,)
+    q = 0.5 * (1.0 + math.cos(math.pi * min(1.0, 3.0 * progress)))
+    above = (shares - (1.0 - q * (1.0 - target))).relu()
+    below = (q * target - shares).relu()
+    overall = (executed_fraction(executed) - target).square()
+    return overall + (above.square() + below.square()).mean()
+
+
+class _WithLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.scale, ctx.like = scale, (loss.dtype, loss.device)
+        return output.view_as(output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dtype, device = ctx.like
+        return grad, torch.full((), ctx.scale, dtype=dtype, device=device), None
+
+
+def with_loss(output: Tensor, loss: Tensor, scale: float = 1.0) -> Tensor:
+    """`output` unchanged, but whoever differentiates it also minimises `loss`.
+
+    So a training step that never heard of gates trains them: its own loss needs no extra term.
+
+    Args:
+        output: Any shape; must require a gradient.
+        loss: Scalar.
+        scale: Of the loss: a loss scaler's factor, or 1/k under k-fold gradient accumulation.
+
+    Returns:
+        `output`, same shape.
+    """
+    result: Tensor = _WithLoss.apply(output, loss, scale)
+    return result

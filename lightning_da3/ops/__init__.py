@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: autograd Functions that keep less for the backward pass."""

@@ -1,0 +1,74 @@
+"""Piecewise linear activations that keep one bit an element.
+
+Shapes: x, y: any. Kept: the bits of ``low < x < high`` (1/32 of float32), where the slope is 1;
+everywhere else it is a constant. Plain PyTorch keeps the whole output.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_da3.ops.bits import dense, pack_between, unpack
+
+
+class _TwoSlopes(torch.autograd.Function):
+    """``x -> clamp`` or leaky ReLU; the backward is ``g`` inside, ``slope * g`` outside."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, low: float, high: float, slope: float, inplace: bool
+    ) -> Tensor:
+        x_dense = dense(x)
+        ctx.save_for_backward(pack_between(x_dense, low, high))
+        ctx.size, ctx.stride, ctx.slope = x.size(), x_dense.stride(), slope
+        if inplace:
+            ctx.mark_dirty(x)
+        return _evaluate(x, low, high, slope, inplace)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (bits,) = ctx.saved_tensors
+        inside = unpack(bits, ctx.size, ctx.stride)
+        if ctx.slope == 0.0:
+            return grad * inside, None, None, None, None
+        slopes = inside.to(grad.dtype).mul_(1.0 - ctx.slope).add_(ctx.slope)
+        return slopes.mul_(grad), None, None, None, None
+
+
+def _evaluate(x: Tensor, low: float, high: float, slope: float, inplace: bool) -> Tensor:
+    if slope != 0.0:
+        return F.leaky_relu_(x, slope) if inplace else F.leaky_relu(x, slope)
+    if low == 0.0 and math.isinf(high):
+        return x.relu_() if inplace else x.relu()
+    return F.hardtanh(x, low, high, inplace=inplace)
+
+
+def two_slopes(
+    x: Tensor,
+    low: float = 0.0,
+    high: float = math.inf,
+    slope: float = 0.0,
+    inplace: bool = False,
+) -> Tensor:
+    """ReLU, ReLU6, Hardtanh or leaky ReLU.
+
+    Args:
+        x: Any shape.
+        low: Where the slope becomes 1.
+        high: Where the slope ends to be 1.
+        slope: Slope outside ``(low, high)``; if not 0, `low` must be 0 and `high` infinite.
+        inplace: Write the result into `x`.
+
+    Returns:
+        The activation of `x`, same shape. Keeps 1 bit an element if a gradient is needed.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return _evaluate(x, low, high, slope, inplace)
+    result: Tensor = _TwoSlopes.apply(x, low, high, slope, inplace)
+    return result

@@ -1,0 +1,94 @@
+"""One bit an element: pack a boolean condition, unpack it as a 0/1 mask.
+
+Elements are taken in memory order, so that neither direction copies a channels_last tensor. On CPU
+numpy packs and compares in one vectorised pass; elsewhere, and under torch.compile, torch
+arithmetic does the same with eight bit planes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_NUMPY_DTYPES = (torch.float32, torch.float64, torch.float16)
+
+
+def dense(x: Tensor) -> Tensor:
+    """`x` itself if its elements fill one block of memory without gaps, else a contiguous copy."""
+    return x if _is_dense(x) else x.contiguous()
+
+
+def _is_dense(x: Tensor) -> bool:
+    if x.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.as_strided((x.numel(),), (1,), x.storage_offset())  # memory order, no copy
+
+
+def pack_between(x: Tensor, low: float, high: float) -> Tensor:
+    """Bits of ``low < x < high``.
+
+    Args:
+        x: Any shape; dense (see `dense`).
+        low: Lower bound, excluded; may be ``-inf``.
+        high: Upper bound, excluded; may be ``inf``.
+
+    Returns:
+        uint8 of ``ceil(x.numel() / 8)`` bytes, in the memory order of `x`.
+    """
+    if _use_numpy(x):
+        return _pack_numpy(x, low, high)
+    inside = x > low if math.isinf(high) else (x > low) & (x < high)
+    flat = inside.reshape(-1) if x.is_contiguous() else _flat(inside)
+    flat = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).view(8, -1)
+    bits = flat[0].clone()
+    for plane in range(1, 8):
+        bits |= flat[plane] << plane
+    return bits
+
+
+def unpack(bits: Tensor, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
+    """The 0/1 mask that `pack_between` packed.
+
+    Args:
+        bits: What `pack_between` returned.
+        size: Shape of the packed tensor.
+        stride: Its strides.
+
+    Returns:
+        uint8 of shape `size` and strides `stride`.
+    """
+    count = math.prod(size)
+    if _use_numpy(bits):
+        flat = torch.from_numpy(np.unpackbits(bits.numpy(), count=count))
+    else:
+        planes = torch.arange(8, dtype=torch.uint8, device=bits.device).unsqueeze(1)
+        flat = ((bits >> planes) & 1).view(-1)
+    return flat.as_strided(size, stride)
+
+
+def _use_numpy(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _pack_numpy(x: Tensor, low: float, high: float) -> Tensor:
+    flat = _flat(x)
+    if x.dtype not in _NUMPY_DTYPES:  # bfloat16 has no numpy type
+        inside = ((flat > low) & (flat < high)).numpy()
+    else:
+        values = flat.numpy()
+        inside = values > low
+        if not math.isinf(high):
+            inside &= values < high
+    return torch.from_numpy(np.packbits(inside))

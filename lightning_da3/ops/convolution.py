@@ -1,0 +1,205 @@
+"""Convolutions with frozen weights.
+
+Shapes: x (N, C, *in), weight (O, C/groups, *kernel), y (N, O, *out), one to three spatial axes.
+Kept: nothing; the input gradient is a transposed convolution with the weight, which lives in the
+model. Plain PyTorch keeps the whole input, although only a weight gradient would need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_da3.ops.quantized import dequantize_rows, quantize_rows
+
+
+class _FrozenConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int,
+    ) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.size, ctx.dtype = x.size(), x.dtype
+        ctx.geometry = (stride, padding, dilation, groups)
+        return _conv(x, weight, bias, stride, padding, dilation, groups)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        grad_x = conv_input_gradient(grad, weight, ctx.size, *ctx.geometry)
+        return grad_x.to(ctx.dtype), None, None, None, None, None, None
+
+
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    no_output_padding = [0] * len(stride)
+    return torch.convolution(
+        x, weight, bias, stride, padding, dilation, False, no_output_padding, groups
+    )
+
+
+def conv_input_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """dL/dx of ``y = conv(x, weight)`` from dL/dy and the weight alone.
+
+    Args:
+        grad: dL/dy, (N, O, *out).
+        weight: (O, C/groups, *kernel).
+        size: Shape of x, (N, C, *in).
+        stride: Of the convolution, one number an axis; likewise the others.
+        padding: Zeros on both sides.
+        dilation: Of the kernel.
+        groups: Of the channels.
+
+    Returns:
+        dL/dx, (N, C, *in).
+    """
+    # rows and columns of x that no window of a strided convolution reached
+    rest = [
+        n - ((o - 1) * s - 2 * p + d * (k - 1) + 1)
+        for n, o, s, p, d, k in zip(
+            size[2:], grad.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
+        )
+    ]
+    return torch.convolution(grad, weight, None, stride, padding, dilation, True, rest, groups)
+
+
+def frozen_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Convolution whose weight and bias get no gradient; keeps nothing for the backward.
+
+    Args:
+        x: (N, C, *in).
+        weight: (O, C/groups, *kernel).
+        bias: (O,) or None.
+        stride: One number an axis; likewise the next two.
+        padding: Zeros on both sides.
+        dilation: Of the kernel.
+        groups: Of the channels.
+
+    Returns:
+        (N, O, *out).
+    """
+    geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return _conv(x, weight, bias, *geometry)
+    result: Tensor = _FrozenConv.apply(x, weight, bias, *geometry)
+    return result
+
+
+class _CodedConv(torch.autograd.Function):
+    """A trainable convolution that keeps 8-bit codes of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+        ctx.save_for_backward(weight, *quantize_rows(x))
+        ctx.size, ctx.dtype, ctx.padding = x.size(), x.dtype, padding
+        axes = x.dim() - 2
+        return _conv(x, weight, bias, [1] * axes, [padding] * axes, [1] * axes, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, codes, low, step = ctx.saved_tensors
+        x = dequantize_rows(codes, low, step, ctx.size, grad.dtype)
+        axes = grad.dim() - 2
+        grads = torch.ops.aten.convolution_backward(
+            grad,
+            x,
+            weight,
+            [weight.shape[0]],
+            [1] * axes,
+            [ctx.padding] * axes,
+            [1] * axes,
+            False,
+            [0] * axes,
+            1,
+            list(ctx.needs_input_grad[:3]),
+        )
+        return *grads, None
+
+
+def coded_conv(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+    """Trainable stride-1 convolution that keeps one byte an input element instead of four.
+
+    The input and bias gradients are exact; the weight gradient sees the input with an error of at
+    most 1/510 of each row's range (see `quantize_rows`).
+
+    Args:
+        x: (N, C, *in).
+        weight: (O, C, *kernel).
+        bias: (O,) or None.
+        padding: Zeros on both sides of every axis.
+
+    Returns:
+        (N, O, *out).
+    """
+    result: Tensor = _CodedConv.apply(x, weight, bias, padding)
+    return result
+
+
+def pad_mode(x: Tensor, padding: Sequence[int], mode: str) -> Tensor:
+    """`torch.nn.functional.pad` with ``"reflect"``, ``"replicate"`` or ``"circular"``.
+
+    Keeps nothing: padding is linear, so its backward needs the shape of `x` only.
+
+    Args:
+        x: (N, C, *in).
+        padding: As `torch.nn.functional.pad` takes it: last axis first, two numbers an axis.
+        mode: Of the padding.
+
+    Returns:
+        (N, C, *in + padding).
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return F.pad(x, padding, mode)
+    result: Tensor = _Pad.apply(x, tuple(padding), mode)
+    return result
+
+
+class _Pad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, padding: tuple[int, ...], mode: str) -> Tensor:
+        ctx.size, ctx.padding, ctx.mode = x.size(), padding, mode
+        return F.pad(x, padding, mode)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():  # the transpose of a linear map, taken at any point
+            point = torch.empty(ctx.size, dtype=grad.dtype, device=grad.device, requires_grad=True)
+            (grad_x,) = torch.autograd.grad(F.pad(point, ctx.padding, ctx.mode), point, grad)
+        return grad_x, None, None

@@ -1,0 +1,227 @@
+"""What a host's adapter does at full resolution: read the input coarsely, write the output.
+
+Shapes: x (N, C, *in) enters the host, f (N, O, *out) leaves it, everything else lives on a coarse
+grid of G cells: p (N, C, *grid), gate (N, 1, *grid), addend (N, O, *grid).
+Kept: by `read` nothing; by `write` the gate and, if it trains, the cell means of f (8-bit codes
+unless exact). No tensor of full resolution is kept, and f is overwritten.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_da3.ops.quantized import dequantize_rows, quantize_rows
+
+_aten = torch.ops.aten
+
+
+def coarse_grid(size: Sequence[int], max_cells: int) -> tuple[int, ...]:
+    """The grid of a map: every axis divided by the least factor that leaves `max_cells` cells.
+
+    Args:
+        size: Of the map, one number an axis.
+        max_cells: Most cells of the whole grid.
+
+    Returns:
+        Cells along every axis; between 1 and the axis's size.
+    """
+    limit = max(1, math.floor(max_cells ** (1 / len(size)) + 1e-9))
+    return tuple(math.ceil(n / math.ceil(n / limit)) if n else 1 for n in size)
+
+
+def _divides(size: Sequence[int], grid: Sequence[int]) -> bool:
+    return all(n % cells == 0 for n, cells in zip(size, grid, strict=True))
+
+
+def _split(x: Tensor, grid: Sequence[int]) -> Tensor:
+    """View of (N, C, *in) as (N, C, G1, r1, G2, r2, ..); needs cells of one size."""
+    axes = len(grid)
+    for axis in reversed(range(axes)):
+        x = x.unflatten(2 + axis, (grid[axis], x.shape[2 + axis] // grid[axis]))
+    return x
+
+
+def _spread(coarse: Tensor) -> Tensor:
+    """View of (N, C, *grid) as (N, C, G1, 1, G2, 1, ..), to broadcast over `_split`."""
+    for axis in reversed(range(coarse.dim() - 2)):
+        coarse = coarse.unsqueeze(3 + axis)
+    return coarse
+
+
+def upsample(coarse: Tensor, size: Sequence[int]) -> Tensor:
+    """Nearest neighbour: (N, C, *grid) to (N, C, *size); pixel i lies in cell i * grid // size."""
+    return F.interpolate(coarse, size=tuple(size), mode="nearest")
+
+
+def _pool(x: Tensor, grid: Sequence[int]) -> Tensor:
+    """Cell means of the coarse grid, (N, C, *grid)."""
+    axes = len(grid)
+    size = x.shape[2:]
+    if tuple(size) == tuple(grid):
+        return x.clone()  # whoever asked for means may keep them while x is overwritten
+    if axes == 2 and _divides(size, grid):
+        return F.avg_pool2d(x, [n // cells for n, cells in zip(size, grid, strict=True)])
+    adaptive = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+    return adaptive[axes](x, tuple(grid))
+
+
+def _cell_sums(x: Tensor, grid: Sequence[int]) -> Tensor:
+    """Sums over the pixels of every cell, the transpose of `upsample`, (N, C, *grid)."""
+    size = x.shape[2:]
+    if _divides(size, grid):
+        return _pool(x, grid) * math.prod(n // c for n, c in zip(size, grid, strict=True))
+    transpose = {
+        1: _aten.upsample_nearest1d_backward,
+        2: _aten.upsample_nearest2d_backward,
+        3: _aten.upsample_nearest3d_backward,
+    }[len(grid)]
+    sums: Tensor = transpose(x, list(size), [*x.shape[:2], *grid])
+    return sums
+
+
+class _Read(torch.autograd.Function):
+    """``x -> (x, pool(x))``; the backward adds the pool's gradient into that of x, in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.size = x.size()
+        return x.view_as(x), _pool(x, grid)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_pooled: Tensor | None
+    ) -> tuple[Tensor | None, None]:
+        if grad_pooled is None:
+            return grad, None
+        size, grid = ctx.size[2:], grad_pooled.shape[2:]
+        if grad is None:
+            grad = grad_pooled.new_zeros(ctx.size)
+        if _divides(size, grid):
+            share = grad_pooled / math.prod(n // c for n, c in zip(size, grid, strict=True))
+            _split(grad, grid).add_(_spread(share))
+        else:
+            grad.add_(_pool_transpose(grad_pooled, ctx.size))
+        return grad, None
+
+
+def _pool_transpose(grad: Tensor, size: Sequence[int]) -> Tensor:
+    transpose = {
+        2: _aten._adaptive_avg_pool2d_backward,
+        3: _aten._adaptive_avg_pool3d_backward,
+    }
+    shape_only = grad.new_empty(1).expand(size)
+    if grad.dim() == 3:  # one axis is two with a first of size 1
+        return transpose[2](grad.unsqueeze(2), shape_only.unsqueeze(2)).squeeze(2)  # type: ignore[no-any-return]
+    return transpose[grad.dim() - 2](grad, shape_only)  # type: ignore[no-any-return]
+
+
+def read(x: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The host's input and its cell means.
+
+    The first result must go to the host alone, and the host's first operation must return a
+    gradient that nothing else holds (a frozen convolution does): it is added to in place.
+
+    Args:
+        x: (N, C, *in).
+        grid: Cells along every axis.
+
+    Returns:
+        x (N, C, *in) and p (N, C, *grid).
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x, _pool(x, grid)
+    result: tuple[Tensor, Tensor] = _Read.apply(x, grid)
+    return result
+
+
+class _Write(torch.autograd.Function):
+    """``f -> up(gate) * f + up(addend)``, in place."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Tensor, addend: Tensor, gate: Tensor | None, exact: bool) -> Tensor:
+        grid = addend.shape[2:]
+        ctx.grid, ctx.gated = tuple(grid), gate is not None
+        ctx.mean_size = None
+        saved: tuple[Tensor, ...] = ()
+        if gate is not None:
+            saved = (gate,)
+            if ctx.needs_input_grad[2]:
+                means = _pool(f, grid)
+                ctx.mean_size = means.size()
+                kept = (means,) if exact else quantize_rows(means)
+                saved = (gate, *kept)
+        ctx.save_for_backward(*saved)
+        ctx.mark_dirty(f)
+        return _write_(f, addend, gate)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        sums = _cell_sums(grad, ctx.grid)  # (N, O, *grid)
+        if not ctx.gated:
+            return grad, sums, None, None
+        gate, *kept = ctx.saved_tensors
+        grad_f = grad_gate = None
+        if ctx.mean_size is not None:
+            means = kept[0]
+            if len(kept) == 3:
+                means = dequantize_rows(*kept, ctx.mean_size, grad.dtype)
+            grad_gate = (sums * means).sum(dim=1, keepdim=True)
+        if ctx.needs_input_grad[0]:
+            grad_f = _gated(grad, gate)
+        return grad_f, sums, grad_gate, None
+
+
+def _gated(x: Tensor, gate: Tensor) -> Tensor:
+    size, grid = x.shape[2:], gate.shape[2:]
+    if not _divides(size, grid):
+        return x * upsample(gate, size)
+    result = torch.empty_like(x)  # keeps the strides of x, so that splitting stays a view
+    torch.mul(_split(x, grid), _spread(gate), out=_split(result, grid))
+    return result
+
+
+def _write_(f: Tensor, addend: Tensor, gate: Tensor | None) -> Tensor:
+    size, grid = f.shape[2:], addend.shape[2:]
+    if _divides(size, grid):
+        cells, addend = _split(f, grid), _spread(addend)
+        gate = None if gate is None else _spread(gate)
+    else:
+        cells, addend = f, upsample(addend, size)
+        gate = None if gate is None else upsample(gate, size)
+    if gate is not None:
+        cells.mul_(gate)
+    cells.add_(addend)
+    return f
+
+
+def write(f: Tensor, addend: Tensor, gate: Tensor | None, exact: bool = False) -> Tensor:
+    """``y = up(gate) * f + up(addend)``, written into `f`.
+
+    The exact gradient of the gate, the sum over a cell of dL/dy * f, would need f. Kept instead is
+    the mean of f over every cell: dL/dgate is estimated as the sum over channels of
+    (sum over the cell of dL/dy) * (mean over the cell of f), exact where cells are single pixels.
+
+    Args:
+        f: (N, O, *out), not read by anything else; overwritten.
+        addend: (N, O, *grid).
+        gate: (N, 1, *grid) of zeros and ones, or None for an open gate.
+        exact: Keep the cell means as they are, not as 8-bit codes.
+
+    Returns:
+        y, (N, O, *out), in the memory of `f`.
+    """
+    needs_graph = f.requires_grad or addend.requires_grad
+    needs_graph = needs_graph or (gate is not None and gate.requires_grad)
+    if not (torch.is_grad_enabled() and needs_graph):
+        return _write_(f, addend, gate)
+    result: Tensor = _Write.apply(f, addend, gate, exact)
+    return result

@@ -1,0 +1,200 @@
+"""Which frozen layer stands in for which of PyTorch's: one table, by exact type.
+
+Functions and methods are first read as the layer that does the same (`LAYER_OF`), so that every
+rule is written once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_da3.errors import ConfigError
+from lightning_da3.nn.frozen import AdaptiveAvgPool, AvgPool, MaxPool, TwoSlopes, numbers
+
+Builder = Callable[[bool], nn.Module]  # takes: may it overwrite its input?
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What stands in for a layer.
+
+    Attributes:
+        build: Makes the module; its argument says whether the input may be overwritten. None
+            removes the layer (dropout in eval).
+        keeps: What its backward keeps: ``"nothing"``, ``"bits"`` (one an input element) or
+            ``"bytes"`` (one an output element).
+        inplace: It can overwrite its input, and the user's layer did so.
+    """
+
+    build: Builder | None
+    keeps: str = "nothing"
+    inplace: bool | None = None
+
+
+Rule = Callable[[Any], Replacement | None]
+_RULES: dict[type[nn.Module], Rule] = {}
+
+
+def register(*kinds: type[nn.Module]) -> Callable[[Rule], Rule]:
+    """Say what stands in for layers of these exact types when a network is converted.
+
+    The rule takes the layer (in eval) and returns a `Replacement`, or None to keep the layer as it
+    is. The replacement must compute what the layer computes in eval.
+
+    Args:
+        kinds: Subclasses of `torch.nn.Module`; a type has one rule.
+
+    Raises:
+        ConfigError: A type has a rule already, or is no module type.
+    """
+
+    def add(rule: Rule) -> Rule:
+        for kind in kinds:
+            if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+                raise ConfigError(f"`register` takes types of torch.nn.Module, got {kind!r}.")
+            if kind in _RULES:
+                raise ConfigError(f"{kind.__name__} has a rule already: {_RULES[kind].__name__}.")
+        _RULES.update(dict.fromkeys(kinds, rule))
+        return rule
+
+    return add
+
+
+def replacement_for(layer: nn.Module) -> Replacement | None:
+    """What stands in for `layer`, or None if no rule knows its exact type."""
+    rule = _RULES.get(type(layer))
+    return None if rule is None else rule(layer)
+
+
+def _two_slopes(low: float, high: float, slope: float, inplace: bool) -> Replacement:
+    return Replacement(lambda over: TwoSlopes(low, high, slope, over), "bits", inplace)
+
+
+@register(nn.ReLU)
+def _relu(layer: nn.ReLU) -> Replacement:
+    return _two_slopes(0.0, math.inf, 0.0, layer.inplace)
+
+
+@register(nn.ReLU6, nn.Hardtanh)
+def _hardtanh(layer: nn.Hardtanh) -> Replacement:
+    return _two_slopes(float(layer.min_val), float(layer.max_val), 0.0, layer.inplace)
+
+
+@register(nn.LeakyReLU)
+def _leaky_relu(layer: nn.LeakyReLU) -> Replacement | None:
+    if layer.negative_slope < 0:  # the sign of the output no longer tells that of the input
+        return None
+    return _two_slopes(0.0, math.inf, float(layer.negative_slope), layer.inplace)
+
+
+@register(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+def _max_pool(layer: nn.MaxPool2d) -> Replacement | None:
+    if layer.return_indices:
+        return None
+    axes = _axes(layer)
+    kernel = numbers(layer.kernel_size, axes)
+    stride = numbers(layer.stride, axes)
+    padding, dilation = numbers(layer.padding, axes), numbers(layer.dilation, axes)
+    return Replacement(
+        lambda _: MaxPool(kernel, stride, padding, dilation, layer.ceil_mode), "bytes"
+    )
+
+
+@register(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+def _avg_pool(layer: nn.AvgPool2d) -> Replacement:
+    axes = _axes(layer)
+    kernel, stride = numbers(layer.kernel_size, axes), numbers(layer.stride, axes)
+    padding = numbers(layer.padding, axes)
+    divisor = getattr(layer, "divisor_override", None)
+    return Replacement(
+        lambda _: AvgPool(
+            kernel, stride, padding, layer.ceil_mode, layer.count_include_pad, divisor
+        )
+    )
+
+
+@register(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+def _adaptive_avg_pool(layer: nn.AdaptiveAvgPool2d) -> Replacement:
+    grid = numbers(cast(Any, layer.output_size), _axes(layer))
+    return Replacement(lambda _: AdaptiveAvgPool(grid))
+
+
+@register(
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+def _identity(_: nn.Module) -> Replacement:
+    return Replacement(None)
+
+
+def _axes(layer: nn.Module) -> int:
+    return int(type(layer).__name__[-2])  # MaxPool2d: 2
+
+
+def _dropout(p: float = 0.5, training: bool = False, inplace: bool = False) -> nn.Module | None:
+    return None if training else nn.Dropout(p)  # training=True is on in eval too: the user's wish
+
+
+# what the layer takes from the arguments behind the input; the functions' own order
+LAYER_OF: dict[Any, Callable[..., nn.Module | None]] = {
+    F.relu: lambda inplace=False: nn.ReLU(inplace),
+    torch.relu: nn.ReLU,
+    torch.relu_: lambda: nn.ReLU(inplace=True),
+    "relu": nn.ReLU,
+    "relu_": lambda: nn.ReLU(inplace=True),
+    F.relu6: lambda inplace=False: nn.ReLU6(inplace),
+    F.hardtanh: nn.Hardtanh,
+    F.leaky_relu: nn.LeakyReLU,
+    F.dropout: lambda p=0.5, training=True, inplace=False: _dropout(p, training, inplace),
+    F.max_pool1d: lambda *args, **kwargs: _functional_max_pool(nn.MaxPool1d, *args, **kwargs),
+    F.max_pool2d: lambda *args, **kwargs: _functional_max_pool(nn.MaxPool2d, *args, **kwargs),
+    F.max_pool3d: lambda *args, **kwargs: _functional_max_pool(nn.MaxPool3d, *args, **kwargs),
+    F.avg_pool1d: nn.AvgPool1d,
+    F.avg_pool2d: nn.AvgPool2d,
+    F.avg_pool3d: nn.AvgPool3d,
+    F.adaptive_avg_pool1d: nn.AdaptiveAvgPool1d,
+    F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
+    F.adaptive_avg_pool3d: nn.AdaptiveAvgPool3d,
+}
+
+
+def _functional_max_pool(
+    kind: Callable[..., nn.Module],
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> nn.Module:
+    return kind(kernel_size, stride, padding, dilation, return_indices, ceil_mode)
+
+
+def layer_of(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module | None:
+    """The layer that computes ``target(x, *args, **kwargs)``, or None if no layer does.
+
+    Args:
+        target: A function, or a method's name.
+        args: What the call passes behind its input.
+        kwargs: What it passes by name.
+    """
+    build = LAYER_OF.get(target)
+    values = (*args, *kwargs.values())
+    if build is None or any(isinstance(value, torch.fx.Node) for value in values):
+        return None
+    try:
+        return build(*args, **kwargs)
+    except TypeError:  # arguments that the layer has no word for
+        return None

@@ -1,0 +1,132 @@
+"""What goes into a converted network from outside: batches, and state dicts of three kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lightning_da3.checkpointing import fingerprint
+from lightning_da3.errors import CheckpointError, InputError
+from lightning_da3.nn.frozen import FrozenAffine, FrozenConv
+from lightning_da3.nn.head import HeadSlot
+from lightning_da3.planning import Plan
+
+if TYPE_CHECKING:
+    from lightning_da3.domains import DA3Model
+
+EXTRA = "_extra_state"  # PyTorch's own key
+
+
+def check_input(x: Tensor, plan: Plan) -> None:
+    """Refuse a batch that the first convolution could not take.
+
+    Raises:
+        InputError: Its axes, channels or type do not fit.
+    """
+    if plan.input_channels is None:
+        return
+    axes, channels = plan.input_channels
+    shape = ", ".join(["N", str(channels), *"DHW"[3 - axes :]])
+    if not x.is_floating_point():
+        raise InputError(
+            f"{plan.network} takes floating-point batches of shape ({shape}), got {x.dtype}. "
+            "Convert and normalise first: `batch.float() / 255`, say."
+        )
+    if x.dim() not in (axes + 1, axes + 2) or x.shape[-axes - 1] != channels:
+        raise InputError(
+            f"{plan.network} takes batches of shape ({shape}), got {tuple(x.shape)}."
+        )
+
+
+def backbone_state(state: Mapping[str, Any], head: str | None) -> dict[str, Tensor]:
+    """What identifies a backbone: weights and statistics, without the head that domains replace.
+
+    Args:
+        state: Of the user's network.
+        head: Module name of that head, or None.
+    """
+    skip = () if head is None else (f"{head}.",)
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+        and not name.startswith(skip)
+        and not name.endswith("num_batches_tracked")
+    }
+
+
+def domain_state(module: nn.Module) -> dict[str, Any]:
+    """The state of `module` without the backbones of the DA3Models in it."""
+    from lightning_da3.domains import DA3Model  # the one import upwards, of a type
+
+    state: dict[str, Any] = module.state_dict()
+    for name, child in module.named_modules():
+        if isinstance(child, DA3Model):
+            prefix = f"{name}.backbone." if name else "backbone."
+            state = {key: value for key, value in state.items() if not key.startswith(prefix)}
+    return state
+
+
+def complete_state(
+    model: DA3Model, state: dict[str, Any], prefix: str, *_: object
+) -> None:
+    """Let `model` load a state of three kinds; edits `state` in place before it is loaded.
+
+    Its own; its domains alone (the backbone must be the same); the user's network's own state, as
+    a plain pretrained checkpoint holds it, into the backbone. Domains that the state has and the
+    model lacks are added; those that only the model has are kept.
+
+    Raises:
+        CheckpointError: The state's domains were learned on another backbone.
+    """
+    extra = state.get(prefix + EXTRA)
+    mine = {prefix + key: value for key, value in _own_tensors(model).items()}
+    ours = any(key.startswith((prefix + "backbone.", prefix + "bank.")) for key in state)
+    if not ours and extra is None:
+        _from_network_(model, state, prefix)
+    elif extra is not None:
+        if extra["backbone"] != model.fingerprint:
+            raise CheckpointError(
+                f"The checkpoint's domains {list(extra['num_classes'])} were learned on another "
+                f"backbone (fingerprint {extra['backbone'][:12]}, here {model.fingerprint[:12]}). "
+                "Convert the backbone that they were learned on."
+            )
+        for name, num_classes in extra["num_classes"].items():
+            if name not in model.domains:
+                model.add_domain(name, num_classes)
+    has_backbone = any(key.startswith(prefix + "backbone.") for key in state)
+    stored = () if extra is None else tuple(f"{prefix}bank.{n}." for n in extra["num_classes"])
+    for key, value in mine.items():
+        missing_domain = key.startswith(prefix + "bank.") and not key.startswith(stored)
+        if missing_domain or (not has_backbone and key.startswith(prefix + "backbone.")):
+            state.setdefault(key, value)
+    state.setdefault(prefix + EXTRA, model.get_extra_state())
+
+
+def _own_tensors(model: DA3Model) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _from_network_(model: DA3Model, state: dict[str, Any], prefix: str) -> None:
+    """Fold the user's network's own tensors into the frozen layers' keys, in place."""
+    names = [key for key in state if key.startswith(prefix)]
+    theirs = {key.removeprefix(prefix): state.pop(key) for key in names}
+    if not theirs:
+        return
+    for path, layer in model.backbone.named_modules():
+        if isinstance(layer, (FrozenConv, FrozenAffine)):
+            try:
+                translated = layer.translate(theirs)
+            except KeyError:
+                continue  # PyTorch reports the missing key of the frozen layer
+            state.update({f"{prefix}backbone.{path}.{k}": v for k, v in translated.items()})
+        elif isinstance(layer, HeadSlot):
+            for key in layer.original.state_dict():
+                if f"{path}.{key}" in theirs:
+                    state[f"{prefix}backbone.{path}.original.{key}"] = theirs[f"{path}.{key}"]
+    for name in _own_tensors(model):  # layers that stayed as they were
+        if name.removeprefix("backbone.") in theirs:
+            state.setdefault(prefix + name, theirs[name.removeprefix("backbone.")])
+    model.fingerprint = fingerprint(backbone_state(theirs, model.plan.head))
