@@ -83,9 +83,7 @@ def attach_(
     return model
 
 
-def _check_same(
-    model: DA3Model, config: DA3Config, domain: str, num_classes: int | None
-) -> None:
+def _check_same(model: DA3Model, config: DA3Config, domain: str, num_classes: int | None) -> None:
     if model.config != config:
         raise ConversionError(
             f"The network was converted with {model.config}, this callback asks for {config}. One "

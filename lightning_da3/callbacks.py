@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
 from typing_extensions import override
 
 from lightning_da3.attaching import attach_
@@ -21,8 +21,6 @@ from lightning_da3.domains import DA3Model
 from lightning_da3.errors import CheckpointError, DA3Error
 from lightning_da3.memory import PeakBytes, SavedActivations
 from lightning_da3.state import domain_state
-
-MEASURED_BATCHES = {"saved": 0, "peak": 1}  # the second step is the first with optimizer state
 
 
 class DA3Callback(L.Callback):
@@ -62,7 +60,8 @@ class DA3Callback(L.Callback):
         self.backbone = backbone
         self.save_dir = save_dir
         self.model: DA3Model | None = None
-        self._watching: Any = None
+        self._watching: SavedActivations | PeakBytes | None = None
+        self._batches_measured = 0
 
     @property
     @override
@@ -85,9 +84,7 @@ class DA3Callback(L.Callback):
             self._attach(pl_module)
 
     def _attach(self, pl_module: L.LightningModule) -> None:
-        self.model = attach_(
-            pl_module, self.backbone, self.config, self.domain, self.num_classes
-        )
+        self.model = attach_(pl_module, self.backbone, self.config, self.domain, self.num_classes)
 
     # --- training ---------------------------------------------------------------------------------
 
@@ -95,6 +92,7 @@ class DA3Callback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self.model is not None
         self.model.gate_loss_scale = 1.0 / trainer.accumulate_grad_batches
+        self._batches_measured = 0
 
     @override
     def on_train_batch_start(
@@ -102,12 +100,12 @@ class DA3Callback(L.Callback):
     ) -> None:
         assert self.model is not None
         self.model.set_progress(_progress(trainer))
-        if trainer.current_epoch == 0 and batch_idx == MEASURED_BATCHES["saved"]:
-            self._watching = SavedActivations(pl_module, inputs=batch)
-        elif trainer.current_epoch == 0 and batch_idx == MEASURED_BATCHES["peak"]:
-            self._watching = PeakBytes(pl_module.device)
-        if self._watching is not None:
-            self._watching.__enter__()
+        if self._batches_measured == 0:
+            self._watching = SavedActivations(pl_module, inputs=batch).__enter__()
+        elif self._batches_measured == 1 and _can_measure_peak(pl_module.device):
+            # the second step is the first with optimizer state
+            self._watching = PeakBytes(pl_module.device).__enter__()
+        self._batches_measured += 1
 
     @override
     def on_before_backward(
@@ -128,24 +126,29 @@ class DA3Callback(L.Callback):
         batch_idx: int,
     ) -> None:
         assert self.model is not None
-        if self._watching is not None:
+        if isinstance(self._watching, PeakBytes):
             self._log_watched(pl_module, "da3/peak_bytes")
+        self._stop_watching()  # a step that never told Lightning of its backward
         fraction = self.model.executed_flops_fraction
         if fraction is not None:
             pl_module.log("da3/executed_flops_fraction", fraction, on_step=False, on_epoch=True)
 
     def _log_watched(self, pl_module: L.LightningModule, key: str) -> None:
-        watching, self._watching = self._watching, None
-        watching.__exit__(None, None, None)
+        watching = self._stop_watching()
+        assert watching is not None
         pl_module.log(key, float(watching.bytes), on_step=False, on_epoch=True)
+
+    def _stop_watching(self) -> SavedActivations | PeakBytes | None:
+        watching, self._watching = self._watching, None
+        if watching is not None:
+            watching.__exit__(None, None, None)
+        return watching
 
     @override
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        watching, self._watching = self._watching, None
-        if watching is not None:
-            watching.__exit__(type(exception), exception, exception.__traceback__)
+        self._stop_watching()
 
     # --- files ------------------------------------------------------------------------------------
 
@@ -156,20 +159,23 @@ class DA3Callback(L.Callback):
     @rank_zero_only
     def _save(self, trainer: L.Trainer) -> None:
         assert self.model is not None
-        if self.path is None or trainer.sanity_checking:
+        if self.path is None:
             return
         try:
-            os.makedirs(self.path.parent, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CheckpointError(f"Cannot make the folder {str(self.path.parent)!r}: {error}.") from error
+            raise CheckpointError(
+                f"Cannot make the folder {str(self.path.parent)!r}: {error}."
+            ) from error
         self.model.save_domain(self.domain, self.path, metrics=_finite(trainer.callback_metrics))
 
     def _not_finite(self, loss: Tensor) -> str:
-        kept = f"The last good state is {self.path}." if self.path and self.path.exists() else (
-            "No state was saved yet; give DA3Callback a `save_dir`."
-            if self.path is None
-            else "No epoch was finished yet."
-        )
+        if self.path is None:
+            kept = "No state was saved: give DA3Callback a `save_dir`."
+        elif self.path.exists():
+            kept = f"The last good state is {str(self.path)!r}."
+        else:
+            kept = "No epoch was finished yet, so no state was saved."
         return (
             f"The loss of domain {self.domain!r} is {loss.item()}; the step was not taken. {kept} "
             "Lower the learning rate, clip gradients (Trainer(gradient_clip_val=1.0)), or look "
@@ -197,6 +203,11 @@ def _builds_later(pl_module: L.LightningModule) -> bool:
         kind.setup is not L.LightningModule.setup
         or kind.configure_model is not L.LightningModule.configure_model
     )
+
+
+def _can_measure_peak(device: torch.device) -> bool:
+    """Known kinds of device, and on CPU no other profiler: only one can run at a time."""
+    return device.type == "cuda" or (device.type == "cpu" and not _profiler_enabled())
 
 
 def _progress(trainer: L.Trainer) -> float:

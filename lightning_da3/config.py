@@ -1,4 +1,4 @@
-"""What a user can choose: frozen, self-checking, versioned dataclasses. No logic beyond the checks."""
+"""What a user can choose: frozen, self-checking, versioned dataclasses. No logic but the checks."""
 
 from __future__ import annotations
 
@@ -73,15 +73,17 @@ class GateConfig:
     """The dynamic gates: which cells of a host are computed at all.
 
     Args:
-        target: Fraction of the hosts' FLOPs to execute, in (0, 1]. Training moves there.
+        target: Fraction of the hosts' FLOPs to execute, in (0, 1]. Training moves there from 1
+            over its first half.
         weight: Weight of the budget loss that does so.
         noise: Logistic (Gumbel) noise on the gate logits while training, off for the last fifth
-            of it. Needs a `DA3Callback`, which tells the model how far training is.
+            of it. A `DA3Callback` tells the model how far training is; without one, call
+            `set_progress`, or the target holds from the first step and there is no noise.
     """
 
     target: float = 0.5
-    weight: float = 1.0
-    noise: bool = False
+    weight: float = 5.0
+    noise: bool = True
 
     def __post_init__(self) -> None:
         """Check every field and report all problems at once."""

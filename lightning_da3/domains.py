@@ -16,8 +16,14 @@ from lightning_da3.checkpointing import read_domain, write_domain
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import CheckpointError, ConfigError, DomainError
 from lightning_da3.nn.adapter import Adapter, HostInput
-from lightning_da3.nn.gate import Executed, budget_loss, executed_fraction, with_loss
-from lightning_da3.nn.head import Head, HeadSlot, new_head
+from lightning_da3.nn.gate import (
+    Executed,
+    annealed_target,
+    budget_loss,
+    executed_fraction,
+    with_loss,
+)
+from lightning_da3.nn.head import HeadSlot, new_head
 from lightning_da3.passes.hosts import INPUTS, host_key
 from lightning_da3.planning import HostPlan, Plan
 from lightning_da3.state import check_input, complete_state
@@ -68,7 +74,7 @@ class DA3Model(nn.Module):
         self.gate_loss_scale = 1.0
         self.executed_flops_fraction: Tensor | None = None
         self._active: str | None = None
-        self.register_load_state_dict_pre_hook(complete_state)
+        self.register_load_state_dict_pre_hook(complete_state)  # type: ignore[no-untyped-call]
         self.train(self.training)
 
     # --- the domains ------------------------------------------------------------------------------
@@ -193,8 +199,8 @@ class DA3Model(nn.Module):
     def gate_loss(self, executed: Sequence[Executed]) -> Tensor:
         """The weighted budget loss of one forward pass, a scalar."""
         assert self.config.gate is not None
-        loss = budget_loss(executed, self.config.gate.target, self.progress)
-        return loss * self.config.gate.weight
+        target = annealed_target(self.config.gate.target, self.progress)
+        return budget_loss(executed, target) * self.config.gate.weight
 
     @torch.no_grad()
     def gate_maps(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -221,11 +227,12 @@ class DA3Model(nn.Module):
         return self
 
     def set_progress(self, progress: float) -> None:
-        """Say how far training is, in [0, 1]: opens the gate bounds and ends the noise."""
+        """Say how far training is, in [0, 1]: closes the gates slowly and ends their noise."""
         self.progress = progress
-        for adapter in self.modules():
+        gate = self.config.gate
+        for adapter in self.bank.modules():
             if isinstance(adapter, Adapter):
-                adapter.noisy = progress < NOISE_UNTIL
+                adapter.noisy = gate is not None and gate.noise and progress < NOISE_UNTIL
 
     # --- files and state --------------------------------------------------------------------------
 
@@ -295,7 +302,9 @@ class DA3Model(nn.Module):
                 f"{self.fingerprint[:12]}. Convert the backbone that it was learned on."
             )
         mine = self.config.to_dict()
-        differing = [key for key in ("adapter", "gate", "head") if about["config"][key] != mine[key]]
+        differing = [
+            key for key in ("adapter", "gate", "head") if about["config"][key] != mine[key]
+        ]
         problems += [
             f"Its `{key}` is {about['config'][key]}, here it is {mine[key]}: convert with "
             "DA3Config.from_dict of its config."
@@ -327,15 +336,14 @@ class DA3Model(nn.Module):
         return {"device": weight.device, "dtype": weight.dtype}
 
     def _new_adapter(self, host: HostPlan) -> Adapter:
-        choice, gate = self.config.adapter, self.config.gate
+        choice = self.config.adapter
         return Adapter(
             host.in_channels,
             host.out_channels,
             choice.hidden_channels,
             choice.kernel_size,
-            gated=gate is not None,
+            gated=self.config.gate is not None,
             exact=self.config.memory.exact,
-            noise=gate is not None and gate.noise,
         )
 
     def _new_head(self, num_classes: int | None) -> nn.Module | None:
@@ -354,7 +362,7 @@ class DA3Model(nn.Module):
             )
         if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
             raise ConfigError(f"`num_classes` must be an int of at least 1, got {num_classes!r}.")
-        return new_head(cast(Head, slot.original), num_classes)
+        return new_head(slot.original, num_classes)
 
 
 def _carry(output: Any, loss: Tensor, scale: float) -> Any:

@@ -360,9 +360,7 @@ class PeakBytes:
     def __init__(self, device: torch.device | str | None = None) -> None:
         self.device = torch.device("cpu" if device is None else device)
         if self.device.type not in ("cpu", "cuda"):
-            raise ConfigError(
-                f"`device` must be a CPU or a CUDA device, got {str(self.device)!r}."
-            )
+            raise ConfigError(f"`device` must be a CPU or a CUDA device, got {str(self.device)!r}.")
         self.bytes = 0
         self._start = 0
 
@@ -375,7 +373,7 @@ class PeakBytes:
             return self
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its log would break progress bars
         self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        self._profiler.__enter__()
+        self._profiler.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
@@ -389,7 +387,7 @@ class PeakBytes:
             torch.cuda.synchronize(self.device)
             self.bytes = torch.cuda.max_memory_allocated(self.device) - self._start
             return
-        self._profiler.__exit__(kind, error, traceback)
+        self._profiler.__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
         if error is None:
             self.bytes = _highest_sum(_allocations(self._profiler))
         del self._profiler

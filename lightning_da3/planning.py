@@ -153,8 +153,8 @@ def _no_host_message(gm: fx.GraphModule, network: str, min_stride: int) -> str:
     if not spatial:
         kinds = sorted({type(m).__name__ for n in gm.graph.nodes if (m := module_of(gm, n))})
         return (
-            f"{network} has nothing to adapt: adapters attach to Conv2d layers with a kernel larger "
-            f"than 1x1, and its layers are {kinds}."
+            f"{network} has nothing to adapt: adapters attach to Conv2d layers with a kernel "
+            f"larger than 1x1, and its layers are {kinds}."
         )
     return (
         f"{network} has nothing to adapt: its {len(spatial)} spatial convolutions all work on maps "
@@ -401,7 +401,8 @@ def _plan_node(
         return NodePlan(node.name, label, "affine", inplace=free)
     replacement = replacement_for(layer) if layer is not None else None
     if replacement is None:
-        return NodePlan(node.name, label, "leave", "nothing" if _keeps_nothing(node, called) else "pytorch")
+        keeps = "nothing" if _keeps_nothing(node, called) else "pytorch"
+        return NodePlan(node.name, label, "leave", keeps)
     if replacement.build is None:
         return NodePlan(node.name, label, "remove")
     inplace = _overwrites(replacement, free)

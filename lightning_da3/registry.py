@@ -143,7 +143,8 @@ def _axes(layer: nn.Module) -> int:
     return int(type(layer).__name__[-2])  # MaxPool2d: 2
 
 
-def _dropout(p: float = 0.5, training: bool = False, inplace: bool = False) -> nn.Module | None:
+def _dropout(p: float = 0.5, training: bool = True, inplace: bool = False) -> nn.Module | None:
+    del inplace
     return None if training else nn.Dropout(p)  # training=True is on in eval too: the user's wish
 
 
@@ -157,7 +158,7 @@ LAYER_OF: dict[Any, Callable[..., nn.Module | None]] = {
     F.relu6: lambda inplace=False: nn.ReLU6(inplace),
     F.hardtanh: nn.Hardtanh,
     F.leaky_relu: nn.LeakyReLU,
-    F.dropout: lambda p=0.5, training=True, inplace=False: _dropout(p, training, inplace),
+    F.dropout: _dropout,
     F.max_pool1d: lambda *args, **kwargs: _functional_max_pool(nn.MaxPool1d, *args, **kwargs),
     F.max_pool2d: lambda *args, **kwargs: _functional_max_pool(nn.MaxPool2d, *args, **kwargs),
     F.max_pool3d: lambda *args, **kwargs: _functional_max_pool(nn.MaxPool3d, *args, **kwargs),

@@ -35,9 +35,7 @@ def check_input(x: Tensor, plan: Plan) -> None:
             "Convert and normalise first: `batch.float() / 255`, say."
         )
     if x.dim() not in (axes + 1, axes + 2) or x.shape[-axes - 1] != channels:
-        raise InputError(
-            f"{plan.network} takes batches of shape ({shape}), got {tuple(x.shape)}."
-        )
+        raise InputError(f"{plan.network} takes batches of shape ({shape}), got {tuple(x.shape)}.")
 
 
 def backbone_state(state: Mapping[str, Any], head: str | None) -> dict[str, Tensor]:
@@ -69,9 +67,7 @@ def domain_state(module: nn.Module) -> dict[str, Any]:
     return state
 
 
-def complete_state(
-    model: DA3Model, state: dict[str, Any], prefix: str, *_: object
-) -> None:
+def complete_state(model: DA3Model, state: dict[str, Any], prefix: str, *_: object) -> None:
     """Let `model` load a state of three kinds; edits `state` in place before it is loaded.
 
     Its own; its domains alone (the backbone must be the same); the user's network's own state, as

@@ -48,7 +48,6 @@ class Adapter(nn.Module):
         kernel_size: Of the first convolution: 1 or 3.
         gated: Make a gate.
         exact: Keep p for the backward, not its 8-bit codes.
-        noise: Logistic noise on the gate logits while training.
     """
 
     def __init__(
@@ -60,7 +59,6 @@ class Adapter(nn.Module):
         *,
         gated: bool,
         exact: bool,
-        noise: bool = False,
     ) -> None:
         super().__init__()
         self.squeeze = nn.Conv2d(
@@ -72,8 +70,8 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)  # type: ignore[arg-type]
         nn.init.constant_(self.attend.bias, OPEN_LOGIT)  # type: ignore[arg-type]
-        self.gated, self.exact, self.noise = gated, exact, noise
-        self.noisy = noise  # until the model says that training is nearly over
+        self.gated, self.exact = gated, exact
+        self.noisy = False  # set while training is far from over
 
     def forward(self, p: Tensor) -> Adapted:
         """(N, C, *grid) to the addend (N, O, *grid) and the gate (N, 1, *grid)."""
@@ -87,7 +85,7 @@ class Adapter(nn.Module):
         addend = self.value(torch.sigmoid(logits) * hidden)
         if not self.gated:
             return Adapted(addend, None)
-        if self.noise and self.noisy and self.training:
+        if self.noisy and self.training:
             uniform = torch.rand_like(logits).clamp_(1e-6, 1 - 1e-6)
             logits = logits + torch.logit(uniform)
         return Adapted(addend, hard_gate(logits))

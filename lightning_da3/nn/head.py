@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
-
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -12,7 +11,7 @@ Head = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 def new_head(original: Head, num_classes: int) -> Head:
     """A fresh classifier that reads what `original` reads and gives `num_classes` scores."""
-    place = {"device": original.weight.device, "dtype": original.weight.dtype}
+    place: dict[str, Any] = {"device": original.weight.device, "dtype": original.weight.dtype}
     has_bias = original.bias is not None
     if isinstance(original, nn.Linear):
         return nn.Linear(original.in_features, num_classes, bias=has_bias, **place)

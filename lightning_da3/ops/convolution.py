@@ -51,6 +51,8 @@ def _conv(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
+    if _is_pointwise(weight, padding, groups) and _fast_matmul(x, weight):
+        return _pointwise(_every(x, stride), weight.flatten(1), bias)
     no_output_padding = [0] * len(stride)
     return torch.convolution(
         x, weight, bias, stride, padding, dilation, False, no_output_padding, groups
@@ -80,6 +82,13 @@ def conv_input_gradient(
     Returns:
         dL/dx, (N, C, *in).
     """
+    if _is_pointwise(weight, padding, groups) and _fast_matmul(grad, weight):
+        grad_x = _pointwise(grad, weight.flatten(1).t(), None)
+        if max(stride) == 1:
+            return grad_x
+        spread = grad_x.new_zeros(size).to(memory_format=torch.channels_last)
+        _every(spread, stride).copy_(grad_x)
+        return spread
     # rows and columns of x that no window of a strided convolution reached
     rest = [
         n - ((o - 1) * s - 2 * p + d * (k - 1) + 1)
@@ -88,6 +97,39 @@ def conv_input_gradient(
         )
     ]
     return torch.convolution(grad, weight, None, stride, padding, dilation, True, rest, groups)
+
+
+def _is_pointwise(weight: Tensor, padding: Sequence[int], groups: int) -> bool:
+    return weight.dim() == 4 and weight[0, 0].numel() == 1 and groups == 1 and max(padding) == 0
+
+
+def _fast_matmul(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's matrix product serves: up to 2x faster here than PyTorch's convolution."""
+    return bool(
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and torch.backends.mkldnn.enabled
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _every(x: Tensor, stride: Sequence[int]) -> Tensor:
+    """The pixels that a strided pointwise convolution reads."""
+    return x if max(stride) == 1 else x[:, :, :: stride[0], :: stride[1]]
+
+
+def _pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """(N, C, H, W) times (O, C) over the channels: (N, O, H, W), channels_last."""
+    n, _, h, w = x.shape
+    rows = x.permute(0, 2, 3, 1).reshape(n * h * w, -1)  # (N*H*W, C), a view if channels_last
+    product = torch.ops.mkldnn._linear_pointwise(rows, matrix, bias, "none", [], "")
+    # autograd forbids to write into views that a custom Function made: an owner of the memory
+    o = len(matrix)
+    strides = (h * w * o, 1, w * o, o)
+    return product.new_empty(0).set_(product.untyped_storage(), 0, (n, o, h, w), strides)  # type: ignore[no-any-return]
 
 
 def frozen_conv(

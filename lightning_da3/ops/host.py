@@ -9,7 +9,7 @@ unless exact). No tensor of full resolution is kept, and f is overwritten.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,8 @@ def _split(x: Tensor, grid: Sequence[int]) -> Tensor:
     """View of (N, C, *in) as (N, C, G1, r1, G2, r2, ..); needs cells of one size."""
     axes = len(grid)
     for axis in reversed(range(axes)):
-        x = x.unflatten(2 + axis, (grid[axis], x.shape[2 + axis] // grid[axis]))
+        cells = (grid[axis], x.shape[2 + axis] // grid[axis])
+        x = x.unflatten(2 + axis, cells)  # type: ignore[no-untyped-call]
     return x
 
 
@@ -67,8 +68,12 @@ def _pool(x: Tensor, grid: Sequence[int]) -> Tensor:
         return x.clone()  # whoever asked for means may keep them while x is overwritten
     if axes == 2 and _divides(size, grid):
         return F.avg_pool2d(x, [n // cells for n, cells in zip(size, grid, strict=True)])
-    adaptive = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
-    return adaptive[axes](x, tuple(grid))
+    adaptive: Callable[..., Tensor] = {
+        1: F.adaptive_avg_pool1d,
+        2: F.adaptive_avg_pool2d,
+        3: F.adaptive_avg_pool3d,
+    }[axes]
+    return adaptive(x, tuple(grid))
 
 
 def _cell_sums(x: Tensor, grid: Sequence[int]) -> Tensor:
@@ -173,7 +178,8 @@ class _Write(torch.autograd.Function):
         if ctx.mean_size is not None:
             means = kept[0]
             if len(kept) == 3:
-                means = dequantize_rows(*kept, ctx.mean_size, grad.dtype)
+                codes, low, step = kept
+                means = dequantize_rows(codes, low, step, ctx.mean_size, grad.dtype)
             grad_gate = (sums * means).sum(dim=1, keepdim=True)
         if ctx.needs_input_grad[0]:
             grad_f = _gated(grad, gate)

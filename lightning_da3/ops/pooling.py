@@ -36,7 +36,7 @@ class _MaxPool(torch.autograd.Function):
         ctx.geometry = (kernel, stride, padding, dilation, ceil_mode)
         ctx.size = x.size()
         ctx.save_for_backward(_to_offset(index, x.size(), *ctx.geometry[:4]))
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -1,0 +1,335 @@
+"""Pictures of what training keeps, where gates run and what was learned. No pyplot, no state.
+
+Needs matplotlib, which only the functions import: ``pip install lightning-da3[plot]``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_da3.errors import ConfigError, DA3Error
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# of Okabe and Ito: told apart by colour-blind people, and in grey
+BEFORE, AFTER = "#D55E00", "#0072B2"
+DIMMED = (0.05, 0.08, 0.20)
+DIM_BY = 0.78  # how much of the dim colour covers a skipped cell
+
+_OURS = re.compile(
+    r"(?:^|(?<=\.))(?:backbone\.(?:frozen_|host_inputs\.|host_outputs\.)?"
+    r"|bank\.[^.]+\.(?:adapters\.)?)"
+)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def plot_memory(
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+    *,
+    head: str | None = None,
+    max_rows: int = 24,
+) -> Figure:
+    """Saved activation bytes by layer, of fine-tuning and of DA3.
+
+    Neighbouring layers are put together, as their names say, until `max_rows` rows are enough.
+
+    Args:
+        before: `SavedActivations.by_module` of the network as it was.
+        after: The same of the converted network; its layers are found by their names in `before`.
+        head: Name in `before` of the classifier that the domain replaced, such as ``plan.head``.
+        max_rows: Most rows of the picture.
+
+    Returns:
+        A horizontal bar chart with a logarithmic axis.
+
+    Raises:
+        ConfigError: Nothing was kept before, or `max_rows` is less than 1.
+    """
+    if not sum(before.values()) or max_rows < 1:
+        raise ConfigError(
+            "Nothing to plot: `before` must hold bytes by module name, as "
+            "`SavedActivations.by_module` does after a training forward pass, and `max_rows` be "
+            f"at least 1; got {len(before)} modules and max_rows={max_rows}."
+        )
+    rows = memory_rows(before, after, head=head, max_rows=max_rows)
+    figure = _figure(9.0, 1.7 + 0.36 * len(rows))
+    axes = figure.add_subplot()
+    _draw_bars(axes, rows)
+    figure.suptitle(_memory_title(sum(before.values()), sum(after.values())), fontsize=12)
+    return figure
+
+
+def memory_rows(
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+    *,
+    head: str | None = None,
+    max_rows: int = 24,
+) -> dict[str, tuple[int, int]]:
+    """The bytes that `plot_memory` draws, by group of layers: (before, after).
+
+    Args:
+        before: As in `plot_memory`.
+        after: Likewise.
+        head: Likewise.
+        max_rows: Most groups. What fits no layer of `before` is one more, ``other``.
+    """
+    layers = list(before)
+    depth = max((name.count(".") + 1 for name in layers), default=1)
+    while depth > 1 and len({_cut(name, depth) for name in layers}) > max_rows:
+        depth -= 1
+    groups = list(dict.fromkeys(_cut(name, depth) for name in layers))
+    if len(groups) > max_rows:  # a flat network: equal runs of layers
+        size = -(-len(groups) // max_rows)
+        runs = [groups[i : i + size] for i in range(0, len(groups), size)]
+        group_of = {name: f"{run[0]} .. {run[-1]}" for run in runs for name in run}
+    else:
+        group_of = {name: name for name in groups}
+    rows = {group_of[name]: [0, 0] for name in groups}
+    for name, count in before.items():
+        rows[group_of[_cut(name, depth)]][0] += count
+    keys = {_key(name): group_of[_cut(name, depth)] for name in layers}
+    for name, count in after.items():
+        rows.setdefault(_group(name, keys, head), [0, 0])[1] += count
+    return {name or "other": (row[0], row[1]) for name, row in rows.items() if any(row)}
+
+
+def layer_name(name: str) -> str:
+    """A module's name in a converted network, without what the conversion put in front of it.
+
+    ``backbone.frozen_layer1_0_relu`` becomes ``layer1_0_relu``, and the adapter
+    ``bank.digits.adapters.layer1__0__conv1.norm`` becomes ``layer1.0.conv1.norm``.
+    """
+    return _OURS.sub("", name).replace("__", ".")
+
+
+def _cut(name: str, depth: int) -> str:
+    return ".".join(name.split(".")[:depth])
+
+
+def _key(name: str) -> str:
+    """As torch.fx names the node of a module: every other character becomes an underscore."""
+    return re.sub(r"\W", "_", name)
+
+
+def _group(name: str, keys: Mapping[str, str], head: str | None) -> str:
+    """The group of the layer with the longest name that `name` begins with, else ``other``."""
+    wanted = _key(layer_name(name))
+    if wanted == "head" and head is not None:
+        wanted = _key(head)
+    fitting = [key for key in keys if key and f"{wanted}_".startswith(f"{key}_")]
+    if not fitting:  # its neighbours: an adapter's convolution may keep nothing before
+        fitting = [key for key in keys if key and _shared(wanted, key)]
+        fitting.sort(key=lambda key: len(_shared(wanted, key)))
+        return keys[fitting[-1]] if fitting else "other"
+    return keys[max(fitting, key=len)]
+
+
+def _shared(one: str, other: str) -> str:
+    """The words that two underscored names begin with, both."""
+    words = []
+    for mine, theirs in zip(one.split("_"), other.split("_"), strict=False):
+        if mine != theirs:
+            break
+        words.append(mine)
+    return "_".join(words)
+
+
+def _draw_bars(axes: Axes, rows: Mapping[str, tuple[int, int]]) -> None:
+    low = min(count for row in rows.values() for count in row if count) / 2
+    high = max(count for row in rows.values() for count in row)
+    for offset, index, colour, label in ((-0.2, 0, BEFORE, "fine-tuning"), (0.2, 1, AFTER, "DA3")):
+        counts = [row[index] for row in rows.values()]
+        places = [place + offset for place in range(len(rows))]
+        axes.barh(places, counts, height=0.38, color=colour, label=label)
+        for place, count in zip(places, counts, strict=True):
+            text = f" {_size(count)}" if count else " nothing"
+            at = max(count, low)
+            axes.text(at, place, text, va="center", ha="left", fontsize=7, color=colour)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(low, high * 4)  # room for the figures behind the bars
+    ticks = [4.0**power for power in range(20) if low <= 4.0**power <= high * 2]
+    axes.set_xticks(ticks, [_size(tick) for tick in ticks], fontsize=8)
+    axes.minorticks_off()
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel("kept for the backward pass (logarithmic)", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, fontsize=9)
+
+
+def _memory_title(before: int, after: int) -> str:
+    ratio = f"{before / after:.1f} times less" if after else "nothing is kept"
+    return f"Activations kept by layer: {_size(before)} to {_size(after)}, {ratio}"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} GiB"
+
+
+# --- gates ----------------------------------------------------------------------------------------
+
+
+def plot_gate_maps(
+    images: Tensor,
+    maps: Mapping[str, Tensor],
+    *,
+    max_images: int = 4,
+    max_hosts: int = 4,
+) -> Figure:
+    """Where the network looks: executed cells bright, skipped ones dimmed.
+
+    One row an image: the image, the mean over all hosts, and some hosts from early to late.
+
+    Args:
+        images: (N, 3, H, W) or (N, 1, H, W) of any range; each is stretched to its own.
+        maps: As of `DA3Model.gate_maps` for these images: (N, 1, *grid) of zeros and ones by host.
+        max_images: Most rows.
+        max_hosts: Most hosts, spread over the network.
+
+    Raises:
+        ConfigError: There is no map, or one does not fit the images.
+    """
+    _check_maps(images, maps)
+    images = _stretched(images[:max_images].detach().float().cpu())
+    size = images.shape[-2:]
+    gates = {name: gate[:max_images].detach().float().cpu() for name, gate in maps.items()}
+    shown = {"all hosts, mean": torch.stack([_laid_over(g, size) for g in gates.values()]).mean(0)}
+    shown |= {name: _laid_over(gates[name], size) for name in _spread(list(gates), max_hosts)}
+    figure = _figure(1.75 * (1 + len(shown)) + 0.2, 1.75 * len(images) + 1.1)
+    grid = figure.subplots(len(images), 1 + len(shown), squeeze=False)
+    for i, image in enumerate(images):
+        _show(grid[i][0], image, "input" if i == 0 else "")
+        for axes, (name, mask) in zip(grid[i][1:], shown.items(), strict=True):
+            heading = f"{_wrapped(name)}\n" if i == 0 else ""
+            _show(axes, _dimmed(image, mask[i]), f"{heading}{float(mask[i].mean()):.0%} executed")
+    figure.suptitle("Gates: bright cells are executed, dark ones skipped", fontsize=12)
+    return figure
+
+
+def _check_maps(images: Tensor, maps: Mapping[str, Tensor]) -> None:
+    if not maps:
+        raise ConfigError(
+            "There is no gate map. `DA3Model.gate_maps(images)` gives them while a domain with "
+            "gates is active: call `set_domain` first, and convert with gate=GateConfig()."
+        )
+    wrong = {
+        name: tuple(gate.shape)
+        for name, gate in maps.items()
+        if gate.dim() != 4 or gate.shape[:2] != (len(images), 1)
+    }
+    if images.dim() != 4 or images.shape[1] not in (1, 3) or not len(images) or wrong:
+        raise ConfigError(
+            "`images` must be (N, 3, H, W) or (N, 1, H, W) and every map (N, 1, h, w), got "
+            f"{tuple(images.shape)} and {wrong or 'fitting maps'}."
+        )
+
+
+def _stretched(images: Tensor) -> Tensor:
+    low = images.amin(dim=(1, 2, 3), keepdim=True)
+    high = images.amax(dim=(1, 2, 3), keepdim=True)
+    return ((images - low) / (high - low).clamp(min=1e-6)).expand(-1, 3, -1, -1)
+
+
+def _laid_over(gate: Tensor, size: torch.Size) -> Tensor:
+    """(N, 1, *grid) to (N, *size), by nearest neighbours."""
+    return F.interpolate(gate, size=list(size), mode="nearest")[:, 0]
+
+
+def _dimmed(image: Tensor, mask: Tensor) -> Tensor:
+    dark = torch.tensor(DIMMED)[:, None, None]
+    return torch.lerp(image, dark.expand_as(image), DIM_BY * (1 - mask))
+
+
+def _spread(names: Sequence[str], most: int) -> list[str]:
+    """At most `most` of the names, the first and the last among them."""
+    if len(names) <= most:
+        return list(names)
+    step = (len(names) - 1) / max(1, most - 1)
+    return [names[round(i * step)] for i in range(most)]
+
+
+def _wrapped(name: str, width: int = 18) -> str:
+    """A dotted name in lines of at most about `width` characters, broken at dots."""
+    lines = [""]
+    for word in re.split(r"(?<=[.,])", name):
+        if lines[-1] and len(lines[-1]) + len(word) > width:
+            lines.append("")
+        lines[-1] += word
+    return "\n".join(lines)
+
+
+def _show(axes: Axes, image: Tensor, title: str) -> None:
+    axes.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+    axes.set_title(title, fontsize=8)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+# --- accuracies -----------------------------------------------------------------------------------
+
+
+def plot_accuracy_matrix(matrix: Tensor, domains: Sequence[str]) -> Figure:
+    """Accuracy on every domain, after each domain was learned.
+
+    Args:
+        matrix: (D, D) of fractions: rows after a domain, columns on a domain, NaN stays blank; as
+            of `lightning_da3.metrics.AccuracyMatrix.compute`.
+        domains: Their D names.
+
+    Raises:
+        ConfigError: The shapes do not fit.
+    """
+    matrix = matrix.detach().float().cpu()
+    count = len(domains)
+    if matrix.dim() == 0:
+        matrix = matrix.reshape(1, 1)  # what torchmetrics makes of one domain
+    if matrix.shape != (count, count):
+        raise ConfigError(
+            f"`matrix` must be ({count}, {count}) for the domains {list(domains)}, got "
+            f"{tuple(matrix.shape)}."
+        )
+    figure = _figure(2.6 + 0.95 * count, 1.9 + 0.75 * count)
+    axes = figure.add_subplot()
+    known = matrix[~matrix.isnan()]
+    low = min(0.5, float(known.min())) if known.numel() else 0.0
+    shown = axes.imshow(matrix.numpy(), cmap="cividis", vmin=low, vmax=1.0)
+    for row in range(count):
+        for column in range(count):
+            value = float(matrix[row, column])
+            if value == value:  # not NaN
+                colour = "black" if value > (low + 1) / 2 else "white"
+                axes.text(column, row, f"{100 * value:.1f}", ha="center", va="center", color=colour)
+    axes.set_xticks(range(count), list(domains), rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(count), list(domains))
+    axes.set_xlabel("accuracy on")
+    axes.set_ylabel("after learning")
+    bar = figure.colorbar(shown, ax=axes, format=lambda value, _: f"{100 * value:.0f} %")
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    figure.suptitle("Accuracy by domain, in percent", fontsize=12)
+    return figure
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DA3Error(
+            "Pictures need matplotlib, which is not installed: pip install lightning-da3[plot]"
+        ) from error
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
