@@ -25,7 +25,7 @@ from lightning_da3.nn.gate import (
 )
 from lightning_da3.nn.head import HeadSlot, new_head
 from lightning_da3.passes.hosts import INPUTS, host_key
-from lightning_da3.planning import HostPlan, Plan
+from lightning_da3.planning import INERT_LAYERS, HostPlan, Plan
 from lightning_da3.state import check_input, complete_state
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
@@ -221,9 +221,15 @@ class DA3Model(nn.Module):
         }
 
     def train(self, mode: bool = True) -> DA3Model:
-        """Domains follow `mode`; the backbone is held in eval whatever it says."""
+        """Domains follow `mode`; the backbone is held in eval whatever it says.
+
+        Frozen layers compute the same either way and show `mode`; only layers that could tell the
+        difference show eval, so that Lightning warns of them and not of every other layer.
+        """
         super().train(mode)
-        self.backbone.eval()
+        for layer in self.backbone.modules():
+            if _has_modes(layer):
+                layer.eval()
         return self
 
     def set_progress(self, progress: float) -> None:
@@ -363,6 +369,13 @@ class DA3Model(nn.Module):
         if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
             raise ConfigError(f"`num_classes` must be an int of at least 1, got {num_classes!r}.")
         return new_head(slot.original, num_classes)
+
+
+def _has_modes(layer: nn.Module) -> bool:
+    """Whether a layer of the rewritten backbone may compute differently in train mode."""
+    kind = type(layer)
+    inert = kind is nn.Module or kind in INERT_LAYERS or isinstance(layer, fx.GraphModule)
+    return not inert and not kind.__module__.startswith("lightning_da3.")
 
 
 def _carry(output: Any, loss: Tensor, scale: float) -> Any:

@@ -51,9 +51,7 @@ def saved_activation_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) ->
     Returns:
         The sum over the storages alive at that moment, in bytes.
     """
-    module = getattr(fn, "__self__", fn)  # of a bound method such as `net.forward` too
-    if not isinstance(module, nn.Module):
-        module = None
+    module = fn if isinstance(fn, nn.Module) else None
     with SavedActivations(module, inputs=(args, kwargs)) as saved:
         output = fn(*args, **kwargs)
     del output  # held until here: the graph, and so what it keeps, lives as long as the output

@@ -420,7 +420,8 @@ def _label(node: fx.Node, called: nn.Module | None) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
-_KEEP_NOTHING_LAYERS = (nn.Linear, nn.Flatten, nn.Unflatten, nn.ZeroPad2d, nn.ConstantPad2d)
+# frozen, they keep nothing, and they compute the same in train mode as in eval
+INERT_LAYERS = (nn.Linear, nn.Flatten, nn.Unflatten, nn.ZeroPad2d, nn.ConstantPad2d)
 _KEEP_NOTHING_NAMES = frozenset(
     "add iadd sub isub radd cat stack chunk split unbind flatten view reshape permute transpose "
     "contiguous size getattr getitem unsqueeze squeeze expand mean sum to dim numel float half "
@@ -430,7 +431,7 @@ _KEEP_NOTHING_NAMES = frozenset(
 
 def _keeps_nothing(node: fx.Node, called: nn.Module | None) -> bool:
     if called is not None:
-        return type(called) in _KEEP_NOTHING_LAYERS
+        return type(called) in INERT_LAYERS
     return _label(node, None) in _KEEP_NOTHING_NAMES
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,14 @@ if TYPE_CHECKING:
 BEFORE, AFTER = "#D55E00", "#0072B2"
 DIMMED = (0.05, 0.08, 0.20)
 DIM_BY = 0.78  # how much of the dim colour covers a skipped cell
+WORTH_A_ROW = 1e-4  # of the largest row; a scalar kept somewhere would stretch the axis for nothing
 
-_OURS = re.compile(
-    r"(?:^|(?<=\.))(?:backbone\.(?:frozen_|host_inputs\.|host_outputs\.)?"
-    r"|bank\.[^.]+\.(?:adapters\.)?)"
+_CONVERTED = re.compile(
+    r"(?P<outside>(?:.*\.)?)(?:"
+    r"bank\.[^.]+\.(?:adapters\.(?P<adapter>[^.]+)(?:\..*)?|(?P<head>head)(?:\..*)?)"
+    r"|backbone\.(?:host_inputs|host_outputs)\.(?P<host>[^.]+)"
+    r"|backbone\.frozen_(?P<node>[^.]+)"
+    r"|backbone\.(?P<layer>.+))"
 )
 
 
@@ -63,7 +67,9 @@ def plot_memory(
             f"at least 1; got {len(before)} modules and max_rows={max_rows}."
         )
     rows = memory_rows(before, after, head=head, max_rows=max_rows)
-    figure = _figure(9.0, 1.7 + 0.36 * len(rows))
+    least = WORTH_A_ROW * max(max(row) for row in rows.values())
+    rows = {name: row for name, row in rows.items() if max(row) >= least}
+    figure = _figure(9.0, 1.6 + 0.31 * len(rows))
     axes = figure.add_subplot()
     _draw_bars(axes, rows)
     figure.suptitle(_memory_title(sum(before.values()), sum(after.values())), fontsize=12)
@@ -99,51 +105,74 @@ def memory_rows(
     rows = {group_of[name]: [0, 0] for name in groups}
     for name, count in before.items():
         rows[group_of[_cut(name, depth)]][0] += count
-    keys = {_key(name): group_of[_cut(name, depth)] for name in layers}
+    group_by_layer = {flat(name): group_of[_cut(name, depth)] for name in layers}
     for name, count in after.items():
-        rows.setdefault(_group(name, keys, head), [0, 0])[1] += count
+        rows.setdefault(_group(name, group_by_layer, head), [0, 0])[1] += count
     return {name or "other": (row[0], row[1]) for name, row in rows.items() if any(row)}
 
 
-def layer_name(name: str) -> str:
-    """A module's name in a converted network, without what the conversion put in front of it.
+class Place(NamedTuple):
+    """Which part of the user's network a module of the converted one stands for.
 
-    ``backbone.frozen_layer1_0_relu`` becomes ``layer1_0_relu``, and the adapter
-    ``bank.digits.adapters.layer1__0__conv1.norm`` becomes ``layer1.0.conv1.norm``.
+    Attributes:
+        kind: ``"layer"``, ``"host"`` (its adapter and gate), ``"head"``, or ``""``: none.
+        name: Of that part, as `flat` writes it.
+        outside: Name of the module that holds the converted network, with a dot behind, or empty.
     """
-    return _OURS.sub("", name).replace("__", ".")
+
+    kind: str
+    name: str
+    outside: str = ""
+
+
+def place_of(name: str) -> Place:
+    """Where in the user's network the module `name` of a converted network is.
+
+    ``backbone.frozen_layer1_0_relu`` is the layer ``layer1_0_relu``, and
+    ``bank.digits.adapters.layer1__0__conv1.norm`` the host ``layer1_0_conv1``.
+    """
+    found = _CONVERTED.fullmatch(name)
+    if found is None:
+        return Place("", flat(name))
+    outside = found["outside"]
+    if found["head"]:
+        return Place("head", "head", outside)
+    host = found["adapter"] or found["host"]
+    if host:
+        return Place("host", flat(host), outside)
+    return Place("layer", flat(found["node"] or found["layer"]), outside)
+
+
+def flat(name: str) -> str:
+    """A name with underscores for all else: dotted names, fx nodes and host keys become alike."""
+    return re.sub(r"[\W_]+", "_", name)
 
 
 def _cut(name: str, depth: int) -> str:
     return ".".join(name.split(".")[:depth])
 
 
-def _key(name: str) -> str:
-    """As torch.fx names the node of a module: every other character becomes an underscore."""
-    return re.sub(r"\W", "_", name)
+def _group(name: str, groups: Mapping[str, str], head: str | None) -> str:
+    """The group of the layer that `name` stands for, or of its nearest neighbour, or ``other``.
+
+    Args:
+        name: Of a module in the converted network.
+        groups: By flat layer name.
+        head: Name of the classifier before.
+    """
+    place = place_of(name)
+    part = flat(head) if place.kind == "head" and head is not None else place.name
+    wanted = flat(place.outside + part).split("_")
+    best = max(groups, key=lambda layer: _shared(wanted, layer.split("_")))
+    return groups[best] if _shared(wanted, best.split("_")) else "other"
 
 
-def _group(name: str, keys: Mapping[str, str], head: str | None) -> str:
-    """The group of the layer with the longest name that `name` begins with, else ``other``."""
-    wanted = _key(layer_name(name))
-    if wanted == "head" and head is not None:
-        wanted = _key(head)
-    fitting = [key for key in keys if key and f"{wanted}_".startswith(f"{key}_")]
-    if not fitting:  # its neighbours: an adapter's convolution may keep nothing before
-        fitting = [key for key in keys if key and _shared(wanted, key)]
-        fitting.sort(key=lambda key: len(_shared(wanted, key)))
-        return keys[fitting[-1]] if fitting else "other"
-    return keys[max(fitting, key=len)]
-
-
-def _shared(one: str, other: str) -> str:
-    """The words that two underscored names begin with, both."""
-    words = []
-    for mine, theirs in zip(one.split("_"), other.split("_"), strict=False):
+def _shared(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many words two names begin with, both."""
+    for count, (mine, theirs) in enumerate(zip(one, other, strict=False)):
         if mine != theirs:
-            break
-        words.append(mine)
-    return "_".join(words)
+            return count
+    return min(len(one), len(other))
 
 
 def _draw_bars(axes: Axes, rows: Mapping[str, tuple[int, int]]) -> None:
@@ -320,12 +349,12 @@ def plot_accuracy_matrix(matrix: Tensor, domains: Sequence[str]) -> Figure:
     axes.set_xlabel("accuracy on")
     axes.set_ylabel("after learning")
     bar = figure.colorbar(shown, ax=axes, format=lambda value, _: f"{100 * value:.0f} %")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     figure.suptitle("Accuracy by domain, in percent", fontsize=12)
     return figure
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -114,6 +114,9 @@ def test_fingerprint_ignores_order_strides_and_layout():
     strided = torch.empty(2, 3, 4, 10)[..., ::2].copy_(x)
     for same in (x.to(memory_format=torch.channels_last), strided, torch.nn.Parameter(x)):
         assert fingerprint({"y": torch.ones(3), "x": same}) == expected
+    z = torch.randn(3, dtype=torch.complex64)
+    assert fingerprint({"z": z.conj()}) == fingerprint({"z": z.conj().resolve_conj()})
+    assert fingerprint({"z": z.conj().imag}) == fingerprint({"z": -z.imag})
 
 
 def test_fingerprint_is_of_names_dtypes_shapes_and_values():

@@ -24,6 +24,7 @@ class Hides(torch.autograd.Function):
     def forward(ctx, x):
         ctx.hidden = x + 1
         ctx.nested = {"a": [x + 2, (x + 3,)], "again": ctx.hidden, "flag": True}
+        ctx.nested["itself"] = ctx.nested
         return 2 * x
 
     @staticmethod
@@ -135,12 +136,13 @@ class Shift(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("shift", torch.randn(8))
+        self.scale = nn.Parameter(torch.randn(8))
 
     def forward(self, x):
-        return x * self.shift
+        return x * self.shift * self.scale.data
 
 
-def test_a_bound_method_tells_its_module():
+def test_buffers_and_other_names_of_parameters_do_not_count():
     net, x = Shift(), torch.randn(2, 8, requires_grad=True)
     for fn in (net, net.forward, lambda x: net(x)):
         assert saved_activation_bytes(fn, x) == 0
@@ -305,6 +307,10 @@ def test_compiled_modules_are_measured_whole():
     compiled = torch.compile(net(), backend="aot_eager")
     for module in (compiled, nn.Sequential(compiled), compiled_in_place):
         assert saved_activation_bytes(module, torch.randn(2, 8)) == 2 * size
+    with SavedActivations(compiled_in_place) as saved:
+        y = compiled_in_place(torch.randn(2, 8))
+    assert saved.by_module == {"0": size, "": size}
+    assert y.requires_grad
 
 
 def test_a_block_can_be_entered_again():
@@ -363,8 +369,8 @@ def test_what_was_alive_before_the_step_does_not_matter():
         block(5)
 
     expected = 15 * KB
-    assert measure_step(step, warmup=0).peak_bytes == expected
-    assert measure_step(step, warmup=0).peak_bytes == expected
+    assert measure_step(step, warmup=0, repeats=0).peak_bytes == expected
+    assert measure_step(step, warmup=0, repeats=0).peak_bytes == expected
     assert measure_step(step, warmup=1, repeats=0).peak_bytes == expected
 
 

@@ -1,0 +1,195 @@
+"""Memory, time and size of learning a domain, beside fine-tuning, all measured in this run.
+
+Saved activation bytes: what autograd keeps for the backward pass. Peak: highest total of memory
+that one step allocates and holds, forward, backward and optimizer, above its start. Time: median
+of steps that alternate in this one process, every contestant in its faster memory format.
+The weights are random: neither bytes nor time depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from lightning_da3 import DA3Config, DA3Model, MemoryConfig, convert
+from lightning_da3.memory import SavedActivations, measure_step
+
+CLASSES = 10
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+# fine-tuning / DA3, and for the parameters their largest share of the backbone
+ASKED = {
+    "resnet50": {"saved": 37.0, "peak": 7.0, "time": 1.6, "parameters": 0.05},
+    "mobilenet_v2": {"saved": 50.0},
+    "resnet18": {"saved": 30.0},
+}
+
+
+class Step:
+    """One training step of a network on one batch, as often as it is called."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+    ) -> None:
+        self.network, self.images, self.labels = network, images, labels
+        self.optimizer = optimizer(p for p in network.parameters() if p.requires_grad)
+
+    def forward(self) -> Tensor:
+        return nn.functional.cross_entropy(self.network(self.images), self.labels)
+
+    def __call__(self) -> None:
+        self.forward().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one training step costs; saved bytes by module of the network."""
+
+    saved_by_module: Mapping[str, int]
+    peak_bytes: int
+    time_ms: float
+
+    @property
+    def saved_bytes(self) -> int:
+        return sum(self.saved_by_module.values())
+
+
+def costs(steps: Mapping[str, Step], rounds: int) -> dict[str, Cost]:
+    """Measures every step's memory, then the times of all, taking turns."""
+    memory = {}
+    for name, step in steps.items():
+        peak = measure_step(step, warmup=1, repeats=0).peak_bytes
+        with SavedActivations(step.network, inputs=step.images) as saved:
+            loss = step.forward()
+        del loss  # the graph lived until here
+        memory[name] = (saved.by_module, peak)
+    times = alternate(steps, rounds)
+    return {name: Cost(*memory[name], times[name]) for name in steps}
+
+
+def alternate(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of every step; all take turns, so that what else runs hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def with_domain(network: nn.Module, config: DA3Config | None = None) -> DA3Model:
+    """The network converted, with one domain that trains."""
+    model = convert(network, config)
+    model.add_domain("measured", num_classes=CLASSES)
+    model.set_domain("measured")
+    return model.train()
+
+
+def measure(name: str, batch_size: int, image_size: int, rounds: int) -> bool:
+    """Prints the figures of one torchvision network; whether all that was asked is reached."""
+    torch.manual_seed(0)
+    images = torch.randn(batch_size, 3, image_size, image_size)
+    labels = torch.randint(CLASSES, (batch_size,))
+    steps = {}
+    for layout, memory_format in FORMATS.items():
+        network = torchvision.models.get_model(name, num_classes=CLASSES)
+        network.to(memory_format=memory_format)
+        x = images.contiguous(memory_format=memory_format)
+        steps[f"fine-tuning {layout}"] = Step(network, x, labels, _sgd)
+        steps[f"DA3 {layout}"] = Step(with_domain(network), x, labels, _sgd)
+    measured = costs(steps, rounds)
+    tuned_in, ours_in = (_faster(measured, method) for method in ("fine-tuning", "DA3"))
+    tuned, ours = measured[tuned_in], measured[ours_in]
+    exact = with_domain(network, DA3Config(memory=MemoryConfig(exact=True)))
+    exact_cost = costs({"exact": Step(exact, x, labels, _sgd)}, rounds=1)["exact"]
+
+    print(f"\n{name}, batch {batch_size} at {image_size}x{image_size}, {CLASSES} classes, random")
+    print(f"weights; faster memory formats: {tuned_in}, {ours_in}\n")
+    print(f"  {'':30}{'fine-tuning':>12}{'DA3':>12}{'ratio':>9}{'asked':>9}")
+    asked = ASKED.get(name, {}) if (batch_size, image_size) == (4, 224) else {}
+    good = [
+        _row("saved activations, MiB", tuned.saved_bytes, ours.saved_bytes, asked.get("saved")),
+        _row("peak of a step, MiB", tuned.peak_bytes, ours.peak_bytes, asked.get("peak")),
+        _row("time of a step, ms", tuned.time_ms, ours.time_ms, asked.get("time"), unit=1),
+        _row("saved, exact mode, MiB", tuned.saved_bytes, exact_cost.saved_bytes, None),
+        _row("peak, exact mode, MiB", tuned.peak_bytes, exact_cost.peak_bytes, None),
+        _size_rows(network, exact, asked.get("parameters")),
+    ]
+    return all(good)
+
+
+def _sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1e-4)
+
+
+def _faster(measured: Mapping[str, Cost], method: str) -> str:
+    names = [name for name in measured if name.startswith(method)]
+    return min(names, key=lambda name: measured[name].time_ms)
+
+
+def _row(what: str, before: float, after: float, asked: float | None, unit: float = 2**20) -> bool:
+    ratio = before / after
+    print(f"  {what:30}{before / unit:12.2f}{after / unit:12.2f}{ratio:8.1f}x", end="")
+    print(_verdict(asked, ratio, f">={asked:g}x") if asked else "")
+    return asked is None or ratio >= asked
+
+
+def _size_rows(network: nn.Module, model: DA3Model, asked: float | None) -> bool:
+    """One domain without its head, as a share of the backbone without its head; and its file."""
+    domain = model.domain("measured")
+    head = 0 if domain.head is None else _count(domain.head)
+    backbone = _count(network) - head  # both heads have the same number of classes
+    own = _count(domain) - head
+    share = own / backbone
+    print(f"  {'parameters, head apart':30}{backbone:12,}{own:12,}{share:9.2%}", end="")
+    print(_verdict(asked, -share, f"<={asked:.0%}", -asked) if asked else "")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "measured.safetensors"
+        model.save_domain("measured", path)
+        print(f"  {'file of the domain, MiB':30}{'':12}{path.stat().st_size / 2**20:12.2f}")
+    return asked is None or share <= asked
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _verdict(asked: float, got: float, text: str, least: float | None = None) -> str:
+    least = asked if least is None else least
+    return f"{text:>9}  {'pass' if got >= least else 'FAIL'}"
+
+
+def main() -> int:
+    """Measures every network asked for; the exit code tells whether all figures are reached."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(ASKED))
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--steps", type=int, default=15, help="timed steps of every contestant")
+    given = parser.parse_args()
+    good = [
+        measure(name, given.batch_size, given.image_size, given.steps) for name in given.models
+    ]
+    print("\nall figures reached" if all(good) else "\nnot all figures reached")
+    return 0 if all(good) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""A pretrained network learns handwritten digits: one callback in one Trainer, half a minute."""
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from datasets import load_domain
+from network import build_network
+from torch.utils.data import DataLoader
+
+from lightning_da3 import DA3Callback
+from lightning_da3.memory import saved_activation_bytes
+
+
+class Classifier(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.network = build_network()  # pretrained on printed characters; it knows no digit
+
+    def training_step(self, batch, _):
+        return F.cross_entropy(self.network(batch[0]), batch[1])
+
+    def test_step(self, batch, _):
+        self.log("accuracy", (self.network(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+
+
+if __name__ == "__main__":
+    digits, classifier = load_domain("digits"), Classifier()
+    batch = digits.train[:32][0]
+    before = saved_activation_bytes(classifier.network, batch)
+
+    da3 = DA3Callback("digits", num_classes=10, save_dir="outputs/quickstart")
+    trainer = L.Trainer(max_epochs=5, callbacks=[da3], logger=False, enable_checkpointing=False)
+    trainer.fit(classifier, DataLoader(digits.train, batch_size=32, shuffle=True))
+    after = saved_activation_bytes(classifier.network.train(), batch)
+
+    trainer.test(classifier, DataLoader(digits.test, batch_size=100))
+    print(f"kept for the backward pass: {before:,} bytes before, {after:,} bytes with DA3")
