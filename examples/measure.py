@@ -115,7 +115,7 @@ def measure(name: str, batch_size: int, image_size: int, rounds: int) -> bool:
         steps[f"fine-tuning {layout}"] = Step(network, x, labels, _sgd)
         steps[f"DA3 {layout}"] = Step(with_domain(network), x, labels, _sgd)
     measured = costs(steps, rounds)
-    tuned_in, ours_in = (_faster(measured, method) for method in ("fine-tuning", "DA3"))
+    tuned_in, ours_in = (fastest(measured, method) for method in ("fine-tuning", "DA3"))
     tuned, ours = measured[tuned_in], measured[ours_in]
     exact = with_domain(network, DA3Config(memory=MemoryConfig(exact=True)))
     exact_cost = costs({"exact": Step(exact, x, labels, _sgd)}, rounds=1)["exact"]
@@ -139,7 +139,8 @@ def _sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=1e-4)
 
 
-def _faster(measured: Mapping[str, Cost], method: str) -> str:
+def fastest(measured: Mapping[str, Cost], method: str) -> str:
+    """The name of a method's contestant with the least time."""
     names = [name for name in measured if name.startswith(method)]
     return min(names, key=lambda name: measured[name].time_ms)
 
@@ -184,9 +185,7 @@ def main() -> int:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--steps", type=int, default=15, help="timed steps of every contestant")
     given = parser.parse_args()
-    good = [
-        measure(name, given.batch_size, given.image_size, given.steps) for name in given.models
-    ]
+    good = [measure(name, given.batch_size, given.image_size, given.steps) for name in given.models]
     print("\nall figures reached" if all(good) else "\nnot all figures reached")
     return 0 if all(good) else 1
 

@@ -457,11 +457,3 @@ def inputs(name: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     return tuple(
         torch.randn(2, 3, size, size, generator=generator).to(dtype) for _ in range(count)
     )
-
-
-def hidden_tensors(module: nn.Module) -> dict[str, int]:
-    """How many hooks every submodule has, by name: what a careless conversion leaves behind."""
-    return {
-        name: sum(len(v) for k, v in vars(m).items() if k.endswith("_hooks"))
-        for name, m in module.named_modules()
-    }

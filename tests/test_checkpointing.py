@@ -116,7 +116,8 @@ def test_fingerprint_ignores_order_strides_and_layout():
         assert fingerprint({"y": torch.ones(3), "x": same}) == expected
     z = torch.randn(3, dtype=torch.complex64)
     assert fingerprint({"z": z.conj()}) == fingerprint({"z": z.conj().resolve_conj()})
-    assert fingerprint({"z": z.conj().imag}) == fingerprint({"z": -z.imag})
+    negative = torch._neg_view(torch.ones(3))
+    assert fingerprint({"z": negative}) == fingerprint({"z": -torch.ones(3)})
 
 
 def test_fingerprint_is_of_names_dtypes_shapes_and_values():

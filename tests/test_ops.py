@@ -426,7 +426,9 @@ def test_two_slopes_computes_no_bits_without_need(monkeypatch):
 
 @pytest.mark.slow
 def test_two_slopes_compiles_to_one_graph():
-    compiled = torch.compile(lambda x: two_slopes(x * 2, 0.0, 6.0), fullgraph=True)
+    compiled = torch.compile(
+        lambda x: two_slopes(x * 2, 0.0, 6.0), fullgraph=True, backend="aot_eager"
+    )
     x = randn(2, 3, 5, 5, dtype=torch.float32) * LARGE
     assert_like_the_builtin(compiled, lambda t: F.relu6(t * 2), x)
 
@@ -792,8 +794,8 @@ def test_the_gate_gradient_is_exact_for_single_pixels():
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize(
     ("detail", "least"),
-    # measured: 0.99, 0.83, 0.47, 0.25
-    [(4, 0.97), (8, 0.75), (16, 0.4), (32, 0.2)],
+    # measured: 0.999, 0.98, 0.77, 0.24
+    [(4, 0.99), (8, 0.97), (16, 0.7), (32, 0.2)],
     ids=["smooth", "detail of a cell's size", "half of it", "white noise"],
 )
 def test_how_good_the_gate_gradient_is(detail, least, exact):
@@ -812,8 +814,7 @@ def test_how_good_the_gate_gradient_is(detail, least, exact):
     addend, gate = torch.zeros(4, 16, 8, 8).double(), torch.ones(4, 1, 8, 8).double()
     got = gate_gradient(f, addend, gate, grad, exact)
     cosine = F.cosine_similarity(got.flatten(), exact_gate_gradient(f, addend, gate, grad).flatten(), 0)
-    assert cosine >= least, cosine
-    assert False, cosine
+    assert cosine >= least
 
 
 def test_write_keeps_the_gate_and_the_cell_means():

@@ -26,9 +26,11 @@ class _TwoSlopes(torch.autograd.Function):
         x_dense = dense(x)
         ctx.save_for_backward(pack_between(x_dense, low, high))
         ctx.size, ctx.stride, ctx.slope = x.size(), x_dense.stride(), slope
-        if inplace:
-            ctx.mark_dirty(x)
-        return _evaluate(x, low, high, slope, inplace)
+        if not inplace:
+            return _evaluate(x, low, high, slope, inplace)
+        ctx.mark_dirty(x)
+        _evaluate(x, low, high, slope, inplace)
+        return x  # the very argument: torch.compile wants to see that
 
     @staticmethod
     @torch.autograd.function.once_differentiable

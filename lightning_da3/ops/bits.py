@@ -8,6 +8,7 @@ arithmetic does the same with eight bit planes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -32,8 +33,12 @@ def _is_dense(x: Tensor) -> bool:
     return True
 
 
+def _memory_order(stride: Sequence[int]) -> list[int]:
+    return sorted(range(len(stride)), key=lambda axis: -stride[axis])
+
+
 def _flat(x: Tensor) -> Tensor:
-    return x.as_strided((x.numel(),), (1,), x.storage_offset())  # memory order, no copy
+    return x.permute(_memory_order(x.stride())).reshape(-1)  # dense: a view, no copy
 
 
 def pack_between(x: Tensor, low: float, high: float) -> Tensor:
@@ -50,7 +55,7 @@ def pack_between(x: Tensor, low: float, high: float) -> Tensor:
     if _use_numpy(x):
         return _pack_numpy(x, low, high)
     inside = x > low if math.isinf(high) else (x > low) & (x < high)
-    flat = inside.reshape(-1) if x.is_contiguous() else _flat(inside)
+    flat = inside.permute(_memory_order(x.stride())).reshape(-1)
     flat = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).view(8, -1)
     bits = flat[0].clone()
     for plane in range(1, 8):
@@ -67,15 +72,17 @@ def unpack(bits: Tensor, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
         stride: Its strides.
 
     Returns:
-        uint8 of shape `size` and strides `stride`.
+        uint8 of shape `size`, in the same memory order.
     """
     count = math.prod(size)
     if _use_numpy(bits):
         flat = torch.from_numpy(np.unpackbits(bits.numpy(), count=count))
     else:
         planes = torch.arange(8, dtype=torch.uint8, device=bits.device).unsqueeze(1)
-        flat = ((bits >> planes) & 1).view(-1)
-    return flat.as_strided(size, stride)
+        flat = ((bits >> planes) & 1).view(-1)[:count]
+    order = _memory_order(stride)
+    places = [order.index(axis) for axis in range(len(order))]
+    return flat.view([size[axis] for axis in order]).permute(places)
 
 
 def _use_numpy(x: Tensor) -> bool:

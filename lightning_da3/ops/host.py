@@ -32,11 +32,11 @@ def coarse_grid(size: Sequence[int], max_cells: int) -> tuple[int, ...]:
         Cells along every axis; between 1 and the axis's size.
     """
     limit = max(1, math.floor(max_cells ** (1 / len(size)) + 1e-9))
-    return tuple(math.ceil(n / math.ceil(n / limit)) if n else 1 for n in size)
+    return tuple([math.ceil(n / math.ceil(n / limit)) if n else 1 for n in size])
 
 
 def _divides(size: Sequence[int], grid: Sequence[int]) -> bool:
-    return all(n % cells == 0 for n, cells in zip(size, grid, strict=True))
+    return all([n % cells == 0 for n, cells in zip(size, grid, strict=True)])
 
 
 def _split(x: Tensor, grid: Sequence[int]) -> Tensor:
@@ -80,7 +80,7 @@ def _cell_sums(x: Tensor, grid: Sequence[int]) -> Tensor:
     """Sums over the pixels of every cell, the transpose of `upsample`, (N, C, *grid)."""
     size = x.shape[2:]
     if _divides(size, grid):
-        return _pool(x, grid) * math.prod(n // c for n, c in zip(size, grid, strict=True))
+        return _pool(x, grid) * math.prod([n // c for n, c in zip(size, grid, strict=True)])
     transpose = {
         1: _aten.upsample_nearest1d_backward,
         2: _aten.upsample_nearest2d_backward,
@@ -110,7 +110,7 @@ class _Read(torch.autograd.Function):
         if grad is None:
             grad = grad_pooled.new_zeros(ctx.size)
         if _divides(size, grid):
-            share = grad_pooled / math.prod(n // c for n, c in zip(size, grid, strict=True))
+            share = grad_pooled / math.prod([n // c for n, c in zip(size, grid, strict=True)])
             _split(grad, grid).add_(_spread(share))
         else:
             grad.add_(_pool_transpose(grad_pooled, ctx.size))
@@ -165,7 +165,8 @@ class _Write(torch.autograd.Function):
                 saved = (gate, *kept)
         ctx.save_for_backward(*saved)
         ctx.mark_dirty(f)
-        return _write_(f, addend, gate)
+        _write_(f, addend, gate)
+        return f
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -190,9 +191,10 @@ def _gated(x: Tensor, gate: Tensor) -> Tensor:
     size, grid = x.shape[2:], gate.shape[2:]
     if not _divides(size, grid):
         return x * upsample(gate, size)
-    result = torch.empty_like(x)  # keeps the strides of x, so that splitting stays a view
-    torch.mul(_split(x, grid), _spread(gate), out=_split(result, grid))
-    return result
+    cells = _split(x, grid) * _spread(gate)
+    for axis in range(len(grid)):
+        cells = cells.flatten(2 + axis, 3 + axis)  # views: the product has the strides of x
+    return cells
 
 
 def _write_(f: Tensor, addend: Tensor, gate: Tensor | None) -> Tensor:

@@ -24,9 +24,11 @@ class _FrozenAffine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, inplace: bool) -> Tensor:
         ctx.save_for_backward(scale)
-        if inplace:
-            ctx.mark_dirty(x)
-        return _evaluate(x, scale, shift, inplace)
+        if not inplace:
+            return _evaluate(x, scale, shift, inplace)
+        ctx.mark_dirty(x)
+        _evaluate(x, scale, shift, inplace)
+        return x  # the very argument: torch.compile wants to see that
 
     @staticmethod
     @torch.autograd.function.once_differentiable

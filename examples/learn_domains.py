@@ -1,0 +1,329 @@
+"""One pretrained network learns digits, textures and faces, one after the other, in little memory.
+
+A network that knows printed characters learns three domains of real images, each with one Lightning
+Trainer and one DA3Callback. A linear probe and full fine-tuning learn the same data for as many
+epochs. The table at the end, and the pictures and CSV logs in the output folder, are all of this
+run. The images are small: a demonstration, not a benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from datasets import DOMAINS, TEST_FONTS, DomainData, draw_characters, load_domain
+from learning import BATCH_SIZE, Classifier, fit, loggers_for, scores_of, silence_lightning
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from measure import FORMATS, Cost, Step, costs, fastest, with_domain
+from network import build_network
+from torch import Tensor, nn
+
+from lightning_da3 import DA3Callback, DA3Model, convert
+from lightning_da3.loggers import log_domain, log_figure, log_plan_table, log_summary
+from lightning_da3.metrics import AccuracyMatrix
+from lightning_da3.plotting import plot_accuracy_matrix, plot_gate_maps, plot_memory
+
+PROBE, TUNED, DA3 = "linear probe", "fine-tuning", "DA3"
+LEARNING_RATES = {PROBE: 3e-2, TUNED: 3e-3, DA3: 1e-2}
+START = time.perf_counter()
+
+
+@dataclass
+class Run:
+    """One seed of the demonstration: its settings, its folder and what is finished."""
+
+    folder: Path
+    settings: dict[str, Any]
+    tracker: Logger | None
+    accuracy: dict[str, dict[str, float]] = field(
+        default_factory=lambda: {PROBE: {}, TUNED: {}, DA3: {}}
+    )
+    executed: dict[str, float] = field(default_factory=dict)
+    file_bytes: dict[str, int] = field(default_factory=dict)
+    change: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def loggers(self) -> list[Logger]:
+        files = CSVLogger(self.folder, name="", version="")  # pictures and tables lie in the folder
+        return [files] if self.tracker is None else [files, self.tracker]
+
+    def path(self, domain: str) -> Path:
+        return self.folder / "domains" / f"{domain}.safetensors"
+
+    def finished(self, method: str, domain: str) -> bool:
+        return domain in self.accuracy[method]
+
+    def save(self) -> None:
+        """After everything that is finished, so that nothing finished is lost."""
+        state = {"settings": self.settings, "accuracy": self.accuracy}
+        (self.folder / "finished.json").write_text(json.dumps(state, indent=2))
+
+    def resume(self) -> None:
+        path = self.folder / "finished.json"
+        if not path.exists():
+            return
+        state = json.loads(path.read_text())
+        if state["settings"] != self.settings:
+            raise SystemExit(
+                f"{path} was made with {state['settings']}, this run is {self.settings}: "
+                "give the same options, or leave --resume out to start anew."
+            )
+        self.accuracy = state["accuracy"]
+
+
+def say(text: str) -> None:
+    print(f"[{time.perf_counter() - START:4.0f} s] {text}", flush=True)
+
+
+# --- learning -------------------------------------------------------------------------------------
+
+
+def learn_domains(run: Run, data: dict[str, DomainData]) -> DA3Model:
+    """One LightningModule and one network through all domains, a Trainer and a callback each."""
+    module = Classifier(build_network(), LEARNING_RATES[DA3])
+    matrix = AccuracyMatrix(DOMAINS)
+    kept: dict[str, Tensor] = {}
+    for number, domain in enumerate(DOMAINS, 1):
+        if run.finished(DA3, domain):
+            say(f"DA3 learned {domain} before: loaded from its file")
+            if not isinstance(module.network, DA3Model):
+                module.network = convert(module.network)
+            module.network.load_domain(run.path(domain))
+        else:
+            say(f"DA3 learns {domain} ({number} of {len(DOMAINS)})")
+            L.seed_everything(run.settings["seed"], verbose=False)
+            callback = DA3Callback(
+                domain, num_classes=len(data[domain].classes), save_dir=str(run.folder / "domains")
+            )
+            _fit(run, module, domain, DA3, data[domain], callback)
+        for earlier in DOMAINS[:number]:
+            module.network.set_domain(earlier)
+            scores = scores_of(module, data[earlier].test.tensors[0])
+            matrix.update(domain, earlier, scores, data[earlier].test.tensors[1])
+            before = kept.setdefault(earlier, scores)
+            change = float((scores - before).abs().max())
+            run.change[earlier] = max(change, run.change.get(earlier, 0.0))
+        run.executed[domain] = _executed_share(module, data[domain].test.tensors[0])
+        run.file_bytes[domain] = run.path(domain).stat().st_size
+        _finish(run, DA3, domain, scores, data[domain])
+        for logger in run.loggers:
+            log_domain(logger, run.path(domain), domain, {"accuracy": run.accuracy[DA3][domain]})
+    for logger in run.loggers:
+        log_figure(logger, "accuracy_matrix", plot_accuracy_matrix(matrix.compute(), DOMAINS))
+    return module.network
+
+
+def learn_baseline(run: Run, method: str, domain: str, data: DomainData) -> None:
+    """A fresh copy of the network and plain Lightning."""
+    if run.finished(method, domain):
+        return
+    say(f"{method} learns {domain}")
+    L.seed_everything(run.settings["seed"], verbose=False)
+    module = Classifier(baseline(method, len(data.classes)), LEARNING_RATES[method])
+    _fit(run, module, domain, method, data)
+    _finish(run, method, domain, scores_of(module, data.test.tensors[0]), data)
+
+
+def baseline(method: str, num_classes: int) -> nn.Module:
+    network = build_network()
+    if method == PROBE:
+        network.eval().requires_grad_(False)
+    network.fc = nn.Linear(network.fc.in_features, num_classes)
+    return network
+
+
+def _fit(run: Run, module: Classifier, domain: str, method: str, data: DomainData, *callbacks: Any):
+    loggers = loggers_for(run.folder, domain, method, run.tracker)
+    fit(module, data, run.settings["epochs"], run.settings["most_batches"], loggers, callbacks)
+
+
+def _finish(run: Run, method: str, domain: str, scores: Tensor, data: DomainData) -> None:
+    right = (scores.argmax(1) == data.test.tensors[1]).float().mean()
+    run.accuracy[method][domain] = float(right)
+    run.save()
+    say(f"{method} on {domain}: {right:.1%} of {len(scores)} test images")
+
+
+def _executed_share(module: Classifier, images: Tensor) -> float:
+    scores_of(module, images[:256])
+    share = module.network.executed_flops_fraction
+    return 1.0 if share is None else float(share)
+
+
+# --- measuring and pictures -----------------------------------------------------------------------
+
+
+def measure(images: Tensor, labels: Tensor, rounds: int) -> dict[str, Cost]:
+    """What one step of every method costs, each in its faster memory format."""
+    steps = {}
+    for layout, memory_format in FORMATS.items():
+        for method in (PROBE, TUNED, DA3):
+            network = with_domain(build_network()) if method == DA3 else baseline(method, 10)
+            network.to(memory_format=memory_format)
+            batch = images.contiguous(memory_format=memory_format)
+            steps[f"{method}, {layout}"] = Step(network, batch, labels, torch.optim.AdamW)
+    measured = costs(steps, rounds)
+    return {method: measured[fastest(measured, method)] for method in (PROBE, TUNED, DA3)}
+
+
+def picture(run: Run, model: DA3Model, data: dict[str, DomainData], cost: dict[str, Cost]) -> None:
+    before, after = cost[TUNED].saved_by_module, cost[DA3].saved_by_module
+    for logger in run.loggers:
+        log_figure(logger, "memory", plot_memory(before, after, head=model.plan.head))
+        log_plan_table(logger, model.plan, after)
+        for domain in model.domains:
+            model.eval().set_domain(domain)
+            test = data[domain].test.tensors[0]
+            images = test[:: len(test) // 4][:4].clone()
+            figure = plot_gate_maps(images, model.gate_maps(images))
+            log_figure(logger, f"gates_{domain}", figure)
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def report(runs: list[Run], cost: dict[str, Cost]) -> None:
+    """The table; accuracies are means over the runs."""
+    methods = (PROBE, TUNED, DA3)
+    mean = {method: _means(runs, method) for method in methods}
+    print(f"\n{'accuracy on test images, %':32}" + "".join(f"{method:>16}" for method in methods))
+    for domain in (*DOMAINS, "mean"):
+        print(f"  {domain:30}" + "".join(f"{100 * mean[m][domain]:16.1f}" for m in methods))
+    print(f"\none training step, batch of {BATCH_SIZE} (in brackets: fine-tuning / this)")
+    _costs("saved activations, MiB", {m: cost[m].saved_bytes / 2**20 for m in methods})
+    _costs("peak above the start, MiB", {m: cost[m].peak_bytes / 2**20 for m in methods})
+    _costs("time, ms", {m: cost[m].time_ms for m in methods})
+    last = runs[-1]
+    print(f"\n{'the domains of DA3':32}" + "".join(f"{domain:>16}" for domain in DOMAINS))
+    print(f"  {'file, bytes':30}" + "".join(f"{last.file_bytes[d]:16,}" for d in DOMAINS))
+    print(f"  {'hosts FLOPs executed, %':30}" + "".join(_percent(last, d) for d in DOMAINS))
+    changes = {d: max(run.change[d] for run in runs) for d in DOMAINS}
+    print(f"  {'outputs changed later by':30}" + "".join(f"{changes[d]:16g}" for d in DOMAINS))
+    ours, probe, tuned = (mean[m]["mean"] for m in (DA3, PROBE, TUNED))
+    print(f"\nmeans of {len(runs)} seed(s), all domains:")
+    _verdict(f"DA3 {ours:.1%} >= fine-tuning {tuned:.1%} - 2 points", ours >= tuned - 0.02)
+    _verdict(f"DA3 {ours:.1%} > linear probe {probe:.1%}", ours > probe)
+    _verdict("outputs of earlier domains are bit-identical", not any(changes.values()))
+
+
+def headline(run: Run, cost: dict[str, Cost] | None) -> dict[str, float]:
+    values = {f"accuracy/{m}/{d}": a for m in run.accuracy for d, a in run.accuracy[m].items()}
+    values |= {f"executed_flops_fraction/{d}": share for d, share in run.executed.items()}
+    values |= {f"file_bytes/{d}": float(count) for d, count in run.file_bytes.items()}
+    values |= {f"output_change/{d}": change for d, change in run.change.items()}
+    for method, paid in (cost or {}).items():
+        values[f"saved_activation_bytes/{method}"] = float(paid.saved_bytes)
+        values[f"peak_bytes/{method}"] = float(paid.peak_bytes)
+        values[f"step_ms/{method}"] = paid.time_ms
+    return values
+
+
+def _means(runs: list[Run], method: str) -> dict[str, float]:
+    means = {d: sum(run.accuracy[method][d] for run in runs) / len(runs) for d in DOMAINS}
+    return {**means, "mean": sum(means.values()) / len(means)}
+
+
+def _costs(what: str, values: dict[str, float]) -> None:
+    cells = [f"{value:.2f} ({values[TUNED] / value:.1f}x)" for value in values.values()]
+    print(f"  {what:30}" + "".join(f"{cell:>16}" for cell in cells))
+
+
+def _percent(run: Run, domain: str) -> str:
+    return f"{100 * run.executed[domain]:16.1f}"
+
+
+def _verdict(claim: str, holds: bool) -> None:
+    print(f"  {'yes' if holds else 'NO ':3}  {claim}")
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def demonstrate(run: Run, *, with_costs: bool, rounds: int) -> dict[str, Cost] | None:
+    data = {domain: load_domain(domain, seed=run.settings["seed"]) for domain in DOMAINS}
+    model = learn_domains(run, data)
+    for domain in DOMAINS:
+        for method in (PROBE, TUNED):
+            learn_baseline(run, method, domain, data[domain])
+    cost = None
+    if with_costs:
+        say("memory and time of a step, in turns")
+        images, labels = (part[:BATCH_SIZE].clone() for part in data["digits"].train.tensors)
+        cost = measure(images, labels, rounds)
+        picture(run, model, data, cost)
+    for logger in run.loggers:
+        log_summary(logger, headline(run, cost))
+    return cost
+
+
+def track(arguments: argparse.Namespace, folder: Path, settings: dict[str, Any]) -> Logger | None:
+    if arguments.logger == "csv":
+        return None
+    name = f"learn_domains seed {settings['seed']}"
+    tracker = WandbLogger(project="lightning-da3", name=name, save_dir=folder)
+    tracker.log_hyperparams(settings)
+    return tracker
+
+
+def source_accuracy() -> float:
+    images, labels = draw_characters(TEST_FONTS, 500, seed=2**31)
+    return float((scores_of(build_network(), images).argmax(1) == labels).float().mean())
+
+
+def run_all(arguments: argparse.Namespace, runs: list[Run]) -> dict[str, Cost]:
+    """Every seed; memory and time are measured with the first."""
+    say(f"source: {source_accuracy():.1%} of printed characters in unseen fonts")
+    paid: dict[str, Cost] = {}
+    for seed in range(arguments.seeds):
+        folder = arguments.output / f"seed{seed}" if arguments.seeds > 1 else arguments.output
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "seed": seed,
+            "epochs": 1 if arguments.smoke else arguments.epochs,
+            "most_batches": 4 if arguments.smoke else None,
+        }
+        run = Run(folder, settings, track(arguments, folder, settings))
+        if arguments.resume:
+            run.resume()
+        runs.append(run)
+        rounds = 2 if arguments.smoke else 15
+        cost = demonstrate(run, with_costs=seed == 0, rounds=rounds)
+        paid = cost or paid
+        if isinstance(run.tracker, WandbLogger):
+            run.tracker.experiment.finish()
+    return paid
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--epochs", type=int, default=15, help="for every method and domain")
+    parser.add_argument("--seeds", type=int, default=1, help="repeat and print means")
+    parser.add_argument("--logger", choices=("csv", "wandb"), default="csv")
+    parser.add_argument("--output", type=Path, default=Path("outputs/learn_domains"))
+    parser.add_argument("--resume", action="store_true", help="load what a run finished earlier")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
+    arguments = parser.parse_args()
+    silence_lightning()
+    runs: list[Run] = []
+    try:
+        paid = run_all(arguments, runs)
+    except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns the first into the second
+        if isinstance(stop, SystemExit) and isinstance(stop.code, str):
+            raise  # a message of ours
+        finished = [f"{m} on {d}" for run in runs for m in run.accuracy for d in run.accuracy[m]]
+        print(f"\nInterrupted. Finished and kept in {arguments.output}: {finished or 'nothing'}.")
+        raise SystemExit("Go on with the same options and --resume.") from None
+    report(runs, paid)
+    say(f"pictures, logs and domains are in {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
