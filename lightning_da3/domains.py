@@ -26,7 +26,7 @@ from lightning_da3.nn.gate import (
 from lightning_da3.nn.head import HeadSlot, new_head
 from lightning_da3.passes.hosts import INPUTS, host_key
 from lightning_da3.planning import INERT_LAYERS, HostPlan, Plan
-from lightning_da3.state import check_input, complete_state
+from lightning_da3.state import check_identity, check_input, complete_state, identity
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 NOISE_UNTIL = 0.8  # of training; the gates settle without noise
@@ -255,14 +255,8 @@ class DA3Model(nn.Module):
             CheckpointError: It cannot be written, or holds NaN; a file that was there stays.
         """
         domain = self.domain(name)
-        about = {
-            "domain": name,
-            "num_classes": domain.num_classes,
-            "config": self.config.to_dict(),
-            "network": self.plan.network,
-            "backbone": self.fingerprint,
-        }
-        write_domain(path, domain.state_dict(), {**about, "extra": metadata})
+        about = {"domain": name, "num_classes": domain.num_classes, "extra": metadata}
+        write_domain(path, domain.state_dict(), {**about, **identity(self)})
 
     def load_domain(self, path: str | os.PathLike[str], name: str | None = None) -> str:
         """Add the domain that `save_domain` wrote.
@@ -280,14 +274,9 @@ class DA3Model(nn.Module):
             DomainError: There is a domain of that name already.
         """
         file = read_domain(path)
-        about = file.metadata
-        problems = self._misfits(about)
-        if problems:
-            raise CheckpointError(
-                f"The domain file {str(path)!r} does not fit this model: {' '.join(problems)}"
-            )
-        name = str(about["domain"]) if name is None else name
-        self.add_domain(name, about["num_classes"])
+        check_identity(self, file.metadata, str(path))
+        name = str(file.metadata["domain"]) if name is None else name
+        self.add_domain(name, file.metadata["num_classes"])
         try:
             self.domain(name).load_state_dict(file.tensors)
         except RuntimeError as error:
@@ -296,27 +285,6 @@ class DA3Model(nn.Module):
                 f"The domain file {str(path)!r} does not fit this model: {error}"
             ) from error
         return name
-
-    def _misfits(self, about: Mapping[str, Any]) -> list[str]:
-        if not {"domain", "num_classes", "config", "network", "backbone"} <= set(about):
-            return ["it was not written by `save_domain`."]
-        problems = []
-        if about["backbone"] != self.fingerprint:
-            problems.append(
-                f"It was learned on another backbone ({about['network']}, fingerprint "
-                f"{about['backbone'][:12]}); this one is {self.plan.network}, fingerprint "
-                f"{self.fingerprint[:12]}. Convert the backbone that it was learned on."
-            )
-        mine = self.config.to_dict()
-        differing = [
-            key for key in ("adapter", "gate", "head") if about["config"][key] != mine[key]
-        ]
-        problems += [
-            f"Its `{key}` is {about['config'][key]}, here it is {mine[key]}: convert with "
-            "DA3Config.from_dict of its config."
-            for key in differing
-        ]
-        return problems
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a state dict must say beside its tensors; plain types only."""

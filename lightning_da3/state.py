@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -36,6 +36,54 @@ def check_input(x: Tensor, plan: Plan) -> None:
         )
     if x.dim() not in (axes + 1, axes + 2) or x.shape[-axes - 1] != channels:
         raise InputError(f"{plan.network} takes batches of shape ({shape}), got {tuple(x.shape)}.")
+
+
+def identity(model: DA3Model) -> dict[str, Any]:
+    """What a domain's file says of the model that it was learned with; plain types."""
+    return {
+        "config": model.config.to_dict(),
+        "network": model.plan.network,
+        "backbone": model.fingerprint,
+    }
+
+
+def check_identity(model: DA3Model, about: Mapping[str, Any], path: str) -> None:
+    """Refuse a domain that was learned with another model.
+
+    Args:
+        model: That it should be loaded into.
+        about: Metadata of the domain's file.
+        path: Of the file, for the error.
+
+    Raises:
+        CheckpointError: The backbone or the config is another; all differences are named.
+    """
+    here = identity(model)
+    missing = sorted({"domain", "num_classes", *here} - set(about))
+    if missing:
+        problems = [f"it lacks {missing}; `save_domain` writes whole ones."]
+    else:
+        problems = list(_differences(about, here))
+    if problems:
+        raise CheckpointError(
+            f"The domain file {path!r} does not fit this model: {' '.join(problems)}"
+        )
+
+
+def _differences(about: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    if about["backbone"] != here["backbone"]:
+        yield (
+            f"It was learned on another backbone ({about['network']}, fingerprint "
+            f"{about['backbone'][:12]}); this one is {here['network']}, fingerprint "
+            f"{here['backbone'][:12]}. Convert the backbone that it was learned on."
+        )
+    for key in ("adapter", "gate", "head"):
+        theirs, mine = about["config"][key], here["config"][key]
+        if theirs != mine:
+            yield (
+                f"Its config has {key}={theirs}, here it is {mine}. Convert with the config that "
+                "it was learned with."
+            )
 
 
 def backbone_state(state: Mapping[str, Any], head: str | None) -> dict[str, Tensor]:

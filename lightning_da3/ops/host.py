@@ -36,7 +36,8 @@ def coarse_grid(size: Sequence[int], max_cells: int) -> tuple[int, ...]:
 
 
 def _divides(size: Sequence[int], grid: Sequence[int]) -> bool:
-    return all([n % cells == 0 for n, cells in zip(size, grid, strict=True)])
+    remainders = [n % cells for n, cells in zip(size, grid, strict=True)]  # torch.compile: a list
+    return not any(remainders)
 
 
 def _split(x: Tensor, grid: Sequence[int]) -> Tensor:

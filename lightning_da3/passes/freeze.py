@@ -8,7 +8,7 @@ from torch import fx
 
 from lightning_da3.config import DA3Config
 from lightning_da3.nn.frozen import FrozenAffine, FrozenConv
-from lightning_da3.planning import NodePlan, Plan, layer_at
+from lightning_da3.planning import NodePlan, Plan, layer_called
 from lightning_da3.registry import replacement_for
 from lightning_da3.tracing import module_of
 
@@ -48,8 +48,9 @@ def _frozen_conv(originals: dict[str, Any], name: str, norm_name: str | None) ->
 
 
 def _replace(gm: fx.GraphModule, node: fx.Node, step: NodePlan) -> None:
-    replacement = replacement_for(layer_at(gm, node))
-    assert replacement is not None and replacement.build is not None
+    layer = layer_called(gm, node)
+    replacement = None if layer is None else replacement_for(layer)
+    assert replacement is not None and replacement.build is not None  # the plan looked
     _call(gm, node, replacement.build(step.inplace))
 
 

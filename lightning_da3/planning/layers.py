@@ -1,0 +1,40 @@
+"""What a node of a traced network calls."""
+
+from __future__ import annotations
+
+import math
+
+from torch import fx, nn
+
+from lightning_da3.registry import layer_of
+from lightning_da3.tracing import module_of
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def layer_called(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The layer that `node` calls, or that does what its function or method does."""
+    if node.op in ("call_function", "call_method") and node.args:
+        return layer_of(node.target, node.args[1:], dict(node.kwargs))
+    return module_of(gm, node)
+
+
+def has_statistics(layer: nn.Module | None) -> bool:
+    """A batch norm that computes with running statistics in eval."""
+    return type(layer) in BATCH_NORMS and layer.running_mean is not None  # type: ignore[union-attr]
+
+
+def is_spatial(layer: nn.Module | None) -> bool:
+    """A 2d convolution whose window is larger than one pixel."""
+    return type(layer) is nn.Conv2d and math.prod(layer.kernel_size) > 1
+
+
+def is_pointwise(layer: nn.Module | None) -> bool:
+    """A 1x1 convolution over all channels."""
+    return type(layer) is nn.Conv2d and math.prod(layer.kernel_size) == 1 and layer.groups == 1
+
+
+def is_depthwise(layer: nn.Module | None) -> bool:
+    """A convolution that mixes no channels."""
+    return type(layer) is nn.Conv2d and 1 < layer.groups == layer.in_channels

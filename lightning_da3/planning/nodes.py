@@ -1,0 +1,117 @@
+"""What becomes of every node, and what its backward keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import fx, nn
+
+from lightning_da3.planning.layers import CONVS, has_statistics, layer_called
+from lightning_da3.planning.plan import HostPlan, NodePlan
+from lightning_da3.registry import Replacement, replacement_for
+from lightning_da3.tracing import module_of
+
+
+def plan_nodes(
+    gm: fx.GraphModule,
+    head: str | None,
+    folds: dict[str, str],
+    trained: set[str],
+) -> Iterator[NodePlan]:
+    """What becomes of every call in the graph, in order.
+
+    Args:
+        gm: A traced network.
+        head: Module name of the classifier.
+        folds: Convolution by batch norm node.
+        trained: Names of nodes that something trainable is upstream of.
+    """
+    fresh: set[str] = set()  # nodes whose result is new memory that nothing else refers to
+    for node in gm.graph.nodes:
+        if not node.op.startswith("call"):
+            continue
+        planned = _plan_node(gm, node, head, folds, fresh)
+        if planned.action in ("freeze", "affine", "replace", "fold") or _is_fresh(node, fresh):
+            fresh.add(node.name)
+        if node.name not in trained:
+            planned = dataclasses.replace(planned, keeps="nothing")
+        yield planned
+
+
+_NEW_MEMORY = {torch.cat, torch.add, torch.sub, torch.mul}
+
+
+def _is_fresh(node: fx.Node, fresh: set[str]) -> bool:
+    name = getattr(node.target, "__name__", "")
+    if name in ("iadd", "isub", "imul"):
+        before = node.args[0]
+        return isinstance(before, fx.Node) and before.name in fresh and len(before.users) == 1
+    return node.target in _NEW_MEMORY or name in ("add", "sub", "mul")
+
+
+def _plan_node(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    head: str | None,
+    folds: dict[str, str],
+    fresh: set[str],
+) -> NodePlan:
+    called = module_of(gm, node)
+    layer = layer_called(gm, node)
+    label = _label(node, called)
+    before = node.args[0] if node.args else None
+    free = isinstance(before, fx.Node) and before.name in fresh and len(before.users) == 1
+    if node.op == "call_module" and str(node.target) == head:
+        return NodePlan(node.name, label, "leave", "head")
+    if type(called) in CONVS:
+        return NodePlan(node.name, label, "freeze")
+    if node.name in folds:
+        return NodePlan(node.name, label, "fold", fold_into=folds[node.name])
+    if has_statistics(called):
+        return NodePlan(node.name, label, "affine", inplace=free)
+    replacement = replacement_for(layer) if layer is not None else None
+    if replacement is None:
+        keeps = "nothing" if _keeps_nothing(node, called) else "pytorch"
+        return NodePlan(node.name, label, "leave", keeps)
+    if replacement.build is None:
+        return NodePlan(node.name, label, "remove")
+    inplace = _overwrites(replacement, free)
+    return NodePlan(node.name, label, "replace", replacement.keeps, inplace)
+
+
+def _overwrites(replacement: Replacement, free: bool) -> bool:
+    """In place where the user asked for it, or where nobody could tell."""
+    return replacement.inplace is not None and (replacement.inplace or free)
+
+
+def _label(node: fx.Node, called: nn.Module | None) -> str:
+    if called is not None:
+        return type(called).__name__
+    return str(getattr(node.target, "__name__", node.target))
+
+
+# frozen, they keep nothing, and they compute the same in train mode as in eval
+INERT_LAYERS = (nn.Linear, nn.Flatten, nn.Unflatten, nn.ZeroPad2d, nn.ConstantPad2d)
+_KEEP_NOTHING_NAMES = frozenset(
+    "add iadd sub isub radd cat stack chunk split unbind flatten view reshape permute transpose "
+    "contiguous size getattr getitem unsqueeze squeeze expand mean sum to dim numel float half "
+    "pad movedim swapaxes t neg floordiv eq ne lt le gt ge _assert".split()
+)
+
+
+def _keeps_nothing(node: fx.Node, called: nn.Module | None) -> bool:
+    if called is not None:
+        return type(called) in INERT_LAYERS
+    return _label(node, None) in _KEEP_NOTHING_NAMES
+
+
+def trained_through(gm: fx.GraphModule, hosts: tuple[HostPlan, ...]) -> set[str]:
+    """Nodes that something trainable is upstream of; the others build no graph, keep nothing."""
+    last = {host.last for host in hosts}
+    trained: set[str] = set()
+    for node in gm.graph.nodes:
+        if any(i.name in trained or i.name in last for i in node.all_input_nodes):
+            trained.add(node.name)
+    return trained
