@@ -9,9 +9,7 @@ run. The images are small: a demonstration, not a benchmark.
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,62 +17,19 @@ import lightning as L
 import torch
 from datasets import DOMAINS, TEST_FONTS, DomainData, draw_characters, load_domain
 from learning import BATCH_SIZE, Classifier, fit, loggers_for, scores_of, silence_lightning
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from measure import FORMATS, Cost, Step, costs, fastest, with_domain
 from network import build_network
+from results import DA3, METHODS, PROBE, TUNED, Run, headline, report
 from torch import Tensor, nn
 
-from lightning_da3 import DA3Callback, DA3Model, convert
+from lightning_da3 import DA3Callback, DA3Config, DA3Model, convert
 from lightning_da3.loggers import log_domain, log_figure, log_plan_table, log_summary
 from lightning_da3.metrics import AccuracyMatrix
 from lightning_da3.plotting import plot_accuracy_matrix, plot_gate_maps, plot_memory
 
-PROBE, TUNED, DA3 = "linear probe", "fine-tuning", "DA3"
 LEARNING_RATES = {PROBE: 3e-2, TUNED: 3e-3, DA3: 1e-2}
 START = time.perf_counter()
-
-
-@dataclass
-class Run:
-    """One seed of the demonstration: its settings, its folder and what is finished."""
-
-    folder: Path
-    settings: dict[str, Any]
-    tracker: Logger | None
-    accuracy: dict[str, dict[str, float]] = field(
-        default_factory=lambda: {PROBE: {}, TUNED: {}, DA3: {}}
-    )
-    executed: dict[str, float] = field(default_factory=dict)
-    file_bytes: dict[str, int] = field(default_factory=dict)
-    change: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def loggers(self) -> list[Logger]:
-        files = CSVLogger(self.folder, name="", version="")  # pictures and tables lie in the folder
-        return [files] if self.tracker is None else [files, self.tracker]
-
-    def path(self, domain: str) -> Path:
-        return self.folder / "domains" / f"{domain}.safetensors"
-
-    def finished(self, method: str, domain: str) -> bool:
-        return domain in self.accuracy[method]
-
-    def save(self) -> None:
-        """After everything that is finished, so that nothing finished is lost."""
-        state = {"settings": self.settings, "accuracy": self.accuracy}
-        (self.folder / "finished.json").write_text(json.dumps(state, indent=2))
-
-    def resume(self) -> None:
-        path = self.folder / "finished.json"
-        if not path.exists():
-            return
-        state = json.loads(path.read_text())
-        if state["settings"] != self.settings:
-            raise SystemExit(
-                f"{path} was made with {state['settings']}, this run is {self.settings}: "
-                "give the same options, or leave --resume out to start anew."
-            )
-        self.accuracy = state["accuracy"]
 
 
 def say(text: str) -> None:
@@ -106,9 +61,10 @@ def learn_domains(run: Run, data: dict[str, DomainData]) -> DA3Model:
             module.network.set_domain(earlier)
             scores = scores_of(module, data[earlier].test.tensors[0])
             matrix.update(domain, earlier, scores, data[earlier].test.tensors[1])
-            before = kept.setdefault(earlier, scores)
-            change = float((scores - before).abs().max())
-            run.change[earlier] = max(change, run.change.get(earlier, 0.0))
+            if earlier in kept:  # learned before this domain was
+                change = float((scores - kept[earlier]).abs().max())
+                run.change[earlier] = max(change, run.change.get(earlier, 0.0))
+        kept[domain] = scores
         run.executed[domain] = _executed_share(module, data[domain].test.tensors[0])
         run.file_bytes[domain] = run.path(domain).stat().st_size
         _finish(run, DA3, domain, scores, data[domain])
@@ -163,13 +119,13 @@ def measure(images: Tensor, labels: Tensor, rounds: int) -> dict[str, Cost]:
     """What one step of every method costs, each in its faster memory format."""
     steps = {}
     for layout, memory_format in FORMATS.items():
-        for method in (PROBE, TUNED, DA3):
+        for method in METHODS:
             network = with_domain(build_network()) if method == DA3 else baseline(method, 10)
             network.to(memory_format=memory_format)
             batch = images.contiguous(memory_format=memory_format)
             steps[f"{method}, {layout}"] = Step(network, batch, labels, torch.optim.AdamW)
     measured = costs(steps, rounds)
-    return {method: measured[fastest(measured, method)] for method in (PROBE, TUNED, DA3)}
+    return {method: measured[fastest(measured, method)] for method in METHODS}
 
 
 def picture(run: Run, model: DA3Model, data: dict[str, DomainData], cost: dict[str, Cost]) -> None:
@@ -183,63 +139,6 @@ def picture(run: Run, model: DA3Model, data: dict[str, DomainData], cost: dict[s
             images = test[:: len(test) // 4][:4].clone()
             figure = plot_gate_maps(images, model.gate_maps(images))
             log_figure(logger, f"gates_{domain}", figure)
-
-
-# --- the report -----------------------------------------------------------------------------------
-
-
-def report(runs: list[Run], cost: dict[str, Cost]) -> None:
-    """The table; accuracies are means over the runs."""
-    methods = (PROBE, TUNED, DA3)
-    mean = {method: _means(runs, method) for method in methods}
-    print(f"\n{'accuracy on test images, %':32}" + "".join(f"{method:>16}" for method in methods))
-    for domain in (*DOMAINS, "mean"):
-        print(f"  {domain:30}" + "".join(f"{100 * mean[m][domain]:16.1f}" for m in methods))
-    print(f"\none training step, batch of {BATCH_SIZE} (in brackets: fine-tuning / this)")
-    _costs("saved activations, MiB", {m: cost[m].saved_bytes / 2**20 for m in methods})
-    _costs("peak above the start, MiB", {m: cost[m].peak_bytes / 2**20 for m in methods})
-    _costs("time, ms", {m: cost[m].time_ms for m in methods})
-    last = runs[-1]
-    print(f"\n{'the domains of DA3':32}" + "".join(f"{domain:>16}" for domain in DOMAINS))
-    print(f"  {'file, bytes':30}" + "".join(f"{last.file_bytes[d]:16,}" for d in DOMAINS))
-    print(f"  {'hosts FLOPs executed, %':30}" + "".join(_percent(last, d) for d in DOMAINS))
-    changes = {d: max(run.change[d] for run in runs) for d in DOMAINS}
-    print(f"  {'outputs changed later by':30}" + "".join(f"{changes[d]:16g}" for d in DOMAINS))
-    ours, probe, tuned = (mean[m]["mean"] for m in (DA3, PROBE, TUNED))
-    print(f"\nmeans of {len(runs)} seed(s), all domains:")
-    _verdict(f"DA3 {ours:.1%} >= fine-tuning {tuned:.1%} - 2 points", ours >= tuned - 0.02)
-    _verdict(f"DA3 {ours:.1%} > linear probe {probe:.1%}", ours > probe)
-    _verdict("outputs of earlier domains are bit-identical", not any(changes.values()))
-
-
-def headline(run: Run, cost: dict[str, Cost] | None) -> dict[str, float]:
-    values = {f"accuracy/{m}/{d}": a for m in run.accuracy for d, a in run.accuracy[m].items()}
-    values |= {f"executed_flops_fraction/{d}": share for d, share in run.executed.items()}
-    values |= {f"file_bytes/{d}": float(count) for d, count in run.file_bytes.items()}
-    values |= {f"output_change/{d}": change for d, change in run.change.items()}
-    for method, paid in (cost or {}).items():
-        values[f"saved_activation_bytes/{method}"] = float(paid.saved_bytes)
-        values[f"peak_bytes/{method}"] = float(paid.peak_bytes)
-        values[f"step_ms/{method}"] = paid.time_ms
-    return values
-
-
-def _means(runs: list[Run], method: str) -> dict[str, float]:
-    means = {d: sum(run.accuracy[method][d] for run in runs) / len(runs) for d in DOMAINS}
-    return {**means, "mean": sum(means.values()) / len(means)}
-
-
-def _costs(what: str, values: dict[str, float]) -> None:
-    cells = [f"{value:.2f} ({values[TUNED] / value:.1f}x)" for value in values.values()]
-    print(f"  {what:30}" + "".join(f"{cell:>16}" for cell in cells))
-
-
-def _percent(run: Run, domain: str) -> str:
-    return f"{100 * run.executed[domain]:16.1f}"
-
-
-def _verdict(claim: str, holds: bool) -> None:
-    print(f"  {'yes' if holds else 'NO ':3}  {claim}")
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -267,7 +166,7 @@ def track(arguments: argparse.Namespace, folder: Path, settings: dict[str, Any])
         return None
     name = f"learn_domains seed {settings['seed']}"
     tracker = WandbLogger(project="lightning-da3", name=name, save_dir=folder)
-    tracker.log_hyperparams(settings)
+    tracker.log_hyperparams({**settings, "da3": DA3Config().to_dict()})
     return tracker
 
 
@@ -291,6 +190,8 @@ def run_all(arguments: argparse.Namespace, runs: list[Run]) -> dict[str, Cost]:
         run = Run(folder, settings, track(arguments, folder, settings))
         if arguments.resume:
             run.resume()
+        else:
+            run.record.unlink(missing_ok=True)  # what it lists is learned anew
         runs.append(run)
         rounds = 2 if arguments.smoke else 15
         cost = demonstrate(run, with_costs=seed == 0, rounds=rounds)
@@ -322,6 +223,8 @@ def main() -> None:
         print(f"\nInterrupted. Finished and kept in {arguments.output}: {finished or 'nothing'}.")
         raise SystemExit("Go on with the same options and --resume.") from None
     report(runs, paid)
+    if arguments.smoke:
+        say("--smoke trains a few steps only: its accuracies mean nothing")
     say(f"pictures, logs and domains are in {arguments.output}")
 
 

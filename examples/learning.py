@@ -54,6 +54,13 @@ class Classifier(L.LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
+class Bar(TQDMProgressBar):
+    """Lightning's bar without the logger's version."""
+
+    def get_metrics(self, *arguments: Any) -> dict[str, Any]:
+        return {k: v for k, v in super().get_metrics(*arguments).items() if k != "v_num"}
+
+
 def fit(
     module: Classifier,
     data: DomainData,
@@ -70,7 +77,7 @@ def fit(
         limit_val_batches=most_batches,
         log_every_n_steps=1000,  # the epoch's figures are enough
         logger=list(loggers),
-        callbacks=[TQDMProgressBar(refresh_rate=10), *callbacks],
+        callbacks=[Bar(refresh_rate=10), *callbacks],
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -111,4 +118,5 @@ def silence_lightning() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers")
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training")
     warnings.filterwarnings("ignore", "Experiment logs directory")
+    warnings.filterwarnings("ignore", ".*smaller than the logging interval")
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated", FutureWarning)

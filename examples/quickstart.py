@@ -16,10 +16,10 @@ class Classifier(L.LightningModule):
         super().__init__()
         self.network = build_network()  # pretrained on printed characters; it knows no digit
 
-    def training_step(self, batch, batch_idx):
+    def training_step(self, batch, _):
         return F.cross_entropy(self.network(batch[0]), batch[1])
 
-    def test_step(self, batch, batch_idx):
+    def validation_step(self, batch, _):
         self.log("accuracy", (self.network(batch[0]).argmax(1) == batch[1]).float().mean())
 
     def configure_optimizers(self):
@@ -29,13 +29,12 @@ class Classifier(L.LightningModule):
 if __name__ == "__main__":
     digits, classifier = load_domain("digits"), Classifier()
     train = DataLoader(digits.train, batch_size=32, shuffle=True)
-    images = next(iter(train))[0]
-    before = saved_activation_bytes(classifier.network, images)
+    before = saved_activation_bytes(classifier.network, images := next(iter(train))[0])
 
     da3 = DA3Callback("digits", num_classes=10, save_dir="outputs/quickstart")
     trainer = L.Trainer(max_epochs=5, callbacks=[da3], logger=False, enable_checkpointing=False)
     trainer.fit(classifier, train)
     after = saved_activation_bytes(classifier.network, images)
 
-    trainer.test(classifier, DataLoader(digits.test, batch_size=100))
+    trainer.validate(classifier, DataLoader(digits.test, batch_size=100))
     print(f"kept for the backward pass: {before:,} bytes before, {after:,} bytes with DA3")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # of Okabe and Ito: told apart by colour-blind people, and in grey
 BEFORE, AFTER = "#D55E00", "#0072B2"
 DIMMED = (0.05, 0.08, 0.20)
+DARKEST = 0.3  # a black pixel is drawn so, or it would look skipped
 DIM_BY = 0.78  # how much of the dim colour covers a skipped cell
 WORTH_A_ROW = 1e-4  # of the largest row; a scalar kept somewhere would stretch the axis for nothing
 
@@ -272,7 +273,8 @@ def _check_maps(images: Tensor, maps: Mapping[str, Tensor]) -> None:
 def _stretched(images: Tensor) -> Tensor:
     low = images.amin(dim=(1, 2, 3), keepdim=True)
     high = images.amax(dim=(1, 2, 3), keepdim=True)
-    return ((images - low) / (high - low).clamp(min=1e-6)).expand(-1, 3, -1, -1)
+    images = (images - low) / (high - low).clamp(min=1e-6)  # 0 to 1
+    return (DARKEST + (1 - DARKEST) * images).expand(-1, 3, -1, -1)
 
 
 def _laid_over(gate: Tensor, size: torch.Size) -> Tensor:

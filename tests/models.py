@@ -73,6 +73,18 @@ class SharedLayers(Classifier):
         return x
 
 
+class SharedConv(Classifier):
+    """One convolution with a batch norm of its own behind every call."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.norm1, self.norm2 = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm2(self.conv(F.relu(self.norm1(self.conv(x))))))
+
+
 class TwoReaders(Classifier):
     """The batch norm is not alone in reading the convolution."""
 
@@ -151,7 +163,13 @@ class InplaceThenOutOfPlace(Classifier):
 class Activations(Classifier):
     def __init__(self) -> None:
         super().__init__(4)
-        kinds = [nn.ReLU6(), nn.Hardtanh(-0.3, 0.4), nn.LeakyReLU(0.2), nn.LeakyReLU(-0.5), nn.GELU()]
+        kinds = [
+            nn.ReLU6(),
+            nn.Hardtanh(-0.3, 0.4),
+            nn.LeakyReLU(0.2),
+            nn.LeakyReLU(-0.5),
+            nn.GELU(),
+        ]
         layers: list[nn.Module] = []
         for i, kind in enumerate(kinds):
             layers += [nn.Conv2d(4 if i else 3, 4, 3, padding=1), kind]
@@ -347,6 +365,7 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
         ConvWithoutNorm,
         ConvNorm,
         SharedLayers,
+        SharedConv,
         TwoReaders,
         Residual,
         Functional,
@@ -454,6 +473,4 @@ def inputs(name: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(1)
     size = FAMILIES[name][1] if name in FAMILIES else 12
     count = 2 if name == "TwoInputsTwoOutputs" else 1
-    return tuple(
-        torch.randn(2, 3, size, size, generator=generator).to(dtype) for _ in range(count)
-    )
+    return tuple(torch.randn(2, 3, size, size, generator=generator).to(dtype) for _ in range(count))

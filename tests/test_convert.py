@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-import warnings
 
 import models
 import pytest
@@ -39,11 +38,13 @@ FAMILY_NAMES = [
 ]
 
 
+# PyTorch's own network of an even kernel warns; conversion pads itself
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-    # PyTorch's own, on an even kernel with padding="same"
-    warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
 
 
 def choose(name="", **choices):
@@ -58,23 +59,38 @@ def network(name):
 
 
 def add(model, name, seed=1):
-    """A new domain that has learned something: random parameters, some gates closed."""
+    """A new domain that has learned something: random parameters."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         model.add_domain(name, None if model.plan.head is None else 3)
         domain = model.domain(name)
         for parameter in domain.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.3)
-        for adapter in domain.adapters.values():
-            adapter.attend.bias.zero_()
         if domain.head is not None:
             domain.head.bias.add_(1.0)  # some networks have a ReLU behind
     return model
 
 
+def mix_gates_(model, x):
+    """Shift every gate of the active domain: open for some cells, closed for others."""
+
+    def centre_(attend, _, logits):
+        shift = (logits.amax() + logits.amin()) / 2
+        attend.bias -= shift
+        return logits - shift
+
+    adapters = model.domain(model.active_domain).adapters.values()
+    hooks = [adapter.attend.register_forward_hook(centre_) for adapter in adapters]
+    with torch.no_grad():
+        model(*x)
+    for hook in hooks:
+        hook.remove()
+
+
 def converted(name, dtype=torch.float32, **choices):
     model = add(convert(network(name).to(dtype), choose(name, **choices)), "a")
     model.set_domain("a")
+    mix_gates_(model, models.inputs(name, dtype))
     return model.train()
 
 
@@ -105,7 +121,7 @@ def assert_identical(actual, expected):
 
 def photograph(net):
     """Everything of a network that conversion might change."""
-    state = {key: value.tolist() for key, value in net.state_dict().items()}
+    state = {key: value.numpy().tobytes() for key, value in net.state_dict().items()}
     flags = {name: module.training for name, module in net.named_modules()}
     trained = {name: (id(p), p.requires_grad) for name, p in net.named_parameters()}
     attributes = {name: sorted(vars(module)) for name, module in net.named_modules()}
@@ -185,13 +201,12 @@ def test_the_training_flag_is_taken_over(training):
 
 def test_a_dropout_that_the_user_wants_in_eval_stays():
     net = models.randomise_(models.AlwaysDropout())
-    model = convert(net, choose())
-    x = models.inputs("AlwaysDropout")
-    torch.manual_seed(3)
-    expected = net.eval()(*x)
-    torch.manual_seed(3)
-    assert_relatively_close(model(*x), expected, 1e-5)
-    assert not torch.equal(model(*x), expected)
+    model = convert(net, choose()).eval()
+    (x,) = models.inputs("AlwaysDropout")
+    assert not torch.equal(model(x), model(x))
+    mean = torch.stack([model(x) for _ in range(300)]).mean(0)
+    expected = net.eval().fc(net.conv(x).mean((2, 3)))
+    torch.testing.assert_close(mean, expected, rtol=0, atol=0.02)
 
 
 def test_the_call_signature_is_kept():
@@ -221,16 +236,15 @@ def test_the_type_is_that_of_the_network(dtype):
 
 
 def test_channels_last_stays_channels_last():
-    model, (x,) = converted("Residual", exact := torch.float32), models.inputs("Residual", exact)
+    model, (x,) = converted("Residual"), models.inputs("Residual")
     contiguous = model(x)
     last = x.contiguous(memory_format=torch.channels_last)
     assert_relatively_close(model(last), contiguous, 1e-5)
     assert_relatively_close(gradients(model, [last]), gradients(model, [x]), 1e-4)
-    features = model.backbone.relu if hasattr(model.backbone, "relu") else model.backbone.conv2
-    layouts = []
-    features.register_forward_hook(lambda m, i, o: layouts.append(o))
+    maps = []
+    model.backbone.conv2.register_forward_hook(lambda module, args, y: maps.append(y))
     model(last)
-    assert layouts[0].is_contiguous(memory_format=torch.channels_last)
+    assert maps[0].is_contiguous(memory_format=torch.channels_last)
 
 
 # --- gradients, against plain PyTorch
@@ -268,7 +282,9 @@ class PlainPyTorch(fx.Interpreter):
         logits = F.conv2d(hidden, adapter.attend.weight, adapter.attend.bias)
         soft = torch.sigmoid(logits)
         addend = soft * F.conv2d(hidden, adapter.value.weight)
-        return addend + adapter.value.bias.view(-1, 1, 1), (logits > 0).to(soft) + soft - soft.detach()
+        return addend + adapter.value.bias.view(-1, 1, 1), (logits > 0).to(
+            soft
+        ) + soft - soft.detach()
 
     def write(self, host, f):
         addend, gate = self.adapted[host.name]
@@ -296,7 +312,9 @@ GRADIENT_FAMILIES += [
 CASES = [*models.ZOO, *GRADIENT_FAMILIES]
 
 
-@pytest.mark.parametrize("gate", [None, GateConfig(target=0.3, weight=10.0)], ids=["plain", "gated"])
+@pytest.mark.parametrize(
+    "gate", [None, GateConfig(target=0.3, weight=10.0)], ids=["plain", "gated"]
+)
 @pytest.mark.parametrize("name", CASES)
 def test_exact_gradients_are_those_of_plain_pytorch(name, gate):
     model = converted(name, torch.float64, gate=gate, memory=EXACT)
@@ -309,14 +327,13 @@ def test_exact_gradients_are_those_of_plain_pytorch(name, gate):
     outputs, expected = model(*x), plain.run(*y)
     assert_relatively_close(outputs, expected, 1e-9)
     if gate is not None:
-        assert 0.0 < model.executed_flops_fraction < 1.0  # or the gates would test nothing
+        assert 0.0 < model.executed_flops_fraction < 1.0  # else the gates test nothing
     got = torch.autograd.grad(score(outputs), [*trained, *x])
     want = torch.autograd.grad(plain.loss(expected), [*trained, *y])
-    for parameter, one, other in zip([*trained, *x], got, want, strict=True):
-        # a convolution in front of a batch norm of the batch has no gradient for its bias
-        scale = max(other.norm(), 1e-9 * parameter.norm())
-        assert (one - other).norm() <= 1e-9 * scale
-    assert any(other.norm() > 0 for other in want)
+    # for one that is 0, as of a bias in front of a batch norm of the batch
+    rounding = 1e-6 * max(other.norm() for other in want)
+    for one, other in zip(got, want, strict=True):
+        assert (one - other).norm() <= 1e-9 * max(other.norm(), rounding)
 
 
 @pytest.mark.parametrize("name", ["Residual", "Depthwise", "NormFirst"])
@@ -362,7 +379,7 @@ def test_a_batch_can_be_split_exactly():
 
 
 def test_autocast():
-    model, x = converted("Residual"), models.inputs("Residual")
+    model, x = converted("Residual", gate=None), models.inputs("Residual")
     full = gradients(model, x)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(*x)
@@ -404,11 +421,11 @@ def test_nothing_is_kept_upstream_of_the_first_host(memory):
 
 
 def test_kept_bytes_by_hand():
-    """Two convolutions on 12 x 12 and 6 x 6, one adapter each on 4 x 4 and 3 x 3 cells; N = 2."""
+    """Two convolutions that write maps of 6 x 6, an adapter on 3 x 3 cells each; N = 2."""
     model = converted("ConvWithoutNorm", gate=None, memory=EXACT)
     x = models.inputs("ConvWithoutNorm")
     float_bytes, n = 4, 2
-    cells = 3 * 3  # both hosts write maps of 6 x 6
+    cells = 3 * 3
 
     def adapter(channels, hidden=4):
         # pooled input; norm's input, mean and deviation; relu's output, which the two convolutions
@@ -472,6 +489,7 @@ def test_plan_of_convolutions_and_norms():
     ("name", "norm", "action", "inplace"),
     [
         ("SharedLayers", "norm", "affine", True),  # called twice
+        ("SharedConv", "norm2", "affine", True),  # its convolution is
         ("TwoReaders", "norm", "affine", False),  # someone else reads the convolution
         ("NormFirst", "norm1", "affine", False),  # reads the network's input
         ("NormFirst", "norm2", "affine", True),  # reads a fresh concatenation
@@ -665,7 +683,9 @@ class Uncopyable(nn.Module):
 
 
 def test_a_network_that_cannot_be_traced_or_copied_is_refused():
-    refused(BranchesOnValues(), "BranchesOnValues.forward cannot be traced by torch.fx", "control flow")
+    refused(
+        BranchesOnValues(), "BranchesOnValues.forward cannot be traced by torch.fx", "control flow"
+    )
     refused(Uncopyable(), "Uncopyable cannot be copied", "one of a kind")
 
 
@@ -687,7 +707,7 @@ class Counts(models.ConvNorm):
     calls = 0
 
     def forward(self, x):
-        self.calls += 1
+        type(self).calls += 1
         return super().forward(x) + self.calls
 
 

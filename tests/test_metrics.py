@@ -118,6 +118,12 @@ def test_average_is_over_the_domains_learnt():
     assert average_accuracy(torch.full((2, 2), nan)).isnan()
 
 
+def test_evaluations_that_were_left_out_do_not_matter():
+    matrix = torch.tensor([[0.8, nan, nan], [nan, 0.5, nan], [0.6, nan, 0.4]])
+    assert_same(forgetting(matrix), [0.2, nan, nan])
+    assert_same(average_accuracy(matrix), 0.5)
+
+
 @pytest.mark.parametrize("function", [forgetting, average_accuracy])
 def test_only_square_matrices(function):
     with pytest.raises(ConfigError, match=r"`matrix` must be \(D, D\) with D > 0, got \(2, 3\)"):

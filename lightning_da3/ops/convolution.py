@@ -38,6 +38,7 @@ class _FrozenConv(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
+        weight = weight.to(grad.dtype)  # autocast may have lowered the output alone
         grad_x = conv_input_gradient(grad, weight, ctx.size, *ctx.geometry)
         return grad_x.to(ctx.dtype), None, None, None, None, None, None
 
@@ -182,7 +183,7 @@ class _CodedConv(torch.autograd.Function):
         grads = torch.ops.aten.convolution_backward(
             grad,
             x,
-            weight,
+            weight.to(grad.dtype),  # autocast may have lowered the output alone
             [weight.shape[0]],
             [1] * axes,
             [ctx.padding] * axes,

@@ -1,0 +1,139 @@
+"""Configs check themselves, say what is wrong, and come back from plain types."""
+
+import dataclasses
+import json
+
+import pytest
+
+from lightning_da3 import AdapterConfig, ConfigError, DA3Config, DA3Error, GateConfig, MemoryConfig
+from lightning_da3.config import CONFIG_VERSION
+
+UNUSUAL = DA3Config(
+    adapter=AdapterConfig(hidden_channels=3, kernel_size=1, max_cells=4, min_stride=1),
+    gate=GateConfig(target=1.0, weight=0, noise=True),
+    memory=MemoryConfig(exact=True),
+    head="classifier.1",
+)
+
+
+def refused(make, *messages):
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert isinstance(caught.value, (DA3Error, ValueError))
+    for message in messages:
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["hidden_channels", "max_cells", "min_stride"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "4", None])
+def test_counts_are_ints_of_at_least_1(name, value):
+    message = f"`{name}` must be an int of at least 1, got {value!r}."
+    refused(lambda: AdapterConfig(**{name: value}), message)
+    assert getattr(AdapterConfig(**{name: 1}), name) == 1
+
+
+@pytest.mark.parametrize("value", [0, 2, 5, 3.0, True, "3"])
+def test_kernel_size_is_1_or_3(value):
+    message = f"`kernel_size` must be 1 or 3, got {value!r}."
+    refused(lambda: AdapterConfig(kernel_size=value), message)
+    assert [AdapterConfig(kernel_size=k).kernel_size for k in (1, 3)] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "value", [0, 0.0, -0.1, 1.01, float("nan"), float("inf"), "0.5", True, None]
+)
+def test_target_is_a_fraction(value):
+    refused(lambda: GateConfig(target=value), f"`target` must lie in (0, 1], got {value!r}.")
+    assert GateConfig(target=1).target == 1
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "1", False, None])
+def test_weight_is_finite(value):
+    refused(
+        lambda: GateConfig(weight=value), f"`weight` must be finite and at least 0, got {value!r}."
+    )
+    assert GateConfig(weight=0).weight == 0
+
+
+def test_flags_are_bools():
+    refused(lambda: GateConfig(noise=1), "`noise` must be a bool, got 1.")
+    refused(lambda: MemoryConfig(exact="yes"), "`exact` must be a bool, got 'yes'.")
+
+
+def test_parts_have_their_types():
+    refused(lambda: DA3Config(adapter={}), "`adapter` must be of type AdapterConfig, got {}.")
+    refused(lambda: DA3Config(memory=None), "`memory` must be of type MemoryConfig, got None.")
+    refused(lambda: DA3Config(gate=0.5), "`gate` must be a GateConfig or None, got 0.5.")
+    for head in ("", 3, True):
+        message = f"`head` must be 'auto', a module name or None, got {head!r}."
+        refused(lambda head=head: DA3Config(head=head), message)
+
+
+def test_all_problems_are_reported_at_once():
+    refused(
+        lambda: AdapterConfig(hidden_channels=0, kernel_size=2),
+        "`hidden_channels` must be an int of at least 1, got 0.",
+        "`kernel_size` must be 1 or 3, got 2.",
+    )
+    refused(lambda: GateConfig(target=2, weight=-1), "`target`", "`weight`")
+    refused(lambda: DA3Config(adapter=1, head=""), "`adapter`", "`head`")
+
+
+def test_configs_are_frozen_values():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DA3Config().head = "fc"
+    assert DA3Config() == DA3Config()
+    assert hash(DA3Config()) == hash(DA3Config())
+    assert DA3Config() != UNUSUAL
+    assert dataclasses.replace(DA3Config(), gate=None).gate is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [DA3Config(), DA3Config(gate=None, head=None), UNUSUAL],
+    ids=["default", "less", "all"],
+)
+def test_round_trip_through_json(config):
+    values = json.loads(json.dumps(config.to_dict()))
+    assert values["version"] == CONFIG_VERSION
+    assert DA3Config.from_dict(values) == config
+
+
+def test_missing_fields_are_defaults():
+    assert DA3Config.from_dict({}) == DA3Config()
+    config = DA3Config.from_dict({"adapter": {"min_stride": 2}, "gate": None})
+    assert config == DA3Config(adapter=AdapterConfig(min_stride=2), gate=None)
+
+
+def test_from_dict_leaves_its_argument_alone():
+    values = UNUSUAL.to_dict()
+    before = json.dumps(values)
+    DA3Config.from_dict(values)
+    assert json.dumps(values) == before
+
+
+def test_unknown_fields_are_refused_with_the_known_ones():
+    refused(
+        lambda: DA3Config.from_dict({"adaptor": {}}),
+        "DA3Config has no field ['adaptor'].",
+        "It has ['adapter', 'gate', 'memory', 'head'].",
+    )
+    refused(
+        lambda: DA3Config.from_dict({"gate": {"targets": 0.5}}),
+        "GateConfig has no field ['targets'].",
+        "It has ['target', 'weight', 'noise'].",
+    )
+
+
+def test_wrong_values_are_refused_from_a_dict_too():
+    refused(lambda: DA3Config.from_dict({"adapter": {"kernel_size": 7}}), "`kernel_size`")
+    refused(lambda: DA3Config.from_dict({"memory": 1}), "`memory` must be of type MemoryConfig")
+
+
+@pytest.mark.parametrize("version", [CONFIG_VERSION + 1, 0, -1, "1", 1.0, True, None])
+def test_other_versions_are_refused(version):
+    refused(
+        lambda: DA3Config.from_dict({**DA3Config().to_dict(), "version": version}),
+        f"Config version {version!r} cannot be read here",
+        "Update lightning_da3.",
+    )

@@ -1,0 +1,165 @@
+"""The examples' parts, quickly; the whole scripts are slow tests."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+for extra in ("torchvision", "sklearn", "skimage", "matplotlib", "PIL"):
+    pytest.importorskip(extra)
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
+def start(script, *arguments, folder):
+    environment = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]
+    )
+    return subprocess.Popen(
+        [sys.executable, str(EXAMPLES / script), *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_the_quickstart_stays_short():
+    assert len((EXAMPLES / "quickstart.py").read_text().splitlines()) <= 40
+
+
+def test_the_pretrained_network_knows_its_source():
+    import learn_domains
+
+    assert learn_domains.source_accuracy() > 0.9
+
+
+@pytest.mark.parametrize("name", ["digits", "textures", "faces"])
+def test_domains(name):
+    from datasets import load_domain
+
+    data = load_domain(name, image_size=16)
+    for part in (data.train, data.test):
+        images, labels = part.tensors
+        assert images.shape == (len(labels), 3, 16, 16)
+        assert sorted(set(labels.tolist())) == list(range(len(data.classes)))
+
+
+def test_an_unknown_domain():
+    from datasets import load_domain
+
+    with pytest.raises(ValueError, match="digits, textures, faces"):
+        load_domain("cats")
+
+
+def test_characters_are_the_same_for_the_same_seed():
+    from datasets import TEST_FONTS, TRAIN_FONTS, draw_characters
+
+    one, _ = draw_characters(TEST_FONTS, 3, seed=1)
+    assert one.shape == (3, 3, 48, 48)
+    torch.testing.assert_close(draw_characters(TEST_FONTS, 3, seed=1)[0], one)
+    assert not set(TEST_FONTS) & set(TRAIN_FONTS)
+
+
+def test_costs_of_a_step():
+    from measure import Step, costs, fastest
+
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 2))
+    images, labels = torch.rand(5, 3, 2, 2), torch.tensor([0, 1, 0, 1, 0])
+    steps = {"a": Step(network, images, labels, torch.optim.SGD)}
+    (cost,) = costs(steps, rounds=2).values()
+    assert cost.saved_bytes == 5 * 12 * 4 + 5 * 8 * 4 + 5 * 2 * 4 + 5 * 8 + 4  # and the loss's own
+    assert cost.peak_bytes > 0
+    assert cost.time_ms > 0
+    assert fastest({"a": cost}, "a") == "a"
+
+
+def test_alternating_takes_turns():
+    from measure import alternate
+
+    calls = []
+    alternate({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=2)
+    assert calls == ["a", "b", "a", "b"]
+
+
+def test_measure_prints_what_was_asked_beside_what_was_measured(capsys):
+    import measure
+
+    assert measure.measure("resnet18", batch_size=2, image_size=32, rounds=1)
+    assert not measure._row("saved", 10.0, 2.0, 6.0)
+    assert measure._row("saved", 10.0, 2.0, 5.0)
+    printed = capsys.readouterr().out
+    assert "parameters, head apart" in printed
+    assert printed.splitlines()[-2].split()[-3:] == ["5.0x", ">=6x", "FAIL"]
+    assert printed.splitlines()[-1].split()[-3:] == ["5.0x", ">=5x", "pass"]
+
+
+def test_finished_work_is_written_and_read_back(tmp_path):
+    from results import DA3, Run
+
+    settings = {"seed": 0, "epochs": 1, "most_batches": 4}
+    run = Run(tmp_path, settings, None)
+    run.accuracy[DA3]["digits"] = 0.5
+    run.save()
+    again = Run(tmp_path, settings, None)
+    again.resume()
+    assert again.finished(DA3, "digits")
+    assert not again.finished(DA3, "faces")
+    with pytest.raises(SystemExit, match="give the same options"):
+        Run(tmp_path, {**settings, "epochs": 2}, None).resume()
+
+
+def test_resuming_nothing_starts_anew(tmp_path):
+    from results import DA3, Run
+
+    run = Run(tmp_path, {}, None)
+    run.resume()
+    assert not run.finished(DA3, "digits")
+
+
+@pytest.mark.slow
+def test_quickstart(tmp_path):
+    process = start("quickstart.py", folder=tmp_path)
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, printed
+    assert "kept for the backward pass" in printed
+    assert (tmp_path / "outputs" / "quickstart" / "digits.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_an_interrupted_demonstration_goes_on_where_it_was(tmp_path):
+    options = ["--smoke", "--output", "out"]
+    process = start("learn_domains.py", *options, folder=tmp_path)
+    finished = tmp_path / "out" / "finished.json"
+    deadline = time.monotonic() + 300
+    while not finished.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "Interrupted. Finished and kept" in printed, printed
+    assert "digits" in json.loads(finished.read_text())["accuracy"]["DA3"]
+
+    process = start("learn_domains.py", *options, "--resume", "--logger", "wandb", folder=tmp_path)
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, printed
+    assert "DA3 learned digits before" in printed
+    assert "yes  outputs of earlier domains are bit-identical" in printed
+    names = {path.name for path in (tmp_path / "out").glob("*.png")}
+    gates = {f"gates_{domain}.png" for domain in ("digits", "textures", "faces")}
+    assert names == {"memory.png", "accuracy_matrix.png", *gates}
+    assert len(list((tmp_path / "out" / "logs").glob("*/metrics.csv"))) >= 8
+    assert list((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb"))
