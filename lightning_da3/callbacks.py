@@ -91,6 +91,7 @@ class DA3Callback(L.Callback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self.model is not None
+        self.model.train()  # Lightning leaves a module in eval that came in eval
         self.model.gate_loss_scale = 1.0 / trainer.accumulate_grad_batches
         self._batches_measured = 0
 

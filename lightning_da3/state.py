@@ -34,7 +34,7 @@ def check_input(x: Tensor, plan: Plan) -> None:
             f"{plan.network} takes floating-point batches of shape ({shape}), got {x.dtype}. "
             "Convert and normalise first: `batch.float() / 255`, say."
         )
-    if x.dim() not in (axes + 1, axes + 2) or x.shape[-axes - 1] != channels:
+    if x.dim() != axes + 2 or x.shape[1] != channels:
         raise InputError(f"{plan.network} takes batches of shape ({shape}), got {tuple(x.shape)}.")
 
 
@@ -59,9 +59,11 @@ def check_identity(model: DA3Model, about: Mapping[str, Any], path: str) -> None
         CheckpointError: The backbone or the config is another; all differences are named.
     """
     here = identity(model)
-    missing = sorted({"domain", "num_classes", *here} - set(about))
+    config = about.get("config")
+    missing = {"domain", "num_classes", *here} - set(about)
+    missing |= set(here["config"]) - set(config if isinstance(config, Mapping) else ())
     if missing:
-        problems = [f"it lacks {missing}; `save_domain` writes whole ones."]
+        problems = [f"it lacks {sorted(missing)}; `save_domain` writes whole ones."]
     else:
         problems = list(_differences(about, here))
     if problems:
@@ -127,8 +129,7 @@ def complete_state(model: DA3Model, state: dict[str, Any], prefix: str, *_: obje
     """
     extra = state.get(prefix + EXTRA)
     mine = {prefix + key: value for key, value in _own_tensors(model).items()}
-    ours = any(key.startswith((prefix + "backbone.", prefix + "bank.")) for key in state)
-    if not ours and extra is None:
+    if extra is None and not any(key in mine for key in state):
         _from_network_(model, state, prefix)
     elif extra is not None:
         if extra["backbone"] != model.fingerprint:

@@ -45,7 +45,16 @@ def trace(model: nn.Module) -> torch.fx.GraphModule:
             "shapes. Move that part into a module of its own with `torch.fx.wrap`, or convert the "
             "part of the network that can be traced: `model.features = convert(model.features)`."
         ) from error
+    _first_by_position_(graph)
     return torch.fx.GraphModule(twin, graph, class_name=type(model).__name__)
+
+
+def _first_by_position_(graph: torch.fx.Graph) -> None:
+    """``layer(input=x)`` becomes ``layer(x)``, so that everything behind finds x in one place."""
+    for node in graph.nodes:
+        if node.op in ("call_module", "call_function") and not node.args and "input" in node.kwargs:
+            node.args = (node.kwargs["input"],)
+            node.kwargs = {name: arg for name, arg in node.kwargs.items() if name != "input"}
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -298,8 +298,8 @@ def test_bad_arguments_leave_the_module_as_it_was(tmp_path):
     original = module.net
     with pytest.raises(ConfigError, match="`num_classes` is missing"):
         trainer(tmp_path, DA3Callback("a", config=CONFIG)).fit(module, data())
+    far = DA3Config(adapter=AdapterConfig(min_stride=64))
     with pytest.raises(ConversionError, match="min_stride=64"):
-        far = DA3Config(adapter=AdapterConfig(min_stride=64))
         trainer(tmp_path, DA3Callback("a", 2, config=far)).fit(module, data())
     assert module.net is original
     assert all(p.requires_grad for p in module.parameters())
@@ -319,6 +319,14 @@ def test_an_unwritable_folder_is_a_clear_error(tmp_path):
     blocked.write_text("")
     with pytest.raises(CheckpointError, match="Cannot make the folder"):
         trainer(tmp_path, callback(save_dir=str(blocked))).fit(lit(), data())
+
+
+def test_a_module_that_comes_in_eval_trains_its_domain_all_the_same(tmp_path):
+    module = lit().eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found .* in eval mode")  # Lightning's, and right
+        trainer(tmp_path, callback()).fit(module, data())
+    assert module.net.domain("a").training
 
 
 def test_state_key_tells_domains_apart():

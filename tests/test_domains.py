@@ -654,3 +654,24 @@ def test_noise_is_for_the_first_part_of_training():
     quiet.set_domain("a")
     quiet.train().set_progress(0.0)
     assert torch.equal(quiet(x), quiet(x))
+
+
+@pytest.mark.parametrize("change", [{"config": {}}, {"config": 3}, {"backbone": None}])
+def test_a_file_that_says_too_little_is_refused(tmp_path, change):
+    model = converted("a")
+    path = tmp_path / "a.safetensors"
+    model.save_domain("a", path)
+    file = read_domain(path)
+    about = {**file.metadata, **change}
+    write_domain(path, file.tensors, {k: v for k, v in about.items() if v is not None})
+    fresh = converted()
+    with pytest.raises(CheckpointError, match="it lacks"):
+        fresh.load_domain(path)
+    assert fresh.domains == []
+
+
+def test_an_empty_batch_executes_all_of_nothing():
+    model = converted("a")
+    model.set_domain("a")
+    model(batch()[:0])
+    assert model.executed_flops_fraction.item() == pytest.approx(1.0)

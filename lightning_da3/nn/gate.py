@@ -56,7 +56,12 @@ def hard_gate(logits: Tensor) -> Tensor:
 def executed_fraction(executed: Sequence[Executed]) -> Tensor:
     """Share of the hosts' FLOPs that ran, a scalar in [0, 1]."""
     total = sum(host.macs for host in executed)
-    return torch.stack([host.gate.mean() * (host.macs / total) for host in executed]).sum()
+    # an empty batch has no cell, and so nothing to skip
+    shares = [
+        host.gate.mean() if host.gate.numel() else host.gate.new_ones(()) for host in executed
+    ]
+    weights = [host.macs / total for host in executed]
+    return torch.stack([c * w for c, w in zip(shares, weights, strict=True)]).sum()
 
 
 def annealed_target(target: float, progress: float) -> float:

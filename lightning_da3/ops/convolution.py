@@ -54,10 +54,8 @@ def _conv(
 ) -> Tensor:
     if _is_pointwise(weight, padding, groups) and _fast_matmul(x, weight):
         return _pointwise(_every(x, stride), weight.flatten(1), bias)
-    no_output_padding = [0] * len(stride)
-    return torch.convolution(
-        x, weight, bias, stride, padding, dilation, False, no_output_padding, groups
-    )
+    conv = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[len(stride)]  # autocast knows these
+    return conv(x, weight, bias, list(stride), list(padding), list(dilation), groups)
 
 
 def conv_input_gradient(

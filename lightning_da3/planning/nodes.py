@@ -33,7 +33,7 @@ def plan_nodes(
         if not node.op.startswith("call"):
             continue
         planned = _plan_node(gm, node, head, folds, fresh)
-        if planned.action in ("freeze", "affine", "replace", "fold") or _is_fresh(node, fresh):
+        if _is_fresh(node, planned, fresh):
             fresh.add(node.name)
         if node.name not in trained:
             planned = dataclasses.replace(planned, keeps="nothing")
@@ -43,11 +43,18 @@ def plan_nodes(
 _NEW_MEMORY = {torch.cat, torch.add, torch.sub, torch.mul}
 
 
-def _is_fresh(node: fx.Node, fresh: set[str]) -> bool:
+def _is_free(node: fx.Node, fresh: set[str]) -> bool:
+    """Whether `node` alone reads its first argument, and that is new memory."""
+    before = node.args[0] if node.args else None
+    return isinstance(before, fx.Node) and before.name in fresh and len(before.users) == 1
+
+
+def _is_fresh(node: fx.Node, planned: NodePlan, fresh: set[str]) -> bool:
     name = getattr(node.target, "__name__", "")
-    if name in ("iadd", "isub", "imul"):
-        before = node.args[0]
-        return isinstance(before, fx.Node) and before.name in fresh and len(before.users) == 1
+    if planned.inplace or planned.action == "fold" or name in ("iadd", "isub", "imul"):
+        return _is_free(node, fresh)  # the memory of what it reads, under a second name
+    if planned.action in ("freeze", "affine", "replace"):
+        return True
     return node.target in _NEW_MEMORY or name in ("add", "sub", "mul")
 
 
@@ -61,8 +68,7 @@ def _plan_node(
     called = module_of(gm, node)
     layer = layer_called(gm, node)
     label = _label(node, called)
-    before = node.args[0] if node.args else None
-    free = isinstance(before, fx.Node) and before.name in fresh and len(before.users) == 1
+    free = _is_free(node, fresh)
     if node.op == "call_module" and str(node.target) == head:
         return NodePlan(node.name, label, "leave", "head")
     if type(called) in CONVS:
