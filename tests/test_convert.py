@@ -279,9 +279,9 @@ class PlainPyTorch(fx.Interpreter):
         norm, weight = adapter.norm, adapter.squeeze.weight
         hidden = F.conv2d(pooled, weight, padding=weight.shape[-1] // 2)
         hidden = F.group_norm(hidden, 1, norm.weight, norm.bias, norm.eps).relu()
-        logits = F.conv2d(hidden, adapter.attend.weight, adapter.attend.bias)
+        logits = F.conv2d(hidden, adapter.attend.weight[..., None, None], adapter.attend.bias)
         soft = torch.sigmoid(logits)
-        addend = soft * F.conv2d(hidden, adapter.value.weight)
+        addend = soft * F.conv2d(hidden, adapter.value.weight[..., None, None])
         return addend + adapter.value.bias.view(-1, 1, 1), (logits > 0).to(
             soft
         ) + soft - soft.detach()
@@ -428,8 +428,8 @@ def test_kept_bytes_by_hand():
     cells = 3 * 3
 
     def adapter(channels, hidden=4):
-        # pooled input; norm's input, mean and deviation; relu's output, which the two convolutions
-        # and the product share; the attention; the product
+        # pooled input; norm's input, mean and deviation; relu's output, which the two products
+        # share; the attention; the product
         return n * float_bytes * (cells * (channels + 2 * hidden + 1 + hidden) + 2)
 
     bits = (n * 4 * 6 * 6) // 8 + (n * 6 * 6 * 6) // 8

@@ -38,7 +38,8 @@ class _TwoSlopes(torch.autograd.Function):
         (bits,) = ctx.saved_tensors
         inside = unpack(bits, ctx.size, ctx.stride)
         if ctx.slope == 0.0:
-            return grad * inside, None, None, None, None
+            # the mask first: the gradient takes the layout of the activation, whatever it came in
+            return inside * grad, None, None, None, None
         slopes = inside.to(grad.dtype).mul_(1.0 - ctx.slope).add_(ctx.slope)
         return slopes.mul_(grad), None, None, None, None
 

@@ -81,6 +81,8 @@ def conv_input_gradient(
     Returns:
         dL/dx, (N, C, *in).
     """
+    if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+        grad = grad.contiguous(memory_format=torch.channels_last)  # as y was: see FrozenConv
     if _is_pointwise(weight, padding, groups) and _fast_matmul(grad, weight):
         grad_x = _pointwise(grad, weight.flatten(1).t(), None)
         if max(stride) == 1:

@@ -19,9 +19,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         low = step = rows.new_zeros(rows.shape[0], 1)
         return rows.to(torch.uint8), low, step
     low, high = rows.aminmax(dim=1, keepdim=True)
-    step = (high - low) / 255.0
-    safe = torch.where(step > 0, step, torch.ones_like(step))  # a constant row codes to 0
-    codes = rows.sub(low).div_(safe).round_().to(torch.uint8)
+    step = (high - low).div_(255.0).clamp_min_(torch.finfo(low.dtype).tiny)  # constant rows: 0
+    codes = rows.sub(low).div_(step).round_().to(torch.uint8)
     return codes, low, step
 
 
