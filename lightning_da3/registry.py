@@ -67,6 +67,11 @@ def register(*kinds: type[nn.Module]) -> Callable[[Rule], Rule]:
     return add
 
 
+def is_registered(kind: type[nn.Module]) -> bool:
+    """Whether a rule knows this exact type."""
+    return kind in _RULES
+
+
 def replacement_for(layer: nn.Module) -> Replacement | None:
     """What stands in for `layer`, or None if no rule knows its exact type."""
     rule = _RULES.get(type(layer))

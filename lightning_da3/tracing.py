@@ -9,6 +9,7 @@ import torch.fx
 from torch import nn
 
 from lightning_da3.errors import ConversionError
+from lightning_da3.registry import is_registered
 
 
 class Tracer(torch.fx.Tracer):
@@ -18,8 +19,8 @@ class Tracer(torch.fx.Tracer):
     """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """PyTorch's layers and ours are nodes of the graph; everything else is looked into."""
-        ours = type(m).__module__.startswith("lightning_da3.")
+        """PyTorch's layers, ours and registered ones are nodes; everything else is looked into."""
+        ours = type(m).__module__.startswith("lightning_da3.") or is_registered(type(m))
         return ours or super().is_leaf_module(m, module_qualified_name)
 
 

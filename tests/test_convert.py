@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 
 import models
@@ -778,3 +779,35 @@ def test_users_register_their_own_layers():
         register(Doubles)(lambda layer: None)
     with pytest.raises(ConfigError, match=r"takes types of torch.nn.Module, got 'ReLU'"):
         register("ReLU")(lambda layer: None)
+
+
+# --- layers of users
+
+
+class Negate(nn.Module):
+    def forward(self, x):
+        return -x if self.training else x.clamp(min=0)  # the branch and the method hide what it is
+
+
+@register(Negate)
+def _negate(layer):
+    return Replacement(lambda overwrite: TwoSlopes(0.0, math.inf, 0.0, overwrite), "bits", False)
+
+
+def test_a_registered_layer_is_replaced():
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), Negate(), nn.Flatten(1), nn.LazyLinear(3)
+    )
+    x = torch.randn(2, 3, 8, 8)
+    expected = net.eval()(x)
+    model = convert(net, choose())
+    (step,) = [step for step in model.plan.nodes if step.layer == "Negate"]
+    assert (step.action, step.keeps, step.inplace) == ("replace", "bits", True)
+    torch.testing.assert_close(model.train()(x), expected)
+
+
+def test_a_type_has_one_rule_and_is_a_module():
+    with pytest.raises(ConfigError, match="Negate has a rule already: _negate"):
+        register(Negate)(_negate)
+    with pytest.raises(ConfigError, match="`register` takes types"):
+        register(int)(_negate)
