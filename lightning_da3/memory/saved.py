@@ -1,25 +1,8 @@
-"""Measures what training keeps and what it peaks at. Nothing here logs or changes a network.
-
-Saved activation bytes: the storages that autograd holds for the backward pass, each counted once
-and whole, without those of parameters and buffers. They are seen in two places: in what a node
-saved (`save_for_backward`, and every built-in operation), through `saved_tensors_hooks`; and in
-tensors hidden as attributes of a custom Function's `ctx`, which those hooks never see.
-
-Peak bytes: the largest total of new memory alive at one time in a step, above its start.
-
-Not seen: what is saved under hooks entered inside the measured call (they replace ours), tensors
-that a custom Function hides in closures or in objects of its own, and a library's own scratch
-memory that does not come from PyTorch's allocator.
-"""
+"""Saved activation bytes: what autograd holds for the backward pass."""
 
 import bisect
 import contextlib
-import dataclasses
 import gc
-import math
-import os
-import statistics
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
@@ -28,13 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._autograd import _get_sequence_nr
-from torch._C._profiler import _ExtraFields_Allocation
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightning_da3.errors import ConfigError, DA3Error
+from lightning_da3.errors import DA3Error
 
 _Storages = dict[int, torch.UntypedStorage]  # by address, all of them alive
 _Found = tuple[int, str, Tensor, Tensor | None]  # node's number, module's fqn, saved tensor, leaf
@@ -287,145 +268,3 @@ def _parts(tensor: Tensor) -> list[Tensor]:
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
     return []
-
-
-@dataclasses.dataclass(frozen=True)
-class StepMeasurement:
-    """What one training step costs.
-
-    Attributes:
-        peak_bytes: Largest total of memory allocated in the step and alive at one time.
-        time_ms: Median wall time of a step, in milliseconds; NaN if none was timed.
-    """
-
-    peak_bytes: int
-    time_ms: float
-
-
-def measure_step(
-    step: Callable[[], object],
-    *,
-    warmup: int = 1,
-    repeats: int = 1,
-    device: torch.device | str | None = None,
-) -> StepMeasurement:
-    """Measures the peak memory and the time of a training step.
-
-    Memory from before the step counts as zero, whether or not the step frees it. Let the step end
-    with `zero_grad(set_to_none=True)`: gradients then belong to it on every device.
-
-    Args:
-        step: Runs forward, backward, optimizer step and `zero_grad`, once per call. It is called
-            `warmup + 1 + repeats` times.
-        warmup: Calls before anything is measured; the first one makes the optimizer's state.
-        repeats: Timed calls, apart from the one whose memory is measured, which is slower.
-        device: Where the step computes, a CPU or a CUDA device. None: the CPU.
-
-    Returns:
-        Peak bytes above the start of the step, and its median time.
-
-    Raises:
-        ConfigError: If a count is negative or the kind of device is another.
-    """
-    for name, count in (("warmup", warmup), ("repeats", repeats)):
-        if count < 0:
-            raise ConfigError(f"`{name}` must be at least 0, got {count}.")
-    watch = PeakBytes(device)
-    for _ in range(warmup):
-        step()
-    gc.collect()  # garbage of earlier steps would be freed at any moment of this one
-    with watch:
-        step()
-    times_ms = [_time_ms(step, watch.device) for _ in range(repeats)]
-    return StepMeasurement(watch.bytes, statistics.median(times_ms) if times_ms else math.nan)
-
-
-class PeakBytes:
-    """Largest total of memory allocated in a `with` block and alive at one time.
-
-    Memory from before the block counts as zero, whether or not the block frees it.
-
-    Args:
-        device: Where the block computes, a CPU or a CUDA device. None: the CPU.
-
-    Attributes:
-        bytes: The peak, once the block ended.
-
-    Raises:
-        ConfigError: If the kind of device is another.
-    """
-
-    def __init__(self, device: torch.device | str | None = None) -> None:
-        self.device = torch.device("cpu" if device is None else device)
-        if self.device.type not in ("cpu", "cuda"):
-            raise ConfigError(f"`device` must be a CPU or a CUDA device, got {str(self.device)!r}.")
-        self.bytes = 0
-        self._start = 0
-
-    def __enter__(self) -> "PeakBytes":
-        """Starts to watch."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._start = torch.cuda.memory_allocated(self.device)
-            return self
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its log would break progress bars
-        self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        self._profiler.__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Stops watching and takes the peak."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._start
-            return
-        self._profiler.__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
-        if error is None:
-            self.bytes = _highest_sum(_allocations(self._profiler))
-        del self._profiler
-
-
-def _highest_sum(allocations: list[tuple[int, int]]) -> int:
-    sizes: dict[int, int] = {}  # of the blocks allocated in the block and alive, by address
-    total = peak = 0
-    for address, size in allocations:
-        if size > 0:
-            sizes[address] = size
-            total += size
-        else:
-            # the profiler knows only some of the blocks from before: count none of them
-            total -= sizes.pop(address, 0)
-        peak = max(peak, total)
-    return peak
-
-
-def _allocations(profiler: profile) -> list[tuple[int, int]]:
-    """(address, bytes) of each CPU block in the order of time; negative bytes where it is freed."""
-    assert profiler.profiler is not None
-    assert profiler.profiler.kineto_results is not None
-    pending = profiler.profiler.kineto_results.experimental_event_tree()
-    events = []
-    while pending:
-        event = pending.pop()
-        pending += event.children
-        block = event.typed[1]
-        if isinstance(block, _ExtraFields_Allocation) and block.device.type == "cpu":
-            events.append((event.start_time_ns, block.ptr, block.alloc_size))
-    return [(address, size) for _, address, size in sorted(events, key=lambda item: item[0])]
-
-
-def _time_ms(step: Callable[[], object], device: torch.device) -> float:
-    def now_ms() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() * 1e3
-
-    start = now_ms()
-    step()
-    return now_ms() - start

@@ -1,0 +1,24 @@
+"""Measures what training keeps and what it peaks at. Nothing here logs or changes a network.
+
+Saved activation bytes: the storages that autograd holds for the backward pass, each counted once
+and whole, without those of parameters and buffers. They are seen in two places: in what a node
+saved (`save_for_backward`, and every built-in operation), through `saved_tensors_hooks`; and in
+tensors hidden as attributes of a custom Function's `ctx`, which those hooks never see.
+
+Peak bytes: the largest total of new memory alive at one time in a step, above its start.
+
+Not seen: what is saved under hooks entered inside the measured call (they replace ours), tensors
+that a custom Function hides in closures or in objects of its own, and a library's own scratch
+memory that does not come from PyTorch's allocator.
+"""
+
+from lightning_da3.memory.saved import SavedActivations, saved_activation_bytes
+from lightning_da3.memory.step import PeakBytes, StepMeasurement, measure_step
+
+__all__ = [
+    "PeakBytes",
+    "SavedActivations",
+    "StepMeasurement",
+    "measure_step",
+    "saved_activation_bytes",
+]
