@@ -20,7 +20,6 @@ from lightning_da3.errors import (
     DA3Error,
     DomainError,
     InputError,
-    NoEffectWarning,
 )
 
 __version__ = "0.1.0"
@@ -38,6 +37,5 @@ __all__ = [
     "GateConfig",
     "InputError",
     "MemoryConfig",
-    "NoEffectWarning",
     "convert",
 ]

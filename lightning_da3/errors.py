@@ -1,4 +1,4 @@
-"""The errors and warnings of this package, sorted by what the user can do about them.
+"""The errors of this package, sorted by what the user can do about them.
 
 Everything raised on purpose is a `DA3Error`, so that one `except` catches the package. A message
 says what was given, where, what is allowed and what to do.
@@ -27,7 +27,3 @@ class InputError(DA3Error, ValueError):
 
 class CheckpointError(DA3Error):
     """A domain file cannot be read or written: use another file, or make it anew."""
-
-
-class NoEffectWarning(UserWarning):
-    """A call ran and changed nothing, which is rarely what was meant."""

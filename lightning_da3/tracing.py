@@ -43,7 +43,7 @@ def trace(model: nn.Module) -> torch.fx.GraphModule:
         raise ConversionError(
             f"{type(model).__name__}.forward cannot be traced by torch.fx: {error} "
             "The usual reasons are Python control flow on tensor values, and calls that need real "
-            "shapes. Move that part into a module of its own with `torch.fx.wrap`, or convert the "
+            "shapes. Put that part into a function marked with `torch.fx.wrap`, or convert the "
             "part of the network that can be traced: `model.features = convert(model.features)`."
         ) from error
     _first_by_position_(graph)
@@ -73,11 +73,6 @@ def module_of(gm: torch.fx.GraphModule, node: torch.fx.Node) -> nn.Module | None
     if node.op != "call_module":
         return None
     return gm.get_submodule(str(node.target))
-
-
-def input_nodes(graph: torch.fx.Graph) -> list[torch.fx.Node]:
-    """The placeholders, in order."""
-    return [node for node in graph.nodes if node.op == "placeholder"]
 
 
 def output_node(graph: torch.fx.Graph) -> Any:

@@ -105,7 +105,7 @@ def _is_pointwise(weight: Tensor, padding: Sequence[int], groups: int) -> bool:
 
 
 def _fast_matmul(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's matrix product serves: up to 2x faster here than PyTorch's convolution."""
+    """Whether oneDNN's matrix product serves; PyTorch's own may call a slower one."""
     if torch.compiler.is_compiling():
         return False
     return bool(
