@@ -43,10 +43,10 @@ def convert(
         ConfigError: An argument has a wrong type.
     """
     config = _checked(backbone, config)
-    gm = trace(backbone)
-    decided = plan(gm, config)
+    traced = trace(backbone)
+    decided = plan(traced, config)
     mark = fingerprint(backbone_state(backbone.state_dict(), decided.head))
-    model = DA3Model(rewrite(gm, decided, config), decided, config, mark)
+    model = DA3Model(rewrite(traced, decided, config), decided, config, mark)
     if example_inputs is not None:
         inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
         _verify(backbone, model, inputs)

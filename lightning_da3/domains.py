@@ -18,6 +18,7 @@ from lightning_da3.errors import CheckpointError, ConfigError, DomainError
 from lightning_da3.nn.adapter import Adapter, HostInput
 from lightning_da3.nn.gate import (
     Executed,
+    Recorder,
     annealed_target,
     budget_loss,
     executed_fraction,
@@ -64,7 +65,7 @@ class DA3Model(nn.Module):
     """
 
     def __init__(
-        self, backbone: fx.GraphModule, plan: Plan, config: DA3Config, fingerprint: str
+        self, backbone: nn.Module, plan: Plan, config: DA3Config, fingerprint: str
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -74,6 +75,10 @@ class DA3Model(nn.Module):
         self.gate_loss_scale = 1.0
         self.executed_flops_fraction: Tensor | None = None
         self._active: str | None = None
+        self._ledger: list[tuple[str, Executed]] = []  # of one forward pass
+        for module in backbone.modules():
+            if isinstance(module, Recorder):
+                module.write_into(self._ledger)
         self.register_load_state_dict_pre_hook(complete_state)  # type: ignore[no-untyped-call]
         self.train(self.training)
 
@@ -146,9 +151,9 @@ class DA3Model(nn.Module):
         domain = None if name is None else self.domain(name)
         if self._active is not None and self._active != name:
             self.domain(self._active).requires_grad_(False)
-        for host in self.plan.hosts:
-            adapter = None if domain is None else domain.adapters[host_key(host.name)]
-            self._input(host).set_active(cast(Adapter | None, adapter))
+        for host, place in self._inputs.items():
+            adapter = None if domain is None else domain.adapters[host_key(host)]
+            place.set_active(cast(Adapter | None, adapter))
         if self._head_slot is not None:
             self._head_slot.set_active(None if domain is None else domain.head)
         if domain is not None:
@@ -185,8 +190,8 @@ class DA3Model(nn.Module):
         """
         if args and isinstance(args[0], Tensor):
             check_input(args[0], self.plan)
-        output, executed = self.backbone(*args, **kwargs)
-        executed = [host for host in executed if host is not None]
+        output, ledger = self._run(*args, **kwargs)
+        executed = [entry for _, entry in ledger]
         if not executed:
             self.executed_flops_fraction = None
             return output
@@ -195,6 +200,15 @@ class DA3Model(nn.Module):
         if gate is None or not (self.training and torch.is_grad_enabled()):
             return output
         return _carry(output, self.gate_loss(executed), self.gate_loss_scale)
+
+    def _run(self, *args: Any, **kwargs: Any) -> tuple[Any, list[tuple[str, Executed]]]:
+        """The output, and by host what was executed, in the order of the calls."""
+        self._ledger.clear()
+        try:
+            output = self.backbone(*args, **kwargs)
+            return output, list(self._ledger)
+        finally:
+            self._ledger.clear()
 
     def gate_loss(self, executed: Sequence[Executed]) -> Tensor:
         """The weighted budget loss of one forward pass, a scalar."""
@@ -211,14 +225,10 @@ class DA3Model(nn.Module):
             kwargs: Likewise.
 
         Returns:
-            By host name, zeros and ones of shape (N, 1, *grid).
+            By host name, zeros and ones of shape (N, 1, *grid), in the order of the plan.
         """
-        maps = self.backbone(*args, **kwargs)[1]
-        return {
-            host.name: executed.gate
-            for host, executed in zip(self.plan.hosts, maps, strict=True)
-            if executed is not None
-        }
+        maps = {name: executed.gate for name, executed in self._run(*args, **kwargs)[1]}
+        return {host.name: maps[host.name] for host in self.plan.hosts if host.name in maps}
 
     def train(self, mode: bool = True) -> DA3Model:
         """Domains follow `mode`; the backbone is held in eval whatever it says.
@@ -302,8 +312,14 @@ class DA3Model(nn.Module):
             return None
         return cast(HeadSlot, self.backbone.get_submodule(self.plan.head))
 
-    def _input(self, host: HostPlan) -> HostInput:
-        return cast(HostInput, self.backbone.get_submodule(f"{INPUTS}.{host_key(host.name)}"))
+    @property
+    def _inputs(self) -> dict[str, HostInput]:
+        found = {}
+        for part in self.plan.parts:
+            gm = self.backbone.get_submodule(part.path)
+            for host in part.hosts:
+                found[host.name] = gm.get_submodule(f"{INPUTS}.{host_key(host.name)}")
+        return cast(dict[str, HostInput], found)
 
     def _place(self) -> dict[str, Any]:
         weight = next(self.backbone.parameters())
@@ -315,7 +331,8 @@ class DA3Model(nn.Module):
             host.in_channels,
             host.out_channels,
             choice.hidden_channels,
-            choice.kernel_size,
+            1 if host.stride is None else choice.kernel_size,
+            host.axes,
             gated=self.config.gate is not None,
             exact=self.config.memory.exact,
         )

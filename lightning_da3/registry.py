@@ -16,7 +16,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_da3.errors import ConfigError
-from lightning_da3.nn.frozen import AdaptiveAvgPool, AvgPool, MaxPool, TwoSlopes, numbers
+from lightning_da3.nn.frozen import (
+    AdaptiveAvgPool,
+    AvgPool,
+    Coded,
+    FrozenConvTranspose,
+    HardSigmoid,
+    MaxPool,
+    TwoSlopes,
+    numbers,
+)
+from lightning_da3.ops.smooth import SMOOTH, Smooth, celu, elu, gelu, softplus
 
 Builder = Callable[[bool], nn.Module]  # takes: may it overwrite its input?
 
@@ -28,8 +38,9 @@ class Replacement:
     Attributes:
         build: Makes the module; its argument says whether the input may be overwritten. None
             removes the layer (dropout in eval).
-        keeps: What its backward keeps: ``"nothing"``, ``"bits"`` (one an input element) or
-            ``"bytes"`` (one an output element).
+        keeps: What its backward keeps: ``"nothing"``, ``"bits"`` (one an input element),
+            ``"bytes"`` (one an output element) or ``"codes"`` (one byte an input element, which
+            rounds the derivative: not used in exact mode).
         inplace: It can overwrite its input, and the user's layer did so.
     """
 
@@ -72,10 +83,30 @@ def is_registered(kind: type[nn.Module]) -> bool:
     return kind in _RULES
 
 
-def replacement_for(layer: nn.Module) -> Replacement | None:
-    """What stands in for `layer`, or None if no rule knows its exact type."""
+def replacement_for(layer: nn.Module, exact: bool = False) -> Replacement | None:
+    """What stands in for `layer`, or None if no rule knows its exact type.
+
+    Args:
+        layer: In eval.
+        exact: Only what gives the exact gradient.
+    """
     rule = _RULES.get(type(layer))
-    return None if rule is None else rule(layer)
+    if rule is None or has_hooks(layer):
+        return None
+    found = rule(layer)
+    return None if found is None or (exact and found.keeps == "codes") else found
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether the user's hooks hang on `layer`, which nothing else would run."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(layer, name) for name in hooks)
+
+
+def has_frozen_form(layer: nn.Module) -> bool:
+    """Whether conversion changes this layer at all."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    return type(layer) in kinds or replacement_for(layer) is not None
 
 
 def _two_slopes(low: float, high: float, slope: float, inplace: bool) -> Replacement:
@@ -97,6 +128,64 @@ def _leaky_relu(layer: nn.LeakyReLU) -> Replacement | None:
     if layer.negative_slope < 0:  # the sign of the output no longer tells that of the input
         return None
     return _two_slopes(0.0, math.inf, float(layer.negative_slope), layer.inplace)
+
+
+@register(nn.Threshold)
+def _threshold(layer: nn.Threshold) -> Replacement | None:
+    if layer.value != 0.0 or layer.threshold < 0.0:
+        return None
+    return None if layer.threshold else _two_slopes(0.0, math.inf, 0.0, layer.inplace)
+
+
+@register(nn.PReLU)
+def _prelu(layer: nn.PReLU) -> Replacement | None:
+    slope = float(layer.weight[0]) if layer.weight.numel() == 1 else -1.0
+    return None if slope < 0.0 else _two_slopes(0.0, math.inf, slope, False)
+
+
+def _coded(smooth: Smooth, inplace: bool = False) -> Replacement:
+    return Replacement(lambda over: Coded(smooth, over), "codes", inplace)
+
+
+@register(nn.SiLU, nn.Mish, nn.Hardswish, nn.SELU)
+def _smooth_inplace(layer: nn.SiLU) -> Replacement:
+    return _coded(SMOOTH[type(layer).__name__.lower()], layer.inplace)
+
+
+@register(nn.Sigmoid, nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Tanhshrink)
+def _smooth(layer: nn.Module) -> Replacement:
+    return _coded(SMOOTH[type(layer).__name__.lower()])
+
+
+@register(nn.GELU)
+def _gelu(layer: nn.GELU) -> Replacement:
+    return _coded(gelu(layer.approximate))
+
+
+@register(nn.ELU)
+def _elu(layer: nn.ELU) -> Replacement | None:
+    return None if layer.alpha <= 0 else _coded(elu(float(layer.alpha)), layer.inplace)
+
+
+@register(nn.CELU)
+def _celu(layer: nn.CELU) -> Replacement | None:
+    return None if layer.alpha <= 0 else _coded(celu(float(layer.alpha)), layer.inplace)
+
+
+@register(nn.Softplus)
+def _softplus(layer: nn.Softplus) -> Replacement:
+    return _coded(softplus(float(layer.beta), float(layer.threshold)))
+
+
+@register(nn.Hardsigmoid)
+def _hardsigmoid(layer: nn.Hardsigmoid) -> Replacement:
+    del layer
+    return Replacement(lambda _: HardSigmoid(), "bits")
+
+
+@register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def _conv_transpose(layer: nn.ConvTranspose2d) -> Replacement:
+    return Replacement(lambda _: FrozenConvTranspose(layer))
 
 
 @register(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
@@ -163,7 +252,31 @@ LAYER_OF: dict[Any, Callable[..., nn.Module | None]] = {
     F.relu6: lambda inplace=False: nn.ReLU6(inplace),
     F.hardtanh: nn.Hardtanh,
     F.leaky_relu: nn.LeakyReLU,
+    "relu6": nn.ReLU6,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    torch.tanh: nn.Tanh,
+    F.tanh: nn.Tanh,
+    torch.sigmoid: nn.Sigmoid,
+    F.sigmoid: nn.Sigmoid,
+    F.gelu: lambda approximate="none": nn.GELU(approximate),
+    F.silu: lambda inplace=False: nn.SiLU(inplace),
+    F.mish: lambda inplace=False: nn.Mish(inplace),
+    F.hardswish: lambda inplace=False: nn.Hardswish(inplace),
+    F.hardsigmoid: lambda inplace=False: nn.Hardsigmoid(inplace),
+    F.elu: nn.ELU,
+    F.selu: lambda inplace=False: nn.SELU(inplace),
+    F.celu: nn.CELU,
+    F.softplus: nn.Softplus,
+    F.softsign: nn.Softsign,
+    F.logsigmoid: nn.LogSigmoid,
+    F.threshold: nn.Threshold,
     F.dropout: _dropout,
+    F.dropout2d: _dropout,
+    F.dropout3d: _dropout,
+    "torchvision.ops.stochastic_depth.stochastic_depth": lambda p, mode, training=True: (
+        None if training else nn.Dropout(p)
+    ),
     F.max_pool1d: lambda *args, **kwargs: _functional_max_pool(nn.MaxPool1d, *args, **kwargs),
     F.max_pool2d: lambda *args, **kwargs: _functional_max_pool(nn.MaxPool2d, *args, **kwargs),
     F.max_pool3d: lambda *args, **kwargs: _functional_max_pool(nn.MaxPool3d, *args, **kwargs),
@@ -197,6 +310,9 @@ def layer_of(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.M
         kwargs: What it passes by name.
     """
     build = LAYER_OF.get(target)
+    if build is None:  # by name: what belongs to packages that need not be there
+        home = f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', '')}"
+        build = LAYER_OF.get(home)
     values = (*args, *kwargs.values())
     if build is None or any(isinstance(value, torch.fx.Node) for value in values):
         return None

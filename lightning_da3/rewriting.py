@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from torch import fx
+from typing import cast
+
+from torch import nn
 
 from lightning_da3.config import DA3Config
+from lightning_da3.nn.head import Head, HeadSlot
 from lightning_da3.passes import ORDER
 from lightning_da3.planning import Plan
+from lightning_da3.tracing import Traced
 
 
-def rewrite(gm: fx.GraphModule, plan: Plan, config: DA3Config) -> fx.GraphModule:
-    """Apply every pass to `gm`, in order.
+def rewrite(traced: Traced, plan: Plan, config: DA3Config) -> nn.Module:
+    """Apply every pass to every graph, in order, and put a slot where the classifier was.
 
     Args:
-        gm: A traced network; edited in place.
+        traced: A traced network; edited in place.
         plan: Made for this very network.
         config: The user's choices.
 
     Returns:
-        `gm`, whose forward now returns ``(output, executed)``.
+        Its root.
     """
-    for edit_ in ORDER:
-        edit_(gm, plan, config)
-    gm.graph.lint()
-    gm.recompile()
-    return gm
+    for part, planned in zip(traced.parts, plan.parts, strict=True):
+        for edit_ in ORDER:
+            edit_(part, planned, config)
+        part.gm.graph.lint()
+        part.gm.recompile()
+    if plan.head is not None:
+        head = cast(Head, traced.root.get_submodule(plan.head))
+        traced.root.set_submodule(plan.head, HeadSlot(head))
+    return traced.root

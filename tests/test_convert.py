@@ -8,8 +8,8 @@ import pickle
 import models
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from plain import PlainPyTorch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_da3 import (
@@ -24,11 +24,8 @@ from lightning_da3 import (
 )
 from lightning_da3.memory import SavedActivations, saved_activation_bytes
 from lightning_da3.nn.frozen import FrozenAffine, FrozenConv, TwoSlopes
-from lightning_da3.nn.gate import Executed, annealed_target, budget_loss
-from lightning_da3.ops.host import coarse_grid, upsample
 from lightning_da3.planning import NodePlan
 from lightning_da3.registry import Replacement, register
-from lightning_da3.tracing import trace
 
 EXACT = MemoryConfig(exact=True)
 WITH_MODES = (nn.Dropout, nn.BatchNorm2d)
@@ -251,60 +248,6 @@ def test_channels_last_stays_channels_last():
 # --- gradients, against plain PyTorch
 
 
-class PlainPyTorch(fx.Interpreter):
-    """The network as it was traced, with the adapters of a converted one in PyTorch's own words.
-
-    The gate's gradient, which conversion estimates, comes from a term of value zero.
-    """
-
-    def __init__(self, backbone, model):
-        super().__init__(trace(backbone))
-        self.model, self.domain = model, model.domain(model.active_domain)
-        self.first = {host.first: host for host in model.plan.hosts}
-        self.last = {host.last: host for host in model.plan.hosts}
-        self.adapted, self.executed = {}, []
-
-    def run_node(self, n):
-        if n.name in self.first:
-            host = self.first[n.name]
-            self.adapted[host.name] = self.adapt(host, self.env[n.all_input_nodes[0]])
-        if n.target == self.model.plan.head:
-            return self.domain.head(*self.fetch_args_kwargs_from_env(n)[0])
-        result = super().run_node(n)
-        return self.write(self.last[n.name], result) if n.name in self.last else result
-
-    def adapt(self, host, x):
-        adapter = self.domain.adapters[host.name.replace(".", "__").replace(":", "__call")]
-        size = [-(-n // s) for n, s in zip(x.shape[2:], host.stride, strict=True)]
-        pooled = F.adaptive_avg_pool2d(x, coarse_grid(size, self.model.config.adapter.max_cells))
-        norm, weight = adapter.norm, adapter.squeeze.weight
-        hidden = F.conv2d(pooled, weight, padding=weight.shape[-1] // 2)
-        hidden = F.group_norm(hidden, 1, norm.weight, norm.bias, norm.eps).relu()
-        logits = F.conv2d(hidden, adapter.attend.weight[..., None, None], adapter.attend.bias)
-        soft = torch.sigmoid(logits)
-        addend = soft * F.conv2d(hidden, adapter.value.weight[..., None, None])
-        return addend + adapter.value.bias.view(-1, 1, 1), (logits > 0).to(
-            soft
-        ) + soft - soft.detach()
-
-    def write(self, host, f):
-        addend, gate = self.adapted[host.name]
-        size = f.shape[2:]
-        if self.model.config.gate is None:
-            return f + upsample(addend, size)
-        self.executed.append(Executed(gate, host.macs_per_output * size.numel()))
-        means = F.adaptive_avg_pool2d(f, gate.shape[2:]).detach()
-        estimate = upsample((gate - gate.detach()) * means, size)
-        return upsample(gate.detach(), size) * f + upsample(addend, size) + estimate
-
-    def loss(self, outputs):
-        gate = self.model.config.gate
-        if gate is None:
-            return score(outputs)
-        target = annealed_target(gate.target, self.model.progress)
-        return score(outputs) + gate.weight * budget_loss(self.executed, target)
-
-
 GRADIENT_FAMILIES = ["resnet18", "resnext", "mobilenet_v2", "shufflenet_v2_x0_5", "squeezenet1_1"]
 GRADIENT_FAMILIES += [
     pytest.param(name, marks=pytest.mark.slow)
@@ -325,12 +268,12 @@ def test_exact_gradients_are_those_of_plain_pytorch(name, gate):
     for tensor in (*x, *y):
         tensor.requires_grad_()
 
-    outputs, expected = model(*x), plain.run(*y)
+    outputs, expected = model(*x), plain(*y)
     assert_relatively_close(outputs, expected, 1e-9)
     if gate is not None:
         assert 0.0 < model.executed_flops_fraction < 1.0  # else the gates test nothing
     got = torch.autograd.grad(score(outputs), [*trained, *x])
-    want = torch.autograd.grad(plain.loss(expected), [*trained, *y])
+    want = torch.autograd.grad(score(expected) + plain.loss(), [*trained, *y])
     # for one that is 0, as of a bias in front of a batch norm of the batch
     rounding = 1e-6 * max(other.norm() for other in want)
     for one, other in zip(got, want, strict=True):

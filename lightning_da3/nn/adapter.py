@@ -1,7 +1,7 @@
 """The additive attention adapter with its gate, and the two places where a host meets it.
 
 Shapes: x (N, C, *in) enters the host, f (N, O, *out) leaves it; p (N, C, *grid) the cell means of
-x; m hidden channels. Source: Yang, Rakin, Fan, "DA3: Dynamic Additive Attention Adaption for
+x; m hidden channels. Of tokens, x (N, *in, C), the cells stand in one row: grid = (own + G,). Source: Yang, Rakin, Fan, "DA3: Dynamic Additive Attention Adaption for
 Memory-Efficient On-Device Multi-Domain Learning", arXiv 2012.01362.
 """
 
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from lightning_da3.nn.gate import Executed, hard_gate
 from lightning_da3.ops.convolution import coded_conv
 from lightning_da3.ops.host import coarse_grid, read, write
+from lightning_da3.ops.tokens import Place, read_tokens, write_tokens
+
+CONV_OF = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 OPEN_LOGIT = 2.0  # bias of a fresh gate: open, and steep enough to learn to close
 
@@ -46,6 +49,7 @@ class Adapter(nn.Module):
         out_channels: O.
         hidden_channels: m.
         kernel_size: Of the first convolution: 1 or 3.
+        axes: Of the grid.
         gated: Make a gate.
         exact: Keep p for the backward, not its 8-bit codes.
     """
@@ -56,12 +60,13 @@ class Adapter(nn.Module):
         out_channels: int,
         hidden_channels: int,
         kernel_size: int,
+        axes: int = 2,
         *,
         gated: bool,
         exact: bool,
     ) -> None:
         super().__init__()
-        self.squeeze = nn.Conv2d(
+        self.squeeze = CONV_OF[axes](
             in_channels, hidden_channels, kernel_size, padding=kernel_size // 2, bias=False
         )
         self.norm = nn.GroupNorm(1, hidden_channels)
@@ -107,14 +112,17 @@ class HostInput(nn.Module):
 
     Args:
         max_cells: Most cells of the coarse grid.
-        stride: Of the whole host, one number an axis.
+        stride: Of the whole host, one number an axis; None for tokens.
+        own_tokens: Leading tokens that are cells by themselves.
     """
 
     active: Adapter | None
 
-    def __init__(self, max_cells: int, stride: tuple[int, ...]) -> None:
+    def __init__(
+        self, max_cells: int, stride: tuple[int, ...] | None, own_tokens: int = 0
+    ) -> None:
         super().__init__()
-        self.max_cells, self.stride = max_cells, stride
+        self.max_cells, self.stride, self.own_tokens = max_cells, stride, own_tokens
         self.set_active(None)
 
     def set_active(self, adapter: Adapter | None) -> None:
@@ -122,31 +130,53 @@ class HostInput(nn.Module):
         object.__setattr__(self, "active", adapter)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Adapted | None]:
-        """x (N, C, *in) and what the adapter says of it."""
+        """x and what the adapter says of it."""
         if self.active is None:
             return x, None
-        out = [-(-n // s) for n, s in zip(x.shape[2:], self.stride, strict=True)]
-        x, pooled = read(x, coarse_grid(out, self.max_cells))
+        if self.stride is None:
+            place = Place.of(x.shape[1:-1], self.own_tokens, self.max_cells)
+            x, pooled = read_tokens(x, place)
+        else:
+            out = [-(-n // s) for n, s in zip(x.shape[2:], self.stride, strict=True)]
+            x, pooled = read(x, coarse_grid(out, self.max_cells))
         return x, self.active(pooled)
 
 
 class HostOutput(nn.Module):
-    """Where a host ends: ``f`` becomes ``up(gate) * f + up(addend)``, in place.
+    """Where a host ends: ``f`` becomes ``up(gate) * f + up(addend)``.
 
     Args:
         macs_per_output: Multiply-accumulates of the whole host for one output position.
         exact: Keep the gate's cell means as they are, not as 8-bit codes.
+        max_cells: Most cells of the coarse grid, for tokens.
+        own_tokens: None for maps; for tokens, how many are cells by themselves.
+        inplace: `f` may be overwritten.
     """
 
-    def __init__(self, macs_per_output: float, exact: bool) -> None:
+    def __init__(
+        self,
+        macs_per_output: float,
+        exact: bool,
+        max_cells: int = 0,
+        own_tokens: int | None = None,
+        inplace: bool = True,
+    ) -> None:
         super().__init__()
-        self.macs_per_output, self.exact = macs_per_output, exact
+        self.macs_per_output, self.exact, self.inplace = macs_per_output, exact, inplace
+        self.max_cells, self.own_tokens = max_cells, own_tokens
 
     def forward(self, f: Tensor, adapted: Adapted | None) -> tuple[Tensor, Executed | None]:
-        """y (N, O, *out) and how much of the host ran."""
+        """y, of the shape of f, and how much of the host ran."""
         if adapted is None:
             return f, None
-        y = write(f, adapted.addend, adapted.gate, self.exact)
+        if self.own_tokens is None:
+            size = f.shape[2:]
+            f = f if self.inplace else f.clone()
+            y = write(f, adapted.addend, adapted.gate, self.exact)
+        else:
+            size = f.shape[1:-1]
+            place = Place.of(size, self.own_tokens, self.max_cells)
+            y = write_tokens(f, adapted.addend, adapted.gate, place, self.exact)
         if adapted.gate is None:
             return y, None
-        return y, Executed(adapted.gate, self.macs_per_output * f.shape[2:].numel())
+        return y, Executed(adapted.gate, self.macs_per_output * size.numel())

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_da3.ops.activation import two_slopes
-from lightning_da3.ops.convolution import frozen_conv, pad_mode
+from lightning_da3.ops.convolution import frozen_conv, frozen_conv_transpose, pad_mode
 from lightning_da3.ops.normalization import frozen_affine
+from lightning_da3.ops.smooth import Smooth, coded
 from lightning_da3.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -148,6 +149,36 @@ class FrozenConv(nn.Module):
         return f"{tuple(self.weight.shape)}, stride={self.stride}, groups={self.groups}"
 
 
+class FrozenConvTranspose(nn.Module):
+    """A frozen transposed convolution that keeps nothing.
+
+    Args:
+        conv: The layer; its weight is copied.
+    """
+
+    def __init__(self, conv: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) -> None:
+        super().__init__()
+        axes = conv.weight.dim() - 2
+        self.stride, self.padding = numbers(conv.stride, axes), numbers(conv.padding, axes)  # type: ignore[arg-type]
+        self.output_padding = numbers(conv.output_padding, axes)
+        self.dilation, self.groups = numbers(conv.dilation, axes), conv.groups
+        self.weight = frozen(conv.weight)
+        self.bias = None if conv.bias is None else frozen(conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, *in) to (N, O, *out)."""
+        return frozen_conv_transpose(
+            x,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.output_padding,
+            self.groups,
+            self.dilation,
+        )
+
+
 class FrozenAffine(nn.Module):
     """A batch norm that could not be folded: ``y = x * scale + shift`` by channel.
 
@@ -199,6 +230,35 @@ class TwoSlopes(nn.Module):
     def extra_repr(self) -> str:
         """The parameters."""
         return f"low={self.low}, high={self.high}, slope={self.slope}, inplace={self.inplace}"
+
+
+class HardSigmoid(nn.Module):
+    """``relu6(x + 3) / 6`` that keeps one bit an element."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape to the same."""
+        return two_slopes(x + 3.0, 0.0, 6.0, inplace=True) / 6.0
+
+
+class Coded(nn.Module):
+    """A smooth activation that keeps an 8-bit code of its derivative.
+
+    Args:
+        smooth: The activation.
+        inplace: The input may be overwritten.
+    """
+
+    def __init__(self, smooth: Smooth, inplace: bool) -> None:
+        super().__init__()
+        self.smooth, self.inplace = smooth, inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape to the same."""
+        return coded(x, self.smooth, inplace=self.inplace)
+
+    def extra_repr(self) -> str:
+        """The parameters."""
+        return f"{self.smooth.name}, inplace={self.inplace}"
 
 
 class MaxPool(nn.Module):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Executed(NamedTuple):
@@ -24,6 +24,28 @@ class Executed(NamedTuple):
 
     gate: Tensor
     macs: float
+
+
+class Recorder(nn.Module):
+    """Notes how much of one host ran, once a call, in a list that the whole model shares.
+
+    Args:
+        host: Name of the host.
+    """
+
+    def __init__(self, host: str) -> None:
+        super().__init__()
+        self.host = host
+        self.write_into([])
+
+    def write_into(self, ledger: list[tuple[str, Executed]]) -> None:
+        """Use this list from now on."""
+        self.ledger = ledger
+
+    def forward(self, executed: Executed | None) -> None:
+        """Take note."""
+        if executed is not None:
+            self.ledger.append((self.host, executed))
 
 
 class _HardGate(torch.autograd.Function):

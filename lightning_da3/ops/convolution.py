@@ -164,6 +164,63 @@ def frozen_conv(
     return result
 
 
+class _FrozenConvTranspose(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any
+    ) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.dtype, ctx.geometry = x.dtype, geometry
+        return _conv_transpose(x, weight, bias, *geometry)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        stride, padding, _, groups, dilation = ctx.geometry
+        conv = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[len(stride)]
+        grad_x = conv(grad, weight.to(grad.dtype), None, stride, padding, dilation, groups)
+        return grad_x.to(ctx.dtype), *[None] * 7
+
+
+def _conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    conv = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+    result: Tensor = conv[weight.dim() - 2](x, weight, bias, *geometry)
+    return result
+
+
+def frozen_conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    output_padding: tuple[int, ...],
+    groups: int,
+    dilation: tuple[int, ...],
+) -> Tensor:
+    """Transposed convolution whose weight gets no gradient; keeps nothing for the backward.
+
+    Args:
+        x: (N, C, *in).
+        weight: (C, O/groups, *kernel).
+        bias: (O,) or None.
+        stride: One number an axis; likewise the others.
+        padding: Of the convolution that this one transposes.
+        output_padding: Added to one side of the output.
+        groups: Of the channels.
+        dilation: Of the kernel.
+
+    Returns:
+        (N, O, *out).
+    """
+    geometry = (stride, padding, output_padding, groups, dilation)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return _conv_transpose(x, weight, bias, *geometry)
+    result: Tensor = _FrozenConvTranspose.apply(x, weight, bias, *geometry)
+    return result
+
+
 class _CodedConv(torch.autograd.Function):
     """A trainable convolution that keeps 8-bit codes of its input."""
 

@@ -35,12 +35,13 @@ def coarse_grid(size: Sequence[int], max_cells: int) -> tuple[int, ...]:
     return tuple([math.ceil(n / math.ceil(n / limit)) if n else 1 for n in size])
 
 
-def _divides(size: Sequence[int], grid: Sequence[int]) -> bool:
+def divides(size: Sequence[int], grid: Sequence[int]) -> bool:
+    """Whether all cells have one size."""
     remainders = [n % cells for n, cells in zip(size, grid, strict=True)]  # torch.compile: a list
     return not any(remainders)
 
 
-def _split(x: Tensor, grid: Sequence[int]) -> Tensor:
+def split(x: Tensor, grid: Sequence[int]) -> Tensor:
     """View of (N, C, *in) as (N, C, G1, r1, G2, r2, ..); needs cells of one size."""
     axes = len(grid)
     for axis in reversed(range(axes)):
@@ -49,8 +50,8 @@ def _split(x: Tensor, grid: Sequence[int]) -> Tensor:
     return x
 
 
-def _spread(coarse: Tensor) -> Tensor:
-    """View of (N, C, *grid) as (N, C, G1, 1, G2, 1, ..), to broadcast over `_split`."""
+def spread(coarse: Tensor) -> Tensor:
+    """View of (N, C, *grid) as (N, C, G1, 1, G2, 1, ..), to broadcast over `split`."""
     for axis in reversed(range(coarse.dim() - 2)):
         coarse = coarse.unsqueeze(3 + axis)
     return coarse
@@ -61,13 +62,13 @@ def upsample(coarse: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(coarse, size=tuple(size), mode="nearest")
 
 
-def _pool(x: Tensor, grid: Sequence[int]) -> Tensor:
+def pool(x: Tensor, grid: Sequence[int]) -> Tensor:
     """Cell means of the coarse grid, (N, C, *grid)."""
     axes = len(grid)
     size = x.shape[2:]
     if tuple(size) == tuple(grid):
         return x.clone()  # whoever asked for means may keep them while x is overwritten
-    if axes == 2 and _divides(size, grid):
+    if axes == 2 and divides(size, grid):
         return F.avg_pool2d(x, [n // cells for n, cells in zip(size, grid, strict=True)])
     adaptive: Callable[..., Tensor] = {
         1: F.adaptive_avg_pool1d,
@@ -77,11 +78,11 @@ def _pool(x: Tensor, grid: Sequence[int]) -> Tensor:
     return adaptive(x, tuple(grid))
 
 
-def _cell_sums(x: Tensor, grid: Sequence[int]) -> Tensor:
+def cell_sums(x: Tensor, grid: Sequence[int]) -> Tensor:
     """Sums over the pixels of every cell, the transpose of `upsample`, (N, C, *grid)."""
     size = x.shape[2:]
-    if _divides(size, grid):
-        return _pool(x, grid) * math.prod([n // c for n, c in zip(size, grid, strict=True)])
+    if divides(size, grid):
+        return pool(x, grid) * math.prod([n // c for n, c in zip(size, grid, strict=True)])
     transpose = {
         1: _aten.upsample_nearest1d_backward,
         2: _aten.upsample_nearest2d_backward,
@@ -98,7 +99,7 @@ class _Read(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.size = x.size()
-        return x.view_as(x), _pool(x, grid)
+        return x.view_as(x), pool(x, grid)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -107,18 +108,31 @@ class _Read(torch.autograd.Function):
     ) -> tuple[Tensor | None, None]:
         if grad_pooled is None:
             return grad, None
-        size, grid = ctx.size[2:], grad_pooled.shape[2:]
-        if grad is None:
-            grad = grad_pooled.new_zeros(ctx.size)
-        if _divides(size, grid):
-            share = grad_pooled / math.prod([n // c for n, c in zip(size, grid, strict=True)])
-            _split(grad, grid).add_(_spread(share))
-        else:
-            grad.add_(_pool_transpose(grad_pooled, ctx.size))
+        grad = writable(grad, ctx.size, grad_pooled)
+        add_pool_gradient_(grad, grad_pooled)
         return grad, None
 
 
-def _pool_transpose(grad: Tensor, size: Sequence[int]) -> Tensor:
+def writable(grad: Tensor | None, size: torch.Size, like: Tensor) -> Tensor:
+    """`grad` if its elements have memory of their own, else such a copy; zeros for None."""
+    if grad is None:
+        return like.new_zeros(size)
+    expanded = any(s == 0 and n > 1 for s, n in zip(grad.stride(), grad.shape, strict=True))
+    return grad.contiguous() if expanded else grad
+
+
+def add_pool_gradient_(grad: Tensor, grad_pooled: Tensor) -> None:
+    """Add to dL/dx (N, C, *in) what dL/dp (N, C, *grid) says of it."""
+    size, grid = grad.shape[2:], grad_pooled.shape[2:]
+    if divides(size, grid):
+        share = grad_pooled / math.prod([n // c for n, c in zip(size, grid, strict=True)])
+        split(grad, grid).add_(spread(share))
+    else:
+        grad.add_(pool_transpose(grad_pooled, grad.shape))
+
+
+def pool_transpose(grad: Tensor, size: Sequence[int]) -> Tensor:
+    """The transpose of `pool`, for cells of any size: (N, C, *grid) to `size`."""
     transpose = {
         2: _aten._adaptive_avg_pool2d_backward,
         3: _aten._adaptive_avg_pool3d_backward,
@@ -143,7 +157,7 @@ def read(x: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         x (N, C, *in) and p (N, C, *grid).
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return x, _pool(x, grid)
+        return x, pool(x, grid)
     result: tuple[Tensor, Tensor] = _Read.apply(x, grid)
     return result
 
@@ -160,19 +174,19 @@ class _Write(torch.autograd.Function):
         if gate is not None:
             saved = (gate,)
             if ctx.needs_input_grad[2]:
-                means = _pool(f, grid)
+                means = pool(f, grid)
                 ctx.mean_size = means.size()
                 kept = (means,) if exact else quantize_rows(means)
                 saved = (gate, *kept)
         ctx.save_for_backward(*saved)
         ctx.mark_dirty(f)
-        _write_(f, addend, gate)
+        write_(f, addend, gate)
         return f
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        sums = _cell_sums(grad, ctx.grid)  # (N, O, *grid)
+        sums = cell_sums(grad, ctx.grid)  # (N, O, *grid)
         if not ctx.gated:
             return grad, sums, None, None
         gate, *kept = ctx.saved_tensors
@@ -184,25 +198,27 @@ class _Write(torch.autograd.Function):
                 means = dequantize_rows(codes, low, step, ctx.mean_size, grad.dtype)
             grad_gate = (sums * means).sum(dim=1, keepdim=True)
         if ctx.needs_input_grad[0]:
-            grad_f = _gated(grad, gate)
+            grad_f = gated(grad, gate)
         return grad_f, sums, grad_gate, None
 
 
-def _gated(x: Tensor, gate: Tensor) -> Tensor:
+def gated(x: Tensor, gate: Tensor) -> Tensor:
+    """``up(gate) * x``, with the strides of x."""
     size, grid = x.shape[2:], gate.shape[2:]
-    if not _divides(size, grid):
+    if not divides(size, grid):
         return x * upsample(gate, size)
-    cells = _split(x, grid) * _spread(gate)
+    cells = split(x, grid) * spread(gate)
     for axis in range(len(grid)):
         cells = cells.flatten(2 + axis, 3 + axis)  # views: the product has the strides of x
     return cells
 
 
-def _write_(f: Tensor, addend: Tensor, gate: Tensor | None) -> Tensor:
+def write_(f: Tensor, addend: Tensor, gate: Tensor | None) -> Tensor:
+    """``up(gate) * f + up(addend)``, in the memory of f."""
     size, grid = f.shape[2:], addend.shape[2:]
-    if _divides(size, grid):
-        cells, addend = _split(f, grid), _spread(addend)
-        gate = None if gate is None else _spread(gate)
+    if divides(size, grid):
+        cells, addend = split(f, grid), spread(addend)
+        gate = None if gate is None else spread(gate)
     else:
         cells, addend = f, upsample(addend, size)
         gate = None if gate is None else upsample(gate, size)
@@ -231,6 +247,6 @@ def write(f: Tensor, addend: Tensor, gate: Tensor | None, exact: bool = False) -
     needs_graph = f.requires_grad or addend.requires_grad
     needs_graph = needs_graph or (gate is not None and gate.requires_grad)
     if not (torch.is_grad_enabled() and needs_graph):
-        return _write_(f, addend, gate)
+        return write_(f, addend, gate)
     result: Tensor = _Write.apply(f, addend, gate, exact)
     return result

@@ -1,6 +1,6 @@
 """One kind of edit each: reads the plan, decides nothing. The order is written once, here.
 
-Every pass takes the traced network and the plan, and edits the network in place. Nodes keep their
+Every pass takes one traced graph and its plan, and edits the graph in place. Nodes keep their
 names throughout, which is how the plan speaks of them.
 """
 
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import fx
-
 from lightning_da3.config import DA3Config
 from lightning_da3.passes.freeze import freeze_
-from lightning_da3.passes.head import own_head_
 from lightning_da3.passes.hosts import attach_hosts_
-from lightning_da3.planning import Plan
+from lightning_da3.passes.recompute import recompute_
+from lightning_da3.planning import PartPlan
+from lightning_da3.tracing import Part
 
-Pass = Callable[[fx.GraphModule, Plan, DA3Config], None]
+Pass = Callable[[Part, PartPlan, DA3Config], None]
 
-ORDER: tuple[Pass, ...] = (freeze_, attach_hosts_, own_head_)
+ORDER: tuple[Pass, ...] = (attach_hosts_, freeze_, recompute_)

@@ -8,12 +8,15 @@ from torch import fx
 
 from lightning_da3.config import DA3Config
 from lightning_da3.nn.frozen import FrozenAffine, FrozenConv
-from lightning_da3.planning import NodePlan, Plan, layer_called
+from lightning_da3.planning import NodePlan, PartPlan, layer_called
 from lightning_da3.registry import replacement_for
-from lightning_da3.tracing import module_of
+from lightning_da3.tracing import Part, module_of
 
 
-def freeze_(gm: fx.GraphModule, plan: Plan, config: DA3Config) -> None:
+STANDS_FOR = "stands_for"
+
+
+def freeze_(part: Part, plan: PartPlan, config: DA3Config) -> None:
     """Swap in the frozen layers that the plan names.
 
     ::
@@ -21,6 +24,7 @@ def freeze_(gm: fx.GraphModule, plan: Plan, config: DA3Config) -> None:
         relu(bn(conv(x)))   becomes   two_slopes_(frozen_conv(x))
     """
     del config
+    gm = part.gm
     nodes = {node.name: node for node in gm.graph.nodes}
     norm_of = {step.fold_into: nodes[step.name] for step in plan.nodes if step.fold_into}
     originals = dict(gm.named_modules())  # by name: a later call of a layer still finds it
@@ -31,9 +35,12 @@ def freeze_(gm: fx.GraphModule, plan: Plan, config: DA3Config) -> None:
             if not isinstance(module_of(gm, node), FrozenConv):  # else an earlier call did it
                 norm = norm_of.get(step.name)
                 norm_name = None if norm is None else str(norm.target)
-                gm.set_submodule(name, _frozen_conv(originals, name, norm_name))
+                gm.set_submodule(name, _frozen_conv(part, originals, name, norm_name))
         elif step.action == "affine":
-            _call(gm, node, FrozenAffine(cast(Any, originals[name]), step.inplace, name))
+            affine = FrozenAffine(
+                cast(Any, originals[name]), step.inplace, part.user_name(name)
+            )
+            _call(gm, node, affine)
         elif step.action == "replace":
             _replace(gm, node, step)
     for step in plan.nodes:
@@ -42,9 +49,12 @@ def freeze_(gm: fx.GraphModule, plan: Plan, config: DA3Config) -> None:
     gm.delete_all_unused_submodules()
 
 
-def _frozen_conv(originals: dict[str, Any], name: str, norm_name: str | None) -> FrozenConv:
+def _frozen_conv(
+    part: Part, originals: dict[str, Any], name: str, norm_name: str | None
+) -> FrozenConv:
     norm = None if norm_name is None else originals[norm_name]
-    return FrozenConv(originals[name], norm, name, norm_name)
+    norm_name = None if norm_name is None else part.user_name(norm_name)
+    return FrozenConv(originals[name], norm, part.user_name(name), norm_name)
 
 
 def _replace(gm: fx.GraphModule, node: fx.Node, step: NodePlan) -> None:
@@ -63,5 +73,13 @@ def _call(gm: fx.GraphModule, node: fx.Node, layer: Any) -> None:
 
 
 def _bypass(gm: fx.GraphModule, node: fx.Node) -> None:
-    node.replace_all_uses_with(cast(fx.Node, node.args[0]))
+    before = cast(fx.Node, node.args[0])
+    before.meta[STANDS_FOR] = {*stands_for(before), *stands_for(node)}
+    node.replace_all_uses_with(before)
     gm.graph.erase_node(node)
+
+
+def stands_for(node: fx.Node) -> set[str]:
+    """Names in the plan of what `node` computes: its own, and of nodes that are gone."""
+    names: set[str] = node.meta.get(STANDS_FOR, set())
+    return {node.name, *names}

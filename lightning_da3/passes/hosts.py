@@ -1,18 +1,17 @@
-"""``y = f(x)`` becomes ``x, a = host_input(x); y, e = host_output(f(x), a)``."""
+"""``y = f(x)`` becomes ``x, a = host_input(x); y, e = host_output(f(x), a); recorder(e)``."""
 
 from __future__ import annotations
 
 import operator
-from typing import cast
-
 from torch import fx
 
 from lightning_da3.config import DA3Config
 from lightning_da3.nn.adapter import HostInput, HostOutput
-from lightning_da3.planning import HostPlan, Plan
-from lightning_da3.tracing import output_node
+from lightning_da3.nn.gate import Recorder
+from lightning_da3.planning import HostPlan, PartPlan
+from lightning_da3.tracing import Part
 
-INPUTS, OUTPUTS = "host_inputs", "host_outputs"
+INPUTS, OUTPUTS, RECORDERS = "host_inputs", "host_outputs", "recorders"
 
 
 def host_key(name: str) -> str:
@@ -20,40 +19,43 @@ def host_key(name: str) -> str:
     return name.replace(".", "__").replace(":", "__call")
 
 
-def attach_hosts_(gm: fx.GraphModule, plan: Plan, config: DA3Config) -> None:
-    """Put an input and an output around every host, and hand out what was executed.
-
-    The network's output ``y`` becomes ``(y, [e1, e2, ..])``.
-    """
-    folded = {step.name: step.fold_into for step in plan.nodes if step.fold_into}
-    nodes = {node.name: node for node in gm.graph.nodes}
-    executed = []
+def attach_hosts_(part: Part, plan: PartPlan, config: DA3Config) -> None:
+    """Put an input and an output around every host, and a recorder of what was executed."""
+    nodes = {node.name: node for node in part.gm.graph.nodes}
     for host in plan.hosts:
-        last = folded.get(host.last) or host.last
-        executed.append(_attach(gm, host, nodes[host.first], nodes[last], config))
-    output = output_node(gm.graph)
-    output.args = ((output.args[0], executed),)
+        _attach(part.gm, host, nodes, config)
 
 
 def _attach(
-    gm: fx.GraphModule, host: HostPlan, first: fx.Node, last: fx.Node, config: DA3Config
-) -> fx.Node:
-    key = host_key(host.name)
-    gm.add_submodule(f"{INPUTS}.{key}", HostInput(config.adapter.max_cells, host.stride))
+    gm: fx.GraphModule, host: HostPlan, nodes: dict[str, fx.Node], config: DA3Config
+) -> None:
+    key, cells, tokens = host_key(host.name), config.adapter.max_cells, host.stride is None
+    gm.add_submodule(f"{INPUTS}.{key}", HostInput(cells, host.stride, host.own_tokens))
     gm.add_submodule(
-        f"{OUTPUTS}.{key}", HostOutput(host.macs_per_output, exact=config.memory.exact)
+        f"{OUTPUTS}.{key}",
+        HostOutput(
+            host.macs_per_output,
+            config.memory.exact,
+            cells,
+            host.own_tokens if tokens else None,
+            host.inplace,
+        ),
     )
+    gm.add_submodule(f"{RECORDERS}.{key}", Recorder(host.name))
     graph = gm.graph
-    x = cast(fx.Node, first.args[0])
-    with graph.inserting_before(first):
+    readers = [nodes[name] for name in host.readers]
+    x, last = nodes[host.source], nodes[host.last]
+    with graph.inserting_before(readers[0]):
         entry = graph.call_module(f"{INPUTS}.{key}", (x,))
         through = graph.call_function(operator.getitem, (entry, 0))
         adapted = graph.call_function(operator.getitem, (entry, 1))
-    first.replace_input_with(x, through)
+    for reader in readers:
+        reader.replace_input_with(x, through)
     with graph.inserting_after(last):
         exit_ = graph.call_module(f"{OUTPUTS}.{key}", (last, adapted))
     with graph.inserting_after(exit_):
         executed = graph.call_function(operator.getitem, (exit_, 1))
         y = graph.call_function(operator.getitem, (exit_, 0))
     last.replace_all_uses_with(y, delete_user_cb=lambda user: user is not exit_)
-    return executed
+    with graph.inserting_after(executed):
+        graph.call_module(f"{RECORDERS}.{key}", (executed,))

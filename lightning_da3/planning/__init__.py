@@ -1,45 +1,129 @@
-"""What will be done to a traced graph, decided before anything is built."""
+"""What will be done to traced graphs, decided before anything is built."""
 
 from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
 
 from torch import fx
 
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import ConversionError
+from lightning_da3.planning.flow import Flow
 from lightning_da3.planning.folds import find_folds
 from lightning_da3.planning.head import find_head
-from lightning_da3.planning.hosts import find_hosts
-from lightning_da3.planning.layers import CONVS, is_spatial, layer_called
+from lightning_da3.planning.hosts import HostFinder
+from lightning_da3.planning.layers import CONVS, layer_called
 from lightning_da3.planning.nodes import INERT_LAYERS, plan_nodes, trained_through
-from lightning_da3.planning.plan import HostPlan, NodePlan, Plan
-from lightning_da3.tracing import module_of
+from lightning_da3.planning.plan import HostPlan, NodePlan, PartPlan, Plan, SegmentPlan
+from lightning_da3.planning.segments import SegmentFinder
+from lightning_da3.planning.sizes import Shapes, guess_shapes, sizes
+from lightning_da3.tracing import Part, Traced, module_of
 
-__all__ = ["INERT_LAYERS", "HostPlan", "NodePlan", "Plan", "layer_called", "plan"]
+__all__ = [
+    "INERT_LAYERS",
+    "HostPlan",
+    "NodePlan",
+    "PartPlan",
+    "Plan",
+    "SegmentPlan",
+    "layer_called",
+    "plan",
+]
 
 
-def plan(gm: fx.GraphModule, config: DA3Config) -> Plan:
+@dataclass
+class _Draft:
+    """What is known of one graph before its nodes are planned."""
+
+    part: Part
+    flow: Flow
+    shapes: Shapes
+    head: str | None
+    folds: dict[str, str]
+    candidates: list[tuple[float, HostPlan]]
+
+
+def plan(traced: Traced, config: DA3Config) -> Plan:
     """Decide what becomes of every node.
 
     Args:
-        gm: A traced network, from `lightning_da3.tracing.trace`; only read.
+        traced: From `lightning_da3.tracing.trace`; only read.
         config: The user's choices.
 
     Raises:
         ConversionError: There is nothing to adapt, or the head cannot be found.
     """
-    network = type(gm).__name__
-    if not any(is_spatial(module_of(gm, node)) for node in gm.graph.nodes):
-        raise ConversionError(_no_host_message(gm, network, config.adapter.min_stride))
-    head = find_head(gm, config.head, network)
-    folds = dict(find_folds(gm, head))
-    hosts = tuple(find_hosts(gm, config.adapter.min_stride, head, folds))
-    if not hosts:
-        raise ConversionError(_no_host_message(gm, network, config.adapter.min_stride))
-    nodes = tuple(plan_nodes(gm, head, folds, trained_through(gm, hosts)))
-    return Plan(network, nodes, hosts, head, _input_channels(gm))
+    head = find_head(traced, config.head)
+    drafts = [_draft(part, head) for part in traced.parts]
+    found = [reduction for draft in drafts for reduction, _ in draft.candidates]
+    if not found:
+        raise ConversionError(_nothing_message(traced))
+    least = min(config.adapter.min_stride, max(found))
+    parts = tuple(_plan_part(draft, least, config) for draft in drafts)
+    python = tuple(f"{path or 'the network'} ({why})" for path, why in traced.python.items())
+    return Plan(traced.network, parts, head, _input_channels(traced), python)
 
 
-def _input_channels(gm: fx.GraphModule) -> tuple[int, int] | None:
+def _draft(part: Part, head: str | None) -> _Draft:
+    own = next((t for t in _targets(part.gm) if part.user_name(t) == head), None)
+    flow = Flow(part.gm.graph)
+    shapes = guess_shapes(part.gm)
+    folds = dict(find_folds(part.gm, own))
+    finder = HostFinder(part, flow, shapes, own, folds)
+    return _Draft(part, flow, shapes, own, folds, list(finder.candidates()))
+
+
+def _targets(gm: fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in gm.graph.nodes if node.op == "call_module"]
+
+
+def _plan_part(draft: _Draft, least: float, config: DA3Config) -> PartPlan:
+    gm, exact = draft.part.gm, config.memory.exact
+    hosts = tuple(host for reduction, host in draft.candidates if reduction >= least)
+    trained = trained_through(gm, hosts)
+    if not hosts and draft.part.path:  # what comes before it may be trained
+        trained = {node.name for node in draft.flow.activations}
+    nodes = tuple(plan_nodes(gm, draft.head, draft.folds, trained, exact))
+    size = sizes(gm, draft.shapes)
+    finder = SegmentFinder(gm, draft.flow, size, nodes, hosts, draft.head, exact)
+    segments = tuple(finder.find())
+    again = {name for segment in segments for name in segment.nodes}
+    nodes = tuple(
+        dataclasses.replace(node, keeps="again", action=_plain(node))
+        if node.name in again and node.keeps != "nothing"
+        else node
+        for node in nodes
+    )
+    return PartPlan(draft.part.path, nodes, _writable(hosts, gm), segments)
+
+
+def _plain(node: NodePlan) -> str:
+    """In a segment nothing is kept for long: PyTorch's own smooth activations are quicker."""
+    return "leave" if node.keeps == "codes" else node.action
+
+
+def _writable(hosts: tuple[HostPlan, ...], gm: fx.GraphModule) -> tuple[HostPlan, ...]:
+    """Which hosts end with a convolution, whose new memory nothing else refers to."""
+    nodes = {node.name: node for node in gm.graph.nodes}
+
+    def writable(host: HostPlan) -> bool:
+        node = nodes[host.last]
+        while not isinstance(module_of(gm, node), CONVS):
+            before = node.args[0] if node.args else None
+            folded = type(module_of(gm, node)).__name__.startswith("BatchNorm")
+            if not folded or not isinstance(before, fx.Node) or len(before.users) > 1:
+                return False
+            node = before
+        return True
+
+    return tuple(dataclasses.replace(host, inplace=writable(host)) for host in hosts)
+
+
+def _input_channels(traced: Traced) -> tuple[int, int] | None:
+    if len(traced.parts) != 1 or traced.parts[0].path:
+        return None
+    gm = traced.parts[0].gm
     first = next((node for node in gm.graph.nodes if node.op == "placeholder"), None)
     for user in first.users if first is not None else ():
         conv = module_of(gm, user)
@@ -48,16 +132,15 @@ def _input_channels(gm: fx.GraphModule) -> tuple[int, int] | None:
     return None
 
 
-def _no_host_message(gm: fx.GraphModule, network: str, min_stride: int) -> str:
-    spatial = [n.name for n in gm.graph.nodes if is_spatial(module_of(gm, n))]
-    if not spatial:
-        kinds = sorted({type(m).__name__ for n in gm.graph.nodes if (m := module_of(gm, n))})
-        return (
-            f"{network} has nothing to adapt: adapters attach to Conv2d layers with a kernel "
-            f"larger than 1x1, and its layers are {kinds}."
-        )
+def _nothing_message(traced: Traced) -> str:
+    kinds = {
+        type(m).__name__
+        for part in traced.parts
+        for n in part.gm.graph.nodes
+        if (m := module_of(part.gm, n))
+    }
     return (
-        f"{network} has nothing to adapt: its {len(spatial)} spatial convolutions all work on maps "
-        f"that are downsampled by less than min_stride={min_stride}. Lower it: "
-        "DA3Config(adapter=AdapterConfig(min_stride=1))."
+        f"{traced.network} has nothing to adapt: adapters attach to convolutions with a kernel "
+        f"larger than one pixel and to residual branches of tokens, and its layers are "
+        f"{sorted(kinds)}."
     )

@@ -8,16 +8,16 @@ from torch import fx, nn
 
 from lightning_da3.errors import ConversionError
 from lightning_da3.planning.layers import CONVS
-from lightning_da3.tracing import module_of, output_node
+from lightning_da3.tracing import Traced, module_of, output_node
 
 
-def find_head(gm: fx.GraphModule, head: str | None, network: str) -> str | None:
+def find_head(traced: Traced, head: str | None) -> str | None:
     """Module name of the classifier, or None if every domain keeps the network's own.
 
     Args:
-        gm: A traced network.
-        head: ``"auto"``, a module name or None.
-        network: Name of the network's class, for errors.
+        traced: The network.
+        head: ``"auto"``, a module name or None. ``"auto"`` keeps the own heads of a network that
+            stays Python in part, as detectors do.
 
     Raises:
         ConversionError: It is not there, or cannot be found.
@@ -25,35 +25,53 @@ def find_head(gm: fx.GraphModule, head: str | None, network: str) -> str | None:
     if head is None:
         return None
     candidates = [
-        str(node.target)
-        for node in gm.graph.nodes
-        if isinstance(module_of(gm, node), (nn.Linear, *CONVS))
+        name
+        for name, layer in traced.root.named_modules()
+        if isinstance(layer, (nn.Linear, *CONVS)) and name
     ]
     if head != "auto":
         if head not in candidates:
             raise ConversionError(
-                f"{network} has no Linear or convolution named {head!r} to take as its head. "
-                f"It has {candidates[-8:]} (the last ones)."
+                f"{traced.network} has no Linear or convolution named {head!r} to take as its "
+                f"head. It has {candidates[-8:]} (the last ones)."
             )
         return head
+    if traced.python:
+        return None
+    gm = traced.parts[0].gm
     found = _walk_to_head(gm, output_node(gm.graph).args[0])
     if found is None:
         raise ConversionError(
-            f"The classifier of {network} cannot be found: no single Linear or convolution leads "
-            f"to its output. Name it, DA3Config(head={candidates[-1] if candidates else 'name'!r}) "
-            "say, or keep the network's own head for every domain with DA3Config(head=None)."
+            f"The classifier of {traced.network} cannot be found: no single Linear or convolution "
+            f"leads to its output. Name it, DA3Config(head={(candidates or ['name'])[-1]!r}) say, "
+            "or keep the network's own head for every domain with DA3Config(head=None)."
         )
     return found
 
 
 def _walk_to_head(gm: fx.GraphModule, node: Any) -> str | None:
-    """Back from the output through whatever has one input, to the first layer with weights."""
+    """Back from the output through whatever has one input, to the first layer with weights.
+
+    Of an output with several values, the first counts: ``{"out": .., "aux": ..}``.
+    """
+    while isinstance(node, (dict, list, tuple)) and node:
+        node = next(iter(node.values() if isinstance(node, dict) else node))
     while isinstance(node, fx.Node):
         layer = module_of(gm, node)
         if isinstance(layer, nn.Linear) or (isinstance(layer, CONVS) and layer.groups == 1):
             return str(node.target)
-        inputs = node.all_input_nodes
-        if len(inputs) != 1 or (layer is not None and any(True for _ in layer.parameters())):
+        tensors = [i for i in node.all_input_nodes if not _is_shape(i)]
+        if len(tensors) != 1 or (layer is not None and any(True for _ in layer.parameters())):
             return None
-        node = inputs[0]
+        node = tensors[0]
     return None
+
+
+def _is_shape(node: fx.Node) -> bool:
+    """A size, or something computed from sizes alone."""
+    if node.op == "call_function" and node.target is getattr:
+        return True
+    if node.op == "call_method" and node.target == "size":
+        return True
+    inputs = node.all_input_nodes
+    return bool(inputs) and all(_is_shape(i) for i in inputs)

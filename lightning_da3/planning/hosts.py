@@ -1,19 +1,23 @@
-"""Where hosts are: every spatial convolution.
+"""Where hosts are: every spatial convolution, and every residual branch of tokens.
 
-A depthwise one takes its pointwise neighbours along: it mixes no channels itself, and the narrow
-ends of such a block are what is cheap to read.
+A depthwise convolution takes its pointwise neighbours along: it mixes no channels itself, and the
+narrow ends of such a block are what is cheap to read.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import fx, nn
 
-from lightning_da3.nn.frozen import numbers
+from lightning_da3.planning.flow import Flow, Nodes
 from lightning_da3.planning.layers import (
+    CONVS,
     has_statistics,
     is_depthwise,
     is_pointwise,
@@ -21,94 +25,289 @@ from lightning_da3.planning.layers import (
     layer_called,
 )
 from lightning_da3.planning.plan import HostPlan
+from lightning_da3.planning.sizes import Shapes, reductions
 from lightning_da3.registry import replacement_for
-from lightning_da3.tracing import module_of
+from lightning_da3.tracing import Part, module_of
+
+_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 
 
-def find_hosts(
-    gm: fx.GraphModule, min_stride: int, head: str | None, folds: dict[str, str]
-) -> Iterator[HostPlan]:
-    """Every host of the network, in the order in which data meets them.
+class HostFinder:
+    """Finds the hosts of one graph.
 
     Args:
-        gm: A traced network.
-        min_stride: Hosts only where the input is downsampled by at least this.
+        part: The traced graph.
+        flow: Of it.
+        shapes: Of its values, as far as they are known.
         head: Module name of the classifier, which is no host.
         folds: Convolution by batch norm node.
     """
-    reduction = _reductions(gm)
-    names: Counter[str] = Counter()
-    norm_of = {conv: norm for norm, conv in folds.items()}
-    for node in gm.graph.nodes:
-        conv = module_of(gm, node)
-        if not is_spatial(conv) or str(node.target) == head:
-            continue
-        if reduction[node] < min_stride:
-            continue
-        first = last = node
-        if is_depthwise(conv):
-            first = _neighbour(gm, node, head, backwards=True) or node
-            last = _neighbour(gm, node, head, backwards=False) or node
-        names[str(node.target)] += 1
-        count = names[str(node.target)]
-        yield _host(
-            gm,
-            name=str(node.target) + (f":{count}" if count > 1 else ""),  # a layer called again
-            chain=_chain(first, last),
-            last=norm_of.get(last.name, last.name),
+
+    def __init__(
+        self, part: Part, flow: Flow, shapes: Shapes, head: str | None, folds: dict[str, str]
+    ) -> None:
+        self.part, self.gm, self.flow, self.shapes, self.head = part, part.gm, flow, shapes, head
+        self.norm_of = {conv: norm for norm, conv in folds.items()}
+        self.reduction = reductions(part.gm)
+        self.names: Counter[str] = Counter()
+
+    def candidates(self) -> Iterator[tuple[float, HostPlan]]:
+        """(reduction of its input, host), in the order in which data meets them."""
+        found: list[tuple[int, float, HostPlan]] = []
+        covered: set[fx.Node] = set()
+        for node in self.flow.activations:
+            for x, last in self._branches(node):
+                inside = self.flow.between(x, [last])
+                host = None if covered & set(inside) else self._branch(x, last, inside)
+                if host is not None:
+                    covered |= set(inside)
+                    found.append((self.flow.position[x], self._reduction(x, host), host))
+        for node in self.flow.activations:
+            conv = module_of(self.gm, node)
+            if node in covered or not is_spatial(conv) or str(node.target) == self.head:
+                continue
+            first = last = node
+            if is_depthwise(conv):
+                first = self._neighbour(node, backwards=True) or node
+                last = self._neighbour(node, backwards=False) or node
+            x = self.flow.inputs(first)[0]
+            found.append((self.flow.position[x], self.reduction[node], self._conv(first, last)))
+        for _, reduction, host in sorted(found, key=lambda item: item[0]):
+            yield reduction, host
+
+    def _reduction(self, x: fx.Node, host: HostPlan) -> float:
+        source = next(n for n in self.flow.nodes if n.op == "placeholder")
+        whole, here = self.shapes.get(source, ())[2:], self.shapes.get(x)
+        if host.stride is not None or not whole or here is None:
+            return self.reduction[x]
+        area = max(1, math.prod(here[1:-1]) - host.own_tokens)
+        return (math.prod(whole) / area) ** (1 / len(whole))
+
+    def _name(self, target: str) -> str:
+        name = self.part.user_name(target)
+        self.names[name] += 1
+        return name + (f":{self.names[name]}" if self.names[name] > 1 else "")
+
+    # --- convolutions -----------------------------------------------------------------------------
+
+    def _conv(self, first: fx.Node, last: fx.Node) -> HostPlan:
+        x = self.flow.inputs(first)[0]
+        chain = [n for n in self.flow.between(x, [last]) if type(module_of(self.gm, n)) in CONVS]
+        spatial = next(n for n in chain if is_spatial(module_of(self.gm, n)))
+        convs: list[Any] = [module_of(self.gm, n) for n in self._trunk(first, last)]
+        macs, area = 0.0, 1
+        for conv in reversed(convs):  # earlier ones work on larger maps
+            macs += conv.weight.numel() * area
+            area *= math.prod(conv.stride)
+        return HostPlan(
+            name=self._name(str(spatial.target)),
+            source=x.name,
+            readers=(first.name,),
+            last=self.norm_of.get(last.name, last.name),
+            in_channels=convs[0].in_channels,
+            out_channels=convs[-1].out_channels,
+            stride=tuple(math.prod(axis) for axis in zip(*(c.stride for c in convs), strict=True)),
+            macs_per_output=macs,
         )
 
+    def _trunk(self, first: fx.Node, last: fx.Node) -> list[fx.Node]:
+        """The convolutions through which everything flows from `first` to `last`."""
+        chain, node = [last], last
+        while node is not first:
+            before = self.flow.before[node]
+            assert before is not None  # `first` dominates `last`
+            node = before
+            chain.append(node)
+        return [n for n in reversed(chain) if type(module_of(self.gm, n)) in CONVS]
 
-def _host(gm: fx.GraphModule, name: str, chain: list[fx.Node], last: str) -> HostPlan:
-    convs = [layer for node in chain if type(layer := module_of(gm, node)) is nn.Conv2d]
-    macs, area = 0.0, 1
-    for conv in reversed(convs):  # earlier ones work on larger maps
-        macs += conv.weight.numel() * area
-        area *= math.prod(conv.stride)
-    stride = tuple(math.prod(axis) for axis in zip(*(c.stride for c in convs), strict=True))
-    return HostPlan(
-        name, chain[0].name, last, convs[0].in_channels, convs[-1].out_channels, stride, macs
+    def _neighbour(self, node: fx.Node, *, backwards: bool) -> fx.Node | None:
+        """The pointwise convolution next to `node`, past what mixes no positions only."""
+        chain = self.flow.before if backwards else self.flow.behind
+        while True:
+            step = chain[node]
+            if step is None or not self._closed(step, node, backwards=backwards):
+                return None
+            layer = layer_called(self.gm, step)
+            if is_pointwise(layer):
+                if str(step.target) == self.head:
+                    return None
+                return step
+            if not (_is_elementwise(layer) or step.target in _PRODUCTS):
+                return None
+            node = step
+
+    def _closed(self, step: fx.Node, node: fx.Node, *, backwards: bool) -> bool:
+        """Whether what lies between the two is read by nothing else, and mixes no positions."""
+        first, last = (step, node) if backwards else (node, step)
+        inside = self.flow.between(first, [last])
+        if not all(user in inside for user in self.flow.readers(first)):
+            return False
+        for n in inside:
+            if n is last:
+                continue
+            if not all(user in inside for user in self.flow.readers(n)):
+                return False
+            if is_spatial(module_of(self.gm, n)):
+                return False
+        return True
+
+    # --- residual branches ------------------------------------------------------------------------
+
+    def _branches(self, node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """(x, f(x)) for every reading of `node` as ``x + f(x)``."""
+        operands = [a for a in node.args if isinstance(a, fx.Node) and a in self.flow.activations]
+        if node.target not in _ADDS or len(operands) != 2 or node.kwargs:
+            return
+        for x, last in (operands, operands[::-1]):
+            if x is not last and len(last.users) == 1 and self._dominates(x, last):
+                yield x, last
+
+    def _dominates(self, x: fx.Node, node: fx.Node) -> bool:
+        step: fx.Node | None = node
+        while step is not None and self.flow.position[step] > self.flow.position[x]:
+            step = self.flow.before[step]
+        return step is x
+
+    def _branch(self, x: fx.Node, last: fx.Node, inside: Nodes) -> HostPlan | None:
+        """A host of the whole branch, unless its convolutions are hosts by themselves."""
+        layers = [layer for n in inside if (layer := module_of(self.gm, n)) is not None]
+        dense = [c for c in layers if is_spatial(c) and not is_depthwise(c)]
+        named = [str(n.target) for n in inside if n.op == "call_module" and _has_weights(self.gm, n)]
+        depthwise = [str(n.target) for n in inside if is_depthwise(module_of(self.gm, n))]
+        if dense or not named or not _mixes_channels(self.gm, inside):
+            return None
+        if any(user not in inside for n in inside if n is not last for user in self.flow.readers(n)):
+            return None
+        if x in self.shapes and self.shapes[x] != self.shapes.get(last):
+            return None
+        channels, tokens = self._channels(x, inside)
+        if channels is None:
+            return None
+        axes = self._axes(layers) if not tokens else 0
+        if not tokens and not axes:
+            return None
+        return HostPlan(
+            name=self._name(depthwise[0] if depthwise else _common_path(named)),
+            source=x.name,
+            readers=tuple(n.name for n in inside if x in n.all_input_nodes),
+            last=self.norm_of.get(last.name, last.name),
+            in_channels=channels,
+            out_channels=channels,
+            stride=None if tokens else (1,) * axes,
+            macs_per_output=_macs(self.gm, inside),
+            own_tokens=self._own_tokens(x) if tokens else 0,
+        )
+
+    def _axes(self, layers: list[nn.Module]) -> int:
+        return next((c.weight.dim() - 2 for c in layers if isinstance(c, CONVS)), 0)
+
+    def _channels(self, x: fx.Node, inside: Nodes) -> tuple[int | None, bool]:
+        """Channels of `x`, and whether they are its last axis."""
+        found: tuple[int | None, bool] = (None, False)
+        for node in inside:
+            layer = module_of(self.gm, node)
+            if isinstance(layer, CONVS):
+                found = (layer.in_channels, False)
+            elif has_statistics(layer):
+                found = (int(layer.num_features), False)  # type: ignore[union-attr, arg-type]
+            elif isinstance(layer, nn.GroupNorm):
+                found = (layer.num_channels, False)
+            elif isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1:
+                found = (layer.normalized_shape[0], True)
+            elif isinstance(layer, nn.Linear):
+                found = (layer.in_features, True)
+            elif isinstance(layer, nn.MultiheadAttention):
+                found = (layer.embed_dim, layer.batch_first)
+            if found[0] is not None:
+                break
+        shape = self.shapes.get(x)
+        if shape is not None and found[0] is not None:
+            axis = -1 if found[1] else 1
+            if len(shape) < 3 or shape[axis] != found[0]:
+                return None, False
+        if found[0] is not None and not found[1] and shape is None and not self._axes(
+            [m for n in inside if (m := module_of(self.gm, n)) is not None]
+        ):
+            return None, False
+        return found
+
+    def _own_tokens(self, x: fx.Node) -> int:
+        """Class and register tokens: constants put in front of the others by a concatenation."""
+        node: fx.Node | None = x
+        while node is not None:
+            if getattr(node.target, "__name__", "") in ("cat", "concat"):
+                return self._constants_in_front(node)
+            node = self.flow.before[node]
+        return 0
+
+    def _constants_in_front(self, cat: fx.Node) -> int:
+        operands = cat.args[0]
+        count = 0
+        for operand in operands if isinstance(operands, (list, tuple)) else ():
+            if not isinstance(operand, fx.Node) or operand in self.flow.activations:
+                break
+            shape = self.shapes.get(operand) or self._parameter_shape(operand)
+            if shape is None or len(shape) != 3:
+                return 0
+            count += shape[1]
+        return count
+
+    def _parameter_shape(self, node: fx.Node) -> tuple[int, ...] | None:
+        while node.op != "get_attr":
+            inputs = [i for i in node.all_input_nodes if i.op in ("get_attr", "call_method")]
+            if not inputs:
+                return None
+            node = inputs[0]
+        value: Any = self.gm
+        for name in str(node.target).split("."):
+            value = getattr(value, name)
+        return tuple(value.shape)
+
+
+def _is_elementwise(layer: nn.Module | None) -> bool:
+    if layer is None:
+        return False
+    if has_statistics(layer):
+        return True
+    replacement = replacement_for(layer)
+    return replacement is not None and (
+        replacement.keeps in ("bits", "codes") or replacement.build is None
     )
 
 
-def _neighbour(
-    gm: fx.GraphModule, node: fx.Node, head: str | None, *, backwards: bool
-) -> fx.Node | None:
-    """The pointwise convolution next to `node`, past batch norms and activations only."""
-    while True:
-        if backwards:
-            step = node.args[0] if node.args else None
-        else:
-            step = next(iter(node.users)) if len(node.users) == 1 else None
-        if not isinstance(step, fx.Node) or (backwards and len(step.users) != 1):
-            return None
-        layer = layer_called(gm, step)
-        if is_pointwise(layer):
-            return None if str(step.target) == head else step
-        replacement = replacement_for(layer) if layer is not None else None
-        elementwise = has_statistics(layer) or (
-            replacement is not None and (replacement.keeps == "bits" or replacement.build is None)
-        )
-        if not elementwise:
-            return None
-        node = step
+def _has_weights(gm: fx.GraphModule, node: fx.Node) -> bool:
+    layer = module_of(gm, node)
+    return layer is not None and any(True for _ in layer.parameters())
 
 
-def _chain(first: fx.Node, last: fx.Node) -> list[fx.Node]:
-    chain = [last]
-    while chain[-1] is not first:
-        before = chain[-1].args[0]
-        assert isinstance(before, fx.Node)
-        chain.append(before)
-    return chain[::-1]
+def _mixes_channels(gm: fx.GraphModule, inside: Nodes) -> bool:
+    mixing = (nn.Linear, nn.MultiheadAttention, *CONVS)
+    return any(isinstance(module_of(gm, n), mixing) for n in inside) or any(
+        i.op == "get_attr" and str(i.target).endswith("weight")
+        for n in inside
+        for i in n.all_input_nodes
+    )
 
 
-def _reductions(gm: fx.GraphModule) -> dict[fx.Node, int]:
-    """By how much every node's output is smaller than the network's input, along an axis."""
-    reduction: dict[fx.Node, int] = {}
-    for node in gm.graph.nodes:
-        before = max((reduction[i] for i in node.all_input_nodes), default=1)
-        layer = layer_called(gm, node)
-        stride = getattr(layer, "stride", 1) if layer is not None else 1
-        reduction[node] = before * max(numbers(stride, 1)) if stride else before
-    return reduction
+def _macs(gm: fx.GraphModule, inside: Nodes) -> float:
+    """Multiply-accumulates of linear maps for one position, as if all maps had one size."""
+    macs = 0.0
+    for node in inside:
+        layer = module_of(gm, node)
+        if isinstance(layer, (nn.Linear, *CONVS)):
+            macs += layer.weight.numel()
+        elif isinstance(layer, nn.MultiheadAttention):
+            macs += 4.0 * layer.embed_dim**2
+    return macs or 1.0
+
+
+def _common_path(targets: list[str]) -> str:
+    """What dotted names have in common: the block that holds them."""
+    split = [target.split(".") for target in targets]
+    common = []
+    for names in zip(*split, strict=False):
+        if len(set(names)) > 1:
+            break
+        common.append(names[0])
+    return ".".join(common) or targets[-1]

@@ -26,15 +26,15 @@ def has_statistics(layer: nn.Module | None) -> bool:
 
 
 def is_spatial(layer: nn.Module | None) -> bool:
-    """A 2d convolution whose window is larger than one pixel."""
-    return type(layer) is nn.Conv2d and math.prod(layer.kernel_size) > 1
+    """A convolution whose window is larger than one pixel."""
+    return type(layer) in CONVS and math.prod(layer.kernel_size) > 1  # type: ignore[union-attr]
 
 
 def is_pointwise(layer: nn.Module | None) -> bool:
     """A 1x1 convolution over all channels."""
-    return type(layer) is nn.Conv2d and math.prod(layer.kernel_size) == 1 and layer.groups == 1
+    return type(layer) in CONVS and math.prod(layer.kernel_size) == layer.groups == 1  # type: ignore[union-attr]
 
 
 def is_depthwise(layer: nn.Module | None) -> bool:
     """A convolution that mixes no channels."""
-    return type(layer) is nn.Conv2d and 1 < layer.groups == layer.in_channels
+    return type(layer) in CONVS and 1 < layer.groups == layer.in_channels  # type: ignore[union-attr]

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from lightning_da3.planning.layers import CONVS, has_statistics, layer_called
 from lightning_da3.planning.plan import HostPlan, NodePlan
-from lightning_da3.registry import Replacement, replacement_for
+from lightning_da3.registry import Replacement, has_hooks, replacement_for
 from lightning_da3.tracing import module_of
 
 
@@ -19,6 +19,7 @@ def plan_nodes(
     head: str | None,
     folds: dict[str, str],
     trained: set[str],
+    exact: bool = False,
 ) -> Iterator[NodePlan]:
     """What becomes of every call in the graph, in order.
 
@@ -27,12 +28,13 @@ def plan_nodes(
         head: Module name of the classifier.
         folds: Convolution by batch norm node.
         trained: Names of nodes that something trainable is upstream of.
+        exact: Only what gives the exact gradient.
     """
     fresh: set[str] = set()  # nodes whose result is new memory that nothing else refers to
     for node in gm.graph.nodes:
         if not node.op.startswith("call"):
             continue
-        planned = _plan_node(gm, node, head, folds, fresh)
+        planned = _plan_node(gm, node, head, folds, fresh, trained, exact)
         if _is_fresh(node, planned, fresh):
             fresh.add(node.name)
         if node.name not in trained:
@@ -64,6 +66,8 @@ def _plan_node(
     head: str | None,
     folds: dict[str, str],
     fresh: set[str],
+    trained: set[str],
+    exact: bool,
 ) -> NodePlan:
     called = module_of(gm, node)
     layer = layer_called(gm, node)
@@ -71,15 +75,15 @@ def _plan_node(
     free = _is_free(node, fresh)
     if node.op == "call_module" and str(node.target) == head:
         return NodePlan(node.name, label, "leave", "head")
-    if type(called) in CONVS:
+    if type(called) in CONVS and not has_hooks(called):
         return NodePlan(node.name, label, "freeze")
     if node.name in folds:
         return NodePlan(node.name, label, "fold", fold_into=folds[node.name])
     if has_statistics(called):
         return NodePlan(node.name, label, "affine", inplace=free)
-    replacement = replacement_for(layer) if layer is not None else None
+    replacement = replacement_for(layer, exact) if layer is not None else None
     if replacement is None:
-        keeps = "nothing" if _keeps_nothing(node, called) else "pytorch"
+        keeps = "nothing" if _keeps_nothing(node, called, trained) else "pytorch"
         return NodePlan(node.name, label, "leave", keeps)
     if replacement.build is None:
         return NodePlan(node.name, label, "remove")
@@ -99,18 +103,47 @@ def _label(node: fx.Node, called: nn.Module | None) -> str:
 
 
 # frozen, they keep nothing, and they compute the same in train mode as in eval
-INERT_LAYERS = (nn.Linear, nn.Flatten, nn.Unflatten, nn.ZeroPad2d, nn.ConstantPad2d)
-_KEEP_NOTHING_NAMES = frozenset(
-    "add iadd sub isub radd cat stack chunk split unbind flatten view reshape permute transpose "
-    "contiguous size getattr getitem unsqueeze squeeze expand mean sum to dim numel float half "
-    "pad movedim swapaxes t neg floordiv eq ne lt le gt ge _assert".split()
+INERT_LAYERS = (
+    nn.Linear,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.ZeroPad1d,
+    nn.ZeroPad2d,
+    nn.ZeroPad3d,
+    nn.ConstantPad1d,
+    nn.ConstantPad2d,
+    nn.ConstantPad3d,
+    nn.Upsample,
+    nn.UpsamplingNearest2d,
+    nn.UpsamplingBilinear2d,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.ChannelShuffle,
+    nn.Embedding,
 )
+_KEEP_NOTHING_NAMES = frozenset(
+    "add add_ iadd sub sub_ isub radd rsub cat concat concatenate stack hstack vstack chunk split "
+    "unbind flatten unflatten view view_as reshape permute transpose contiguous clone size getattr "
+    "getitem unsqueeze squeeze expand repeat mean sum to dim numel float half double bfloat16 type "
+    "pad movedim moveaxis swapaxes swapdims t neg floordiv mod eq ne lt le gt ge _assert narrow "
+    "select roll flip interpolate upsample pixel_shuffle pixel_unshuffle unfold fold detach "
+    "constant_pad_nd one_hot ones_like zeros_like linear unsafe_chunk index_select".split()
+)
+# they keep of each operand what the others need: nothing, if only one carries gradients
+_BILINEAR_NAMES = frozenset("mul mul_ imul rmul matmul bmm mm addmm einsum dot".split())
+_QUOTIENT_NAMES = frozenset("truediv div div_ itruediv".split())
 
 
-def _keeps_nothing(node: fx.Node, called: nn.Module | None) -> bool:
+def _keeps_nothing(node: fx.Node, called: nn.Module | None, trained: set[str]) -> bool:
     if called is not None:
         return type(called) in INERT_LAYERS
-    return _label(node, None) in _KEEP_NOTHING_NAMES
+    label = _label(node, None)
+    carrying = [i for i in node.all_input_nodes if i.name in trained]
+    if label in _BILINEAR_NAMES or label == "conv":
+        return len(carrying) <= 1 and sum(a in carrying for a in node.args) <= 1
+    if label in _QUOTIENT_NAMES:
+        return len(carrying) == 1 and node.args[0] in carrying and node.args[1] not in carrying
+    return label in _KEEP_NOTHING_NAMES
 
 
 def trained_through(gm: fx.GraphModule, hosts: tuple[HostPlan, ...]) -> set[str]:

@@ -11,21 +11,32 @@ class HostPlan:
 
     Attributes:
         name: Of the host, unique in the network.
-        first: Name of the node whose input the adapter reads.
+        source: Name of the node whose value the adapter reads.
+        readers: Names of the host's nodes that read it.
         last: Name of the node whose output the adapter writes.
         in_channels: Of the input.
         out_channels: Of the output.
-        stride: Of the whole host, one number an axis.
+        stride: Of the whole host, one number an axis; None for tokens, (N, *in, C).
         macs_per_output: Multiply-accumulates for one output position.
+        own_tokens: Leading class and register tokens, which no cell mixes with others.
+        inplace: Its output may be overwritten.
     """
 
     name: str
-    first: str
+    source: str
+    readers: tuple[str, ...]
     last: str
     in_channels: int
     out_channels: int
-    stride: tuple[int, ...]
+    stride: tuple[int, ...] | None
     macs_per_output: float
+    own_tokens: int = 0
+    inplace: bool = True
+
+    @property
+    def axes(self) -> int:
+        """Of the coarse grid: tokens' cells stand in one row."""
+        return 1 if self.stride is None else len(self.stride)
 
 
 @dataclass(frozen=True)
@@ -37,8 +48,9 @@ class NodePlan:
         layer: What it calls, for people.
         action: ``"freeze"``, ``"fold"`` (into the convolution before), ``"affine"``, ``"replace"``,
             ``"remove"`` or ``"leave"``.
-        keeps: What its backward keeps: ``"nothing"``, ``"bits"``, ``"bytes"`` or ``"pytorch"``
-            (whatever PyTorch's own operation keeps).
+        keeps: What its backward keeps: ``"nothing"``, ``"bits"``, ``"bytes"``, ``"codes"`` (8-bit,
+            of the derivative), ``"again"`` (computed again from what its segment keeps) or
+            ``"pytorch"`` (whatever PyTorch's own operation keeps).
         inplace: It overwrites its input.
         fold_into: The convolution's node, if the action is ``"fold"``.
     """
@@ -52,22 +64,67 @@ class NodePlan:
 
 
 @dataclass(frozen=True)
+class SegmentPlan:
+    """Frozen nodes that keep one value for all of them and are computed again in the backward.
+
+    Attributes:
+        source: Name of the node whose value is kept.
+        nodes: Names of the nodes, in order.
+    """
+
+    source: str
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """The plan of one graph.
+
+    Attributes:
+        path: Of the module that became a graph; "" is the whole network.
+        nodes: One for every call in the graph, in order.
+        hosts: In the order in which data meets them.
+        segments: What is computed again.
+    """
+
+    path: str
+    nodes: tuple[NodePlan, ...]
+    hosts: tuple[HostPlan, ...]
+    segments: tuple[SegmentPlan, ...] = ()
+
+
+@dataclass(frozen=True)
 class Plan:
     """The whole conversion of one network.
 
     Attributes:
         network: Name of the network's class.
-        nodes: One for every call in the graph, in order.
-        hosts: In the order in which data meets them.
+        parts: One for every graph.
         head: Module name of the classifier that domains replace, or None.
         input_channels: (spatial axes, channels) of the first argument, where a convolution tells.
+        python: What could not be traced and stays Python, with the reason.
     """
 
     network: str
-    nodes: tuple[NodePlan, ...]
-    hosts: tuple[HostPlan, ...]
+    parts: tuple[PartPlan, ...]
     head: str | None
     input_channels: tuple[int, int] | None = None
+    python: tuple[str, ...] = ()
+
+    @property
+    def nodes(self) -> tuple[NodePlan, ...]:
+        """Of all graphs."""
+        return tuple(node for part in self.parts for node in part.nodes)
+
+    @property
+    def hosts(self) -> tuple[HostPlan, ...]:
+        """Of all graphs."""
+        return tuple(host for part in self.parts for host in part.hosts)
+
+    @property
+    def segments(self) -> tuple[SegmentPlan, ...]:
+        """Of all graphs."""
+        return tuple(segment for part in self.parts for segment in part.segments)
 
     @property
     def left_to_pytorch(self) -> tuple[str, ...]:
@@ -76,21 +133,30 @@ class Plan:
 
     def __str__(self) -> str:
         """A table for people."""
-        first = {host.first: host.name for host in self.hosts}
-        last = {host.last: host.name for host in self.hosts}
-        width = max((len(node.name) for node in self.nodes), default=4)
-        lines = [
-            f"{self.network}: {len(self.hosts)} hosts, head: {self.head or 'the backbone own'}",
-            f"{'node':<{width}}  {'layer':<20} {'action':<8} {'keeps':<8} host",
-        ]
-        for node in self.nodes:
-            marks = [f"reads {first[node.name]}"] if node.name in first else []
-            marks += [f"writes {last[node.name]}"] if node.name in last else []
-            action = f"{node.action}{'_' if node.inplace else ''}"
-            lines.append(
-                f"{node.name:<{width}}  {node.layer:<20} {action:<8} {node.keeps:<8} "
-                f"{', '.join(marks)}".rstrip()
-            )
+        lines = [f"{self.network}: {len(self.hosts)} hosts, head: {self.head or 'the backbone own'}"]
+        lines += [f"stays Python: {line}" for line in self.python]
+        for part in self.parts:
+            lines += _table(part)
         if self.left_to_pytorch:
             lines.append(f"left to PyTorch (more memory): {', '.join(self.left_to_pytorch)}")
         return "\n".join(lines)
+
+
+def _table(part: PartPlan) -> list[str]:
+    marks: dict[str, list[str]] = {}
+    for host in part.hosts:
+        marks.setdefault(host.readers[0], []).append(f"reads {host.name}")
+        marks.setdefault(host.last, []).append(f"writes {host.name}")
+    for i, segment in enumerate(part.segments):
+        for name in segment.nodes:
+            marks.setdefault(name, []).append(f"again from {segment.source} ({i})")
+    width = max((len(node.name) for node in part.nodes), default=4)
+    lines = [f"{part.path}:"] if part.path else []
+    lines.append(f"{'node':<{width}}  {'layer':<20} {'action':<8} {'keeps':<8} host")
+    for node in part.nodes:
+        action = f"{node.action}{'_' if node.inplace else ''}"
+        lines.append(
+            f"{node.name:<{width}}  {node.layer:<20} {action:<8} {node.keeps:<8} "
+            f"{', '.join(marks.get(node.name, []))}".rstrip()
+        )
+    return lines

@@ -1,0 +1,148 @@
+"""A converted network in PyTorch's own words: what its gradients are compared with.
+
+The network runs as it was traced, every operation with PyTorch's own backward, which keeps all it
+wants to; the adapters and gates are written out in PyTorch's functions.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from lightning_da3 import DA3Model
+from lightning_da3.nn.gate import Executed, annealed_target, budget_loss
+from lightning_da3.ops.host import coarse_grid, upsample
+from lightning_da3.ops.tokens import Place
+from lightning_da3.planning import HostPlan, PartPlan
+from lightning_da3.tracing import trace
+
+_POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class PlainPyTorch:
+    """`backbone` with the parameters of the active domain of `model`.
+
+    The gate's gradient, which conversion estimates from cell means, comes from a term of value
+    zero that has just this gradient.
+
+    Args:
+        backbone: The network that `model` was converted from.
+        model: With an active domain.
+    """
+
+    def __init__(self, backbone: nn.Module, model: DA3Model) -> None:
+        self.model, self.domain = model, model.domain(str(model.active_domain))
+        self.executed: list[Executed] = []
+        traced = trace(backbone)
+        self.root = traced.root
+        if model.plan.head is not None and self.domain.head is not None:
+            self.root.set_submodule(model.plan.head, self.domain.head)
+        for module in self.root.modules():  # what stays Python follows the mode, layers do not
+            module.training = model.training and not _is_layer(module)
+        for part, planned in zip(traced.parts, model.plan.parts, strict=True):
+            # a graph may be called more than once: every call is a run of its own
+            part.gm.forward = functools.partial(_run, part.gm, planned, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns."""
+        self.executed.clear()
+        return self.root(*args, **kwargs)
+
+    def loss(self) -> Tensor | float:
+        """The gates' budget loss of the last call."""
+        gate = self.model.config.gate
+        if gate is None or not self.executed:
+            return 0.0
+        target = annealed_target(gate.target, self.model.progress)
+        return budget_loss(self.executed, target) * gate.weight
+
+    def place(self, host: HostPlan, x: Tensor) -> Place | None:
+        if host.stride is not None:
+            return None
+        return Place.of(x.shape[1:-1], host.own_tokens, self.model.config.adapter.max_cells)
+
+    def adapt(self, host: HostPlan, x: Tensor) -> tuple[Tensor, Tensor]:
+        adapter: Any = self.domain.adapters[host.name.replace(".", "__").replace(":", "__call")]
+        place = self.place(host, x)
+        if place is None:
+            size = [-(-n // s) for n, s in zip(x.shape[2:], host.stride or (), strict=True)]
+            grid = coarse_grid(size, self.model.config.adapter.max_cells)
+            pooled = _POOL[len(grid)](x, grid)
+        else:
+            pooled = place.in_row(x, _POOL[len(place.grid)](place.maps(x), place.grid))
+        norm, weight = adapter.norm, adapter.squeeze.weight
+        hidden = _CONV[host.axes](pooled, weight, padding=weight.shape[-1] // 2)
+        hidden = F.group_norm(hidden, 1, norm.weight, norm.bias, norm.eps).relu()
+        cells = hidden.flatten(2).transpose(1, 2)
+        logits = F.linear(cells, adapter.attend.weight, adapter.attend.bias)
+        soft = torch.sigmoid(logits)
+        addend = F.linear(soft * cells, adapter.value.weight, adapter.value.bias)
+        gate = (logits > 0).to(soft) + soft - soft.detach()
+        grid = hidden.shape[2:]
+        maps = (addend.transpose(1, 2), gate.transpose(1, 2))
+        return tuple(m.reshape(*m.shape[:2], *grid) for m in maps)  # type: ignore[return-value]
+
+    def write(self, host: HostPlan, f: Tensor, adapted: tuple[Tensor, Tensor]) -> Tensor:
+        addend, gate = adapted
+        place = self.place(host, f)
+        size = f.shape[2:] if place is None else f.shape[1:-1]
+        if self.model.config.gate is None:
+            return f + _spread(addend, f, place)
+        self.executed.append(Executed(gate, host.macs_per_output * size.numel()))
+        if place is None:
+            means = _POOL[len(gate.shape) - 2](f, gate.shape[2:])
+        else:
+            means = place.in_row(f, _POOL[len(place.grid)](place.maps(f), place.grid))
+        estimate = _spread((gate - gate.detach()) * means.detach(), f, place)
+        return _spread(gate.detach(), f, place) * f + _spread(addend, f, place) + estimate
+
+
+def _run(gm: fx.GraphModule, planned: PartPlan, plain: PlainPyTorch, *args: Any, **kwargs: Any) -> Any:
+    return _Interpreter(gm, planned, plain).with_arguments(args, kwargs)
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, gm: fx.GraphModule, planned: PartPlan, plain: PlainPyTorch) -> None:
+        super().__init__(gm)
+        self.plain = plain
+        self.first = {host.readers[0]: host for host in planned.hosts}
+        self.last = {host.last: host for host in planned.hosts}
+        self.adapted: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def with_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        names = [n for n in self.module.graph.nodes if n.op == "placeholder"]
+        values = dict(zip([n.target for n in names], args, strict=False)) | kwargs
+        defaults = {n.target: n.args[0] for n in names if n.args}
+        return self.run(*[values.get(n.target, defaults.get(n.target)) for n in names])
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.name in self.first:
+            host = self.first[n.name]
+            x = next(self.env[i] for i in n.all_input_nodes if i.name == host.source)
+            self.adapted[host.name] = self.plain.adapt(host, x)
+        result = super().run_node(n)
+        if n.name not in self.last:
+            return result
+        host = self.last[n.name]
+        return self.plain.write(host, result, self.adapted[host.name])
+
+
+def _spread(cells: Tensor, f: Tensor, place: Place | None) -> Tensor:
+    """Every position's value of its cell."""
+    if place is None:
+        return upsample(cells, f.shape[2:])
+    maps = upsample(place.on_grid(cells), place.size)
+    if f.dim() != 3:
+        return maps.movedim(1, -1)
+    rows = torch.cat([cells[:, :, : place.own], maps.flatten(2)], dim=2)
+    return rows.transpose(1, 2)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    inside = isinstance(module, fx.GraphModule)
+    return inside or type(module).__module__.startswith("torch.nn")

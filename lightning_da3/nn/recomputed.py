@@ -1,0 +1,35 @@
+"""A frozen piece of the graph as one module that keeps next to nothing."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from lightning_da3.nn.adapter import HostInput
+from lightning_da3.ops.recomputed import recomputed
+
+
+class Recomputed(nn.Module):
+    """Runs a piece of the network again in the backward instead of keeping what it needs.
+
+    Refers to the piece without owning it: its layers stay where the user's network has them.
+
+    Args:
+        piece: From one activation and constants to a tuple.
+        exact: Keep the activation, not its 8-bit codes.
+    """
+
+    piece: nn.Module
+
+    def __init__(self, piece: nn.Module, exact: bool) -> None:
+        super().__init__()
+        object.__setattr__(self, "piece", piece)
+        self.exact = exact
+
+    def forward(self, x: Tensor, *rest: Any) -> tuple[Any, ...]:
+        """What the piece returns."""
+        inputs = [m for m in self.piece.modules() if isinstance(m, HostInput)]
+        active = [cast(nn.Module, m.active) for m in inputs if m.active is not None]
+        parameters = tuple(p for adapter in active for p in adapter.parameters())
+        return recomputed(self.piece, x, *rest, exact=self.exact, parameters=parameters)

@@ -1,0 +1,195 @@
+"""`lightning_da3.ops.host` for tokens: channels last, class tokens apart.
+
+Shapes: x (N, *in, C) enters the host, f (N, *in, O) leaves it. With one axis of T tokens the first
+`own` of them (class and register tokens) are cells by themselves; the others lie on a grid of G
+cells. Cells stand in one row: p (N, C, own + G), gate (N, 1, own + G), addend (N, O, own + G).
+Kept: by `read_tokens` nothing; by `write_tokens` the gate and, if it trains, the cell means of f.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_da3.ops.host import (
+    add_pool_gradient_,
+    cell_sums,
+    coarse_grid,
+    gated,
+    pool,
+    writable,
+    write_,
+)
+from lightning_da3.ops.quantized import dequantize_rows, quantize_rows
+
+
+class Place(NamedTuple):
+    """Which cell a token lies in.
+
+    Attributes:
+        own: Leading tokens that are cells by themselves.
+        size: How the others lie.
+        grid: Cells along every axis of `size`.
+    """
+
+    own: int
+    size: tuple[int, ...]
+    grid: tuple[int, ...]
+
+    @classmethod
+    def of(cls, size: Sequence[int], own: int, max_cells: int) -> Place:
+        """Of tokens with these axes between N and C; n * n in a row are taken as a square."""
+        size = tuple(size)
+        if len(size) > 1:
+            return cls(0, size, coarse_grid(size, max_cells))
+        rest = size[0] - own
+        side = math.isqrt(max(rest, 0))
+        size = (side, side) if side > 1 and side * side == rest else (rest,)
+        return cls(own, size, coarse_grid(size, max_cells))
+
+    def maps(self, x: Tensor) -> Tensor:
+        """View of (N, *in, C) without its own tokens as (N, C, *size)."""
+        if x.dim() != 3:
+            return x.movedim(-1, 1)
+        rest = x[:, self.own :].transpose(1, 2)
+        return rest.unflatten(2, list(self.size)) if len(self.size) > 1 else rest  # type: ignore[no-untyped-call, no-any-return]
+
+    def own_tokens(self, x: Tensor) -> Tensor:
+        """View of the own tokens of (N, T, C) as (N, C, own)."""
+        return x[:, : self.own].transpose(1, 2)
+
+    def on_grid(self, cells: Tensor) -> Tensor:
+        """View of the others' cells of (N, C, own + G) as (N, C, *grid)."""
+        rest = cells[:, :, self.own :]
+        return rest.unflatten(2, list(self.grid)) if len(self.grid) > 1 else rest  # type: ignore[no-untyped-call, no-any-return]
+
+    def in_row(self, x: Tensor, coarse: Tensor) -> Tensor:
+        """The own tokens of `x` and `coarse` (N, C, *grid) as (N, C, own + G)."""
+        row = coarse.flatten(2)
+        return torch.cat([self.own_tokens(x), row], dim=2) if self.own else row
+
+
+class _ReadTokens(torch.autograd.Function):
+    """``x -> (x, cells(x))``; the backward adds the cells' gradient into that of x, in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.size, ctx.place = x.size(), place
+        return x.view_as(x), _cells(x, place)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_cells: Tensor | None
+    ) -> tuple[Tensor | None, None]:
+        if grad_cells is None:
+            return grad, None
+        place = ctx.place
+        grad = writable(grad, ctx.size, grad_cells)
+        add_pool_gradient_(place.maps(grad), place.on_grid(grad_cells))
+        if place.own:
+            place.own_tokens(grad).add_(grad_cells[:, :, : place.own])
+        return grad, None
+
+
+def _cells(x: Tensor, place: Place) -> Tensor:
+    return place.in_row(x, pool(place.maps(x), place.grid))
+
+
+def read_tokens(x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    """The host's input and its cell means; see `lightning_da3.ops.host.read`.
+
+    Args:
+        x: (N, *in, C).
+        place: Of its tokens.
+
+    Returns:
+        x (N, *in, C) and p (N, C, own + G).
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x, _cells(x, place)
+    result: tuple[Tensor, Tensor] = _ReadTokens.apply(x, place)
+    return result
+
+
+class _WriteTokens(torch.autograd.Function):
+    """``f -> up(gate) * f + up(addend)``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, f: Tensor, addend: Tensor, gate: Tensor | None, place: Place, exact: bool
+    ) -> Tensor:
+        ctx.place, ctx.gated, ctx.mean_size = place, gate is not None, None
+        saved: tuple[Tensor, ...] = ()
+        if gate is not None:
+            saved = (gate,)
+            if ctx.needs_input_grad[2]:
+                means = _cells(f, place)
+                ctx.mean_size = means.size()
+                kept = (means.contiguous(),) if exact else quantize_rows(means)
+                saved = (gate, *kept)
+        ctx.save_for_backward(*saved)
+        return _written(f, addend, gate, place)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        place = ctx.place
+        sums = place.in_row(grad, cell_sums(place.maps(grad), place.grid))
+        if not ctx.gated:
+            return grad, sums, None, None, None
+        gate, *kept = ctx.saved_tensors
+        grad_f = grad_gate = None
+        if ctx.mean_size is not None:
+            means = kept[0]
+            if len(kept) == 3:
+                codes, low, step = kept
+                means = dequantize_rows(codes, low, step, ctx.mean_size, grad.dtype)
+            grad_gate = (sums * means).sum(dim=1, keepdim=True)
+        if ctx.needs_input_grad[0]:
+            grad_f = torch.empty_like(grad)
+            place.maps(grad_f).copy_(gated(place.maps(grad), place.on_grid(gate)))
+            if place.own:
+                own = place.own_tokens(grad) * gate[:, :, : place.own]
+                place.own_tokens(grad_f).copy_(own)
+        return grad_f, sums, grad_gate, None, None
+
+
+def _written(f: Tensor, addend: Tensor, gate: Tensor | None, place: Place) -> Tensor:
+    y = f.clone()
+    open_ = None if gate is None else place.on_grid(gate)
+    write_(place.maps(y), place.on_grid(addend), open_)
+    if place.own:
+        own = place.own_tokens(y)
+        if gate is not None:
+            own.mul_(gate[:, :, : place.own])
+        own.add_(addend[:, :, : place.own])
+    return y
+
+
+def write_tokens(
+    f: Tensor, addend: Tensor, gate: Tensor | None, place: Place, exact: bool = False
+) -> Tensor:
+    """``y = up(gate) * f + up(addend)``; see `lightning_da3.ops.host.write`.
+
+    Args:
+        f: (N, *in, O).
+        addend: (N, O, own + G).
+        gate: (N, 1, own + G) of zeros and ones, or None for an open gate.
+        place: Of the tokens.
+        exact: Keep the cell means as they are, not as 8-bit codes.
+
+    Returns:
+        y, (N, *in, O).
+    """
+    needs_graph = f.requires_grad or addend.requires_grad
+    needs_graph = needs_graph or (gate is not None and gate.requires_grad)
+    if not (torch.is_grad_enabled() and needs_graph):
+        return _written(f, addend, gate, place)
+    result: Tensor = _WriteTokens.apply(f, addend, gate, place, exact)
+    return result

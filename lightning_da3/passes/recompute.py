@@ -1,0 +1,86 @@
+"""``y = f(x)`` for a whole segment becomes ``y, .. = recomputed(x, ..)``."""
+
+from __future__ import annotations
+
+import copy
+import operator
+
+from torch import fx
+
+from lightning_da3.config import DA3Config
+from lightning_da3.nn.recomputed import Recomputed
+from lightning_da3.passes.freeze import stands_for
+from lightning_da3.planning import PartPlan, SegmentPlan
+from lightning_da3.tracing import Part, module_of
+
+PLACE = "recomputed"
+
+
+def recompute_(part: Part, plan: PartPlan, config: DA3Config) -> None:
+    """Put one module in the place of every planned segment."""
+    for i, segment in enumerate(plan.segments):
+        _recompute(part.gm, segment, f"{PLACE}.{i}", config.memory.exact)
+
+
+def _recompute(gm: fx.GraphModule, segment: SegmentPlan, place: str, exact: bool) -> None:
+    graph = gm.graph
+    names = set(segment.nodes)
+    inside = [node for node in graph.nodes if node.name in names]
+    members = set(inside)
+    outer = {i: None for node in inside for i in node.all_input_nodes if i not in members}
+    x = next(i for i in outer if _stands_for(i, segment.source))
+    rest = [i for i in outer if i is not x]
+    exits = [node for node in inside if any(user not in members for user in node.users)]
+
+    piece = fx.Graph()
+    copies = {i: piece.placeholder(i.name) for i in (x, *rest)}
+    for node in inside:
+        copies[node] = piece.node_copy(node, copies.__getitem__)
+        if node.args and node.args[0] is x:
+            _leave_input_alone_(gm, copies[node], f"{place}_{node.name}".replace(".", "_"))
+    piece.output(tuple(copies[node] for node in exits))
+    gm.add_submodule(place, Recomputed(fx.GraphModule(gm, piece), exact))
+
+    for node in rest:  # constants, and numbers of other tensors
+        _before(graph, node, inside[0])
+    with graph.inserting_before(inside[0]):
+        call = graph.call_module(place, (x, *rest))
+        results = [graph.call_function(operator.getitem, (call, k)) for k in range(len(exits))]
+    for node, result in zip(exits, results, strict=True):
+        node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in members)
+    for node in reversed(inside):
+        graph.erase_node(node)
+
+
+def _leave_input_alone_(gm: fx.GraphModule, node: fx.Node, name: str) -> None:
+    """What the segment reads is kept, or read again: its first operation must not overwrite it."""
+    if node.kwargs.get("inplace"):
+        node.kwargs = {**node.kwargs, "inplace": False}
+    layer = module_of(gm, node)
+    if getattr(layer, "inplace", False):
+        layer = copy.copy(layer)
+        layer.inplace = False  # type: ignore[union-attr, assignment]
+        gm.add_submodule(name, layer)
+        node.target = name
+
+
+def _stands_for(node: fx.Node, source: str) -> bool:
+    """Whether `node` is the source, or what a host's input hands on of it."""
+    if source in stands_for(node):
+        return True
+    if node.target is not operator.getitem or node.args[1] != 0:
+        return False
+    entry = node.args[0]
+    return isinstance(entry, fx.Node) and any(
+        source in stands_for(i) for i in entry.all_input_nodes
+    )
+
+
+def _before(graph: fx.Graph, node: fx.Node, place: fx.Node) -> None:
+    """Let `node`, and what it is computed from, come before `place`."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    if order[node] < order[place]:
+        return
+    for i in node.all_input_nodes:
+        _before(graph, i, place)
+    place.prepend(node)

@@ -1,0 +1,111 @@
+"""Which nodes carry activations, and through which of them everything must pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cached_property
+
+from torch import fx
+
+Nodes = dict[fx.Node, None]  # an ordered set
+
+_NUMBERS = {"size", "dim", "numel", "ndimension", "stride", "is_floating_point", "element_size"}
+
+
+class Flow:
+    """How data flows through a traced graph.
+
+    Attributes:
+        nodes: All of them, in order.
+        position: Of every node.
+        activations: Nodes whose value is computed from the network's input: neither constants,
+            such as parameters, nor numbers, such as sizes.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.nodes = list(graph.nodes)
+        self.position = {node: i for i, node in enumerate(self.nodes)}
+        self.activations: Nodes = {}
+        numbers: set[fx.Node] = set()
+        for node in self.nodes:
+            inputs = node.all_input_nodes
+            if node.op == "placeholder":
+                # others, such as masks, matter where a layer reads them
+                if not self.activations or any(u.op == "call_module" for u in node.users):
+                    self.activations[node] = None
+            elif _is_number(node) or (inputs and all(i in numbers for i in inputs)):
+                numbers.add(node)
+            elif any(i in self.activations for i in inputs):
+                self.activations[node] = None
+
+    def inputs(self, node: fx.Node) -> list[fx.Node]:
+        """Activations that `node` reads."""
+        return [i for i in node.all_input_nodes if i in self.activations]
+
+    def readers(self, node: fx.Node) -> list[fx.Node]:
+        """Activations that read `node`."""
+        return [user for user in node.users if user in self.activations]
+
+    @cached_property
+    def before(self) -> dict[fx.Node, fx.Node | None]:
+        """By node, the last node before it through which its whole value flows."""
+        return dominators(self.activations, self.inputs)
+
+    @cached_property
+    def behind(self) -> dict[fx.Node, fx.Node | None]:
+        """By node, the first node behind it through which its whole effect flows."""
+        return dominators(list(reversed(self.activations)), self.readers)
+
+    def between(self, first: fx.Node, last: Iterable[fx.Node]) -> Nodes:
+        """All nodes, numbers too, on a way from `first` (excluded) to any of `last` (included)."""
+        last = list(last)
+        end = max(self.position[node] for node in last)
+        downstream = {first}
+        for node in self.nodes[self.position[first] + 1 : end + 1]:
+            if any(i in downstream for i in node.all_input_nodes):
+                downstream.add(node)
+        upstream = set(last)
+        for node in reversed(self.nodes[self.position[first] + 1 : end + 1]):
+            if node in upstream:
+                upstream.update(node.all_input_nodes)
+        inside = (downstream & upstream) - {first}
+        return dict.fromkeys(sorted(inside, key=self.position.__getitem__))
+
+
+def _is_number(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _NUMBERS
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("shape", "ndim", "dtype", "device")
+    return False
+
+
+def dominators(
+    nodes: Iterable[fx.Node], inputs: Callable[[fx.Node], list[fx.Node]]
+) -> dict[fx.Node, fx.Node | None]:
+    """Immediate dominators of a directed acyclic graph, in one pass.
+
+    Args:
+        nodes: In topological order.
+        inputs: Direct predecessors of a node, all of them in `nodes`.
+
+    Returns:
+        None for nodes that nothing dominates.
+    """
+    found: dict[fx.Node, fx.Node | None] = {}
+    depth: dict[fx.Node | None, int] = {None: 0}
+    for node in nodes:
+        meet: fx.Node | None = None
+        for i, other in enumerate(inputs(node)):
+            if i == 0:
+                meet = other
+                continue
+            b: fx.Node | None = other
+            while meet is not b:
+                if depth[meet] >= depth[b]:
+                    meet = None if meet is None else found[meet]
+                else:
+                    b = None if b is None else found[b]
+        found[node] = meet
+        depth[node] = depth[meet] + 1
+    return found

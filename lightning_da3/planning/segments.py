@@ -1,0 +1,179 @@
+"""Which frozen nodes are computed again in the backward, and from what.
+
+An operation that keeps its operands (a smooth activation, a norm, a product, attention) keeps them
+for one derivative. Going back from it, through whatever is cheap to compute, leads to a value that
+is smaller, or that other such operations can start from as well: that one is kept instead of all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from torch import fx, nn
+
+from lightning_da3.planning.flow import Flow, Nodes, dominators
+from lightning_da3.planning.layers import CONVS
+from lightning_da3.planning.plan import HostPlan, NodePlan, SegmentPlan
+from lightning_da3.tracing import module_of
+
+# pure functions: what they compute depends on nothing but their arguments
+_PURE = ("torch", "_operator", "operator", "math", "torchvision", "timm", "einops", "builtins")
+_IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "setitem")
+# passing a convolution or a matrix product must make the kept value at least so much smaller
+WORTH = 2.0
+
+
+@dataclasses.dataclass
+class _Segment:
+    source: fx.Node
+    keepers: list[fx.Node]
+    inside: Nodes
+
+
+class SegmentFinder:
+    """Finds the segments of one graph.
+
+    Args:
+        gm: The traced graph.
+        flow: Of it.
+        size: Elements of every node's value.
+        nodes: What becomes of every node.
+        hosts: Of the graph.
+        head: Module name of the classifier.
+        exact: Values are kept as they are, not as codes.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        flow: Flow,
+        size: dict[fx.Node, float],
+        nodes: tuple[NodePlan, ...],
+        hosts: tuple[HostPlan, ...],
+        head: str | None,
+        exact: bool,
+    ) -> None:
+        self.gm, self.flow, self.size, self.head, self.exact = gm, flow, size, head, exact
+        self.plan = {node.name: node for node in nodes}
+        self.written = {host.last for host in hosts}
+        self.trained: Nodes = {}
+        for node in flow.activations:
+            if node.name in self.written or self._sources(node):
+                self.trained[node] = None
+        self.before = dominators(self.trained, self._sources)
+
+    def find(self) -> Iterator[SegmentPlan]:
+        """Every segment, in order."""
+        found: dict[fx.Node, _Segment] = {}
+        covered: set[fx.Node] = set()
+        for node in reversed(self.trained):
+            if node in covered or not self._keeps(node):
+                continue
+            segment = self._best(node)
+            if segment is None or covered & set(segment.inside):
+                continue
+            other = found.get(segment.source)
+            if other is not None:
+                segment = self._segment(segment.source, segment.keepers + other.keepers)
+            if segment is None:
+                continue
+            found[segment.source] = segment
+            covered |= set(segment.inside)
+        for segment in sorted(found.values(), key=lambda s: self.flow.position[s.source]):
+            if self._worth_it(segment):
+                yield SegmentPlan(segment.source.name, tuple(node.name for node in segment.inside))
+
+    # --- one keeper -------------------------------------------------------------------------------
+
+    def _sources(self, node: fx.Node) -> list[fx.Node]:
+        return [i for i in self.flow.inputs(node) if i in self.trained]
+
+    def _keeps(self, node: fx.Node) -> bool:
+        planned = self.plan.get(node.name)
+        return planned is not None and planned.keeps in ("pytorch", "codes")
+
+    def _alone(self, node: fx.Node) -> float:
+        """What a keeper keeps by itself, in elements of one byte."""
+        operands = self._sources(node)
+        unit = 1.0 if self.plan[node.name].keeps == "codes" else 4.0
+        return unit * sum(self.size[i] for i in dict.fromkeys(operands))
+
+    def _best(self, keeper: fx.Node) -> _Segment | None:
+        """The segment that ends with `keeper` and saves the most, or None if none saves."""
+        best, most = None, 0.0
+        source = self.before[keeper]
+        while source is not None:
+            segment = self._segment(source, [keeper])
+            if segment is None:
+                break
+            saved = sum(self._alone(k) for k in segment.keepers) - self._cost(source)
+            if saved > most * 1.01:
+                best, most = segment, saved
+            source = self._step(source)
+        return best
+
+    def _cost(self, source: fx.Node) -> float:
+        return self.size[source] * (4.0 if self.exact else 1.0)
+
+    def _step(self, node: fx.Node) -> fx.Node | None:
+        """Where the kept value may lie before `node`, if computing `node` again is allowed."""
+        before = self.before[node]
+        if before is None or node.name in self.written:
+            return None
+        smaller = self.size[node] / max(1.0, self.size[before])
+        heavy = any(self._is_heavy(n) for n in self.flow.between(before, [node]))
+        enough = WORTH if heavy and not self.exact else 1.0
+        return before if smaller >= enough else None
+
+    def _is_heavy(self, node: fx.Node) -> bool:
+        if self._keeps(node):
+            return False  # attention is computed again for itself already
+        return isinstance(module_of(self.gm, node), (nn.Linear, *CONVS))
+
+    # --- segments ---------------------------------------------------------------------------------
+
+    def _segment(self, source: fx.Node, ends: list[fx.Node]) -> _Segment | None:
+        inside = self.flow.between(source, ends)
+        if not all(self._may_run_again(node, source) for node in inside):
+            return None
+        for node in inside:
+            for i in node.all_input_nodes:
+                if i in self.trained and i is not source and i not in inside:
+                    return None
+                if i not in inside and i is not source and not self._can_come_before(i, source):
+                    return None
+        keepers = [node for node in inside if node in self.trained and self._keeps(node)]
+        return _Segment(source, keepers, inside)
+
+    def _can_come_before(self, node: fx.Node, source: fx.Node) -> bool:
+        """A constant of the segment: it must not depend on anything inside."""
+        return node not in self.trained and node.op != "output"
+
+    def _may_run_again(self, node: fx.Node, source: fx.Node) -> bool:
+        if node.name in self.written or str(node.target) == self.head:
+            return False
+        if node.op in ("placeholder", "output", "get_attr"):
+            return False
+        name = str(getattr(node.target, "__name__", node.target))
+        if node.args and node.args[0] is source and self._overwrites(node, name):
+            # the segment's own first operation can leave its input alone, if nobody else sees it
+            if len(source.users) > 1 or node.op == "call_method" or name in _IN_PLACE_OPERATORS:
+                return False
+        if node.op == "call_function":
+            home = str(getattr(node.target, "__module__", "") or "")
+            random = any(word in name for word in ("dropout", "rand", "bernoulli", "multinomial"))
+            random = random and not (planned is not None and planned.action == "remove")
+            return home.split(".")[0] in _PURE and not random
+        return True
+
+    def _overwrites(self, node: fx.Node, name: str) -> bool:
+        planned = self.plan.get(node.name)
+        layer = module_of(self.gm, node)
+        named = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_OPERATORS
+        asked = bool(getattr(layer, "inplace", False) or node.kwargs.get("inplace"))
+        return named or asked or (planned is not None and planned.inplace)
+
+    def _worth_it(self, segment: _Segment) -> bool:
+        alone = sum(self._alone(k) for k in segment.keepers)
+        return self._cost(segment.source) < alone

@@ -1,0 +1,120 @@
+"""What shape every value of a graph has, on fake tensors of a guessed input."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lightning_da3.nn.frozen import numbers
+from lightning_da3.planning.layers import CONVS, layer_called
+from lightning_da3.tracing import module_of
+
+Shapes = dict[fx.Node, tuple[int, ...]]
+
+# tried in this order; networks with fixed positions take only their own
+_SIDES: dict[int, tuple[tuple[int, ...], ...]] = {
+    1: ((1024,), (256,), (128,), (64,)),
+    2: ((224, 224), (256, 256), (384, 384), (32, 32), (28, 28), (64, 64), (96, 96), (512, 512)),
+    3: ((16, 112, 112), (16, 224, 224), (32, 224, 224), (16, 16, 16), (32, 32, 32)),
+}
+_TOKENS = 64
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)  # type: ignore[no-untyped-call]
+        self.shapes: Shapes = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.shapes[n] = tuple(result.shape)
+        return result
+
+
+def guess_shapes(gm: fx.GraphModule) -> Shapes:
+    """Shapes of one sample's values, by node; empty if no guess fits the network."""
+    for inputs in _guesses(gm):
+        # the user's own forward on a guess: anything can go wrong, and then nothing is known
+        with contextlib.suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True):
+            recorder = _Recorder(gm)
+            with torch.no_grad():
+                recorder.run(*[None if i is None else torch.empty(i) for i in inputs])
+            return recorder.shapes
+    return {}
+
+
+def _guesses(gm: fx.GraphModule) -> Iterator[list[tuple[int, ...] | None]]:
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    required = [node for node in placeholders if not node.args]
+    readers = [_reader(gm, node) for node in required]
+    side = getattr(gm, "image_size", None)
+    for i in range(max(len(sides) for sides in _SIDES.values())):
+        guess = [_guess(layer, i) for layer in readers]
+        if all(shape is not None for shape in guess):
+            yield guess
+        if i == 0 and isinstance(side, int):
+            yield [None if g is None else (*g[:2], *[side] * (len(g) - 2)) for g in guess]
+
+
+def _reader(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The first layer with weights that reads `node`, maybe through other operations."""
+    seen = [node]
+    for reader in seen:
+        for user in reader.users:
+            layer = module_of(gm, user)
+            if isinstance(layer, (*CONVS, nn.Linear)):
+                return layer
+            if user not in seen and len(seen) < 30:
+                seen.append(user)
+    return None
+
+
+def _guess(layer: nn.Module | None, i: int) -> tuple[int, ...] | None:
+    if isinstance(layer, CONVS):
+        sides = _SIDES[layer.weight.dim() - 2]
+        return (1, layer.in_channels, *sides[i]) if i < len(sides) else None
+    if isinstance(layer, nn.Linear) and i < 2:
+        return (1, _TOKENS, layer.in_features) if i == 0 else (1, layer.in_features)
+    return None
+
+
+def sizes(gm: fx.GraphModule, shapes: Shapes) -> dict[fx.Node, float]:
+    """Elements of every node's value for one sample; in relation to each other without shapes."""
+    found: dict[fx.Node, float] = {}
+    for node in gm.graph.nodes:
+        before = max((found[i] for i in node.all_input_nodes), default=1.0)
+        if node in shapes:
+            found[node] = float(math.prod(shapes[node]))
+        elif shapes:
+            found[node] = before  # a tuple, say
+        else:
+            found[node] = before * _growth(layer_called(gm, node))
+    return found
+
+
+def _growth(layer: nn.Module | None) -> float:
+    if isinstance(layer, CONVS):
+        return layer.out_channels / layer.in_channels / math.prod(layer.stride)
+    if isinstance(layer, nn.Linear):
+        return layer.out_features / layer.in_features
+    if isinstance(layer, (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)):
+        return 1e-3
+    return 1.0
+
+
+def reductions(gm: fx.GraphModule) -> dict[fx.Node, float]:
+    """By how much strides make every node's map smaller than the network's input, on one axis."""
+    found: dict[fx.Node, float] = {}
+    for node in gm.graph.nodes:
+        before = max((found[i] for i in node.all_input_nodes), default=1.0)
+        layer = layer_called(gm, node)
+        stride = getattr(layer, "stride", 1) if layer is not None else 1
+        found[node] = before * (max(numbers(stride, 1)) if stride else 1)
+    return found

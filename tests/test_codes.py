@@ -1,0 +1,136 @@
+"""Eight-bit codes of any tensor: their bound, their layout, their bytes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_da3.ops.bits import dense
+from lightning_da3.ops.codes import decode, encode, to_bytes
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.to(memory_format=torch.channels_last),
+    "permuted": lambda x: x.permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2),
+    "with gaps": lambda x: x[:, ::2],
+    "expanded": lambda x: x[:, :1].expand(-1, 4, -1, -1),
+}
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def there_and_back(x, groups=256):
+    return decode(*encode(x, groups), x.size(), dense(x).stride(), x.dtype, groups)
+
+
+def in_memory_order(x):
+    """The elements as they lie in memory, found by PyTorch's own strides."""
+    x = dense(x)
+    return x.as_strided((x.numel(),), (1,)).double()
+
+
+def bounds(x, groups=256):
+    """(max - min) / 510 of the group of every element, and what float32 and `x.dtype` round off."""
+    parts = in_memory_order(x).split(groups)
+    ranges = torch.cat([(part.max() - part.min()).expand_as(part) for part in parts])
+    largest = torch.cat([part.abs().max().expand_as(part) for part in parts])
+    rounding = 2 * torch.finfo(torch.float32).eps + torch.finfo(x.dtype).eps
+    return ranges / 510 * (1 + 1e-4) + rounding * largest
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+def test_there_and_back(dtype, layout):
+    x = LAYOUTS[layout](randn(3, 6, 9, 7, dtype=dtype) * 3 + 1)
+    y = there_and_back(x)
+    assert y.dtype == x.dtype
+    assert y.shape == x.shape
+    assert y.stride() == dense(x).stride()
+    errors = (in_memory_order(y) - in_memory_order(x)).abs()
+    assert (errors <= bounds(x)).all()
+    assert not torch.equal(x, y)  # or the bound says nothing
+
+
+def test_the_bound_is_no_wider_than_needed():
+    x = randn(64, 256)
+    assert ((there_and_back(x) - x).abs().flatten() > 0.95 * bounds(x)).any()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    numbers=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=40),
+    groups=st.integers(1, 17),
+)
+def test_any_finite_numbers(numbers, groups):
+    x = torch.tensor(numbers)
+    errors = (there_and_back(x, groups) - x).abs().double()
+    assert (errors <= bounds(x, groups) + torch.finfo(torch.float32).tiny).all()
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 512, 700])
+def test_bytes(count):
+    codes, low, step = encode(randn(count, dtype=torch.float16))
+    assert (codes.dtype, codes.shape) == (torch.uint8, (count,))
+    for one in (low, step):
+        assert (one.dtype, one.shape) == (torch.float32, ((count + 255) // 256, 1))
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0, 3), ()])
+def test_no_and_one_element(shape):
+    x = randn(*shape)
+    assert torch.equal(there_and_back(x), x)
+
+
+@pytest.mark.parametrize("value", [0.0, -1e-40, 3.7, 1e30])
+def test_a_constant_group_is_exact(value):
+    x = torch.full((300,), value)
+    assert torch.equal(there_and_back(x), x)
+
+
+def test_the_ends_of_a_group_are_exact_codes():
+    x = randn(1, 256)
+    codes, low, _ = encode(x)
+    assert (codes[x.argmin()], codes[x.argmax()]) == (0, 255)
+    assert low.item() == x.min()
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_what_is_not_finite_shows_in_its_group_alone(value):
+    x = randn(3, 256)
+    x[1, 5] = value
+    y = there_and_back(x)
+    assert not y[1].isfinite().any()
+    assert torch.equal(y[[0, 2]], there_and_back(x[[0, 2]]))
+
+
+def test_memory_order_is_what_is_coded():
+    """Groups of a channels_last tensor are of neighbouring pixels, and nothing is copied first."""
+    x = randn(2, 256, 3, 3).to(memory_format=torch.channels_last)
+    scale = torch.arange(1.0, 10.0).view(1, 1, 3, 3)
+    _, _, step = encode(x * scale)
+    torch.testing.assert_close(step, encode(x)[2] * scale.flatten().repeat(2).unsqueeze(1))
+
+
+def test_the_argument_is_left_unchanged():
+    x = randn(300).requires_grad_()
+    before = x.detach().clone()
+    assert not any(part.requires_grad for part in encode(x))
+    assert torch.equal(x, before)
+
+
+def test_to_bytes_cuts_off():
+    x = torch.arange(0, 256, 0.25)
+    assert torch.equal(to_bytes(x), x.floor().to(torch.uint8))
+
+
+@pytest.mark.parametrize("count", [512, 700])
+def test_compiled(count):
+    x = randn(count)
+    torch._dynamo.reset()
+    compiled = torch.compile(there_and_back, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), there_and_back(x))
