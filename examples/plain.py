@@ -67,6 +67,7 @@ class PlainPyTorch:
         return Place.of(x.shape[1:-1], host.own_tokens, self.model.config.adapter.max_cells)
 
     def adapt(self, host: HostPlan, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.unsqueeze(1) if host.stride is None and x.dim() == 2 else x  # one token a sample
         adapter: Any = self.domain.adapters[host.name.replace(".", "__").replace(":", "__call")]
         place = self.place(host, x)
         if place is None:
@@ -89,6 +90,8 @@ class PlainPyTorch:
 
     def write(self, host: HostPlan, f: Tensor, adapted: tuple[Tensor, Tensor]) -> Tensor:
         addend, gate = adapted
+        if host.stride is None and f.dim() == 2:
+            return self.write(host, f.unsqueeze(1), adapted).squeeze(1)
         place = self.place(host, f)
         size = f.shape[2:] if place is None else f.shape[1:-1]
         if self.model.config.gate is None:
@@ -102,7 +105,9 @@ class PlainPyTorch:
         return _spread(gate.detach(), f, place) * f + _spread(addend, f, place) + estimate
 
 
-def _run(gm: fx.GraphModule, planned: PartPlan, plain: PlainPyTorch, *args: Any, **kwargs: Any) -> Any:
+def _run(
+    gm: fx.GraphModule, planned: PartPlan, plain: PlainPyTorch, *args: Any, **kwargs: Any
+) -> Any:
     return _Interpreter(gm, planned, plain).with_arguments(args, kwargs)
 
 

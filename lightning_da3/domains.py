@@ -321,6 +321,12 @@ class DA3Model(nn.Module):
                 found[host.name] = gm.get_submodule(f"{INPUTS}.{host_key(host.name)}")
         return cast(dict[str, HostInput], found)
 
+    @property
+    def _why_no_head(self) -> str:
+        if self.config.head is None:
+            return "its config says head=None"
+        return f"no single Linear or convolution leads to the output of {self.plan.network}"
+
     def _place(self) -> dict[str, Any]:
         weight = next(self.backbone.parameters())
         return {"device": weight.device, "dtype": weight.dtype}
@@ -342,8 +348,9 @@ class DA3Model(nn.Module):
         if slot is None:
             if num_classes is not None:
                 raise ConfigError(
-                    f"`num_classes` is {num_classes!r}, but DA3Config(head=None) keeps the "
-                    "network's own head for every domain. Leave `num_classes` out, or name a head."
+                    f"`num_classes` is {num_classes!r}, but every domain keeps the network's own "
+                    f"head: {self._why_no_head}. Leave `num_classes` out, or name a layer to "
+                    "replace: DA3Config(head='classifier.4'), say."
                 )
             return None
         if num_classes is None:

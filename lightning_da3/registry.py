@@ -274,8 +274,8 @@ LAYER_OF: dict[Any, Callable[..., nn.Module | None]] = {
     F.dropout: _dropout,
     F.dropout2d: _dropout,
     F.dropout3d: _dropout,
-    "torchvision.ops.stochastic_depth.stochastic_depth": lambda p, mode, training=True: (
-        None if training else nn.Dropout(p)
+    "torchvision.ops.stochastic_depth.stochastic_depth": lambda p, _, training=True: _dropout(
+        p, training
     ),
     F.max_pool1d: lambda *args, **kwargs: _functional_max_pool(nn.MaxPool1d, *args, **kwargs),
     F.max_pool2d: lambda *args, **kwargs: _functional_max_pool(nn.MaxPool2d, *args, **kwargs),

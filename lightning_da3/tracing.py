@@ -8,6 +8,7 @@ in their places, down to single layers.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,11 @@ from lightning_da3.errors import ConversionError
 from lightning_da3.registry import has_frozen_form, is_registered
 
 LAYER = "layer"  # name of the one layer in the graph of a single layer
+
+
+# what subclasses inherit whole
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.LayerNorm, nn.GroupNorm)
+_LAYERS += (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Tracer(torch.fx.Tracer):
@@ -122,7 +128,7 @@ class _Islands:
         if reason is None:
             try:
                 gm = _graph(module)
-            except Exception as error:  # tracing runs the user's own forward: anything can come
+            except Exception as error:  # noqa: BLE001  # the user's own forward: anything can come
                 reason = str(error).split("\n")[0]
             else:
                 self.parts.append(Part(path, gm))
@@ -152,6 +158,7 @@ def _graph(module: nn.Module) -> torch.fx.GraphModule:
     if changed:
         raise ConversionError(f"its forward changes the buffers {changed}")
     _first_by_position_(graph)
+    _drop_unread_items_(graph)
     gm = torch.fx.GraphModule(module, graph, class_name=type(module).__name__)
     _keep_attributes_(gm, module)
     return gm
@@ -196,6 +203,13 @@ def _first_by_position_(graph: torch.fx.Graph) -> None:
         if node.op in ("call_module", "call_function") and not node.args and "input" in node.kwargs:
             node.args = (node.kwargs["input"],)
             node.kwargs = {name: arg for name, arg in node.kwargs.items() if name != "input"}
+
+
+def _drop_unread_items_(graph: torch.fx.Graph) -> None:
+    """``y, weights = attention(x)`` where nobody reads `weights`: one reader less."""
+    for node in reversed(list(graph.nodes)):
+        if node.target is operator.getitem and not node.users:
+            graph.erase_node(node)
 
 
 def _check(model: nn.Module) -> None:
@@ -244,11 +258,24 @@ def _plain(model: nn.Module) -> nn.Module:
         for name, child in module.named_children():
             if hasattr(child, "_orig_mod"):  # torch.compile: compile the converted network
                 setattr(module, name, child._orig_mod)
+        base = _same_layer(type(module))
+        if base is not None:
+            module.__class__ = base
         if parametrize.is_parametrized(module):
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     model = getattr(model, "_orig_mod", model)
     return model.requires_grad_(False)
+
+
+def _same_layer(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The layer of PyTorch that `kind` is in all but its constructor and extra methods."""
+    for base in kind.__mro__:
+        if base.__module__.startswith("torch.nn.modules."):
+            return base if base is not kind and base in _LAYERS else None
+        if "forward" in vars(base) or "_conv_forward" in vars(base) or "__call__" in vars(base):
+            return None
+    return None
 
 
 def module_of(gm: torch.fx.GraphModule, node: torch.fx.Node) -> nn.Module | None:

@@ -179,6 +179,21 @@ class Activations(Classifier):
         return self.layers(x)
 
 
+@torch.fx.wrap
+def own_function(x: Tensor) -> Tensor:
+    """Nothing is known of it."""
+    return x * torch.sigmoid(x)
+
+
+class OwnFunction(Classifier):
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def features(self, x: Tensor) -> Tensor:
+        return own_function(self.conv2(own_function(self.conv1(x))))
+
+
 class Pools(Classifier):
     def __init__(self) -> None:
         super().__init__(4)
@@ -372,6 +387,7 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
         InplaceThenReused,
         InplaceThenOutOfPlace,
         Activations,
+        OwnFunction,
         Pools,
         PaddingModes,
         DilatedAndGrouped,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_da3.ops.bits import dense
-from lightning_da3.ops.codes import decode, encode, to_bytes
+from lightning_da3.ops.codes import Rows, decode, encode, sample_group, to_bytes
 
 LAYOUTS = {
     "contiguous": lambda x: x,
@@ -134,3 +134,36 @@ def test_compiled(count):
     torch._dynamo.reset()
     compiled = torch.compile(there_and_back, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x), there_and_back(x))
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 5, 4), (2, 3, 1, 1), (1, 2, 9, 9), (0, 3, 2, 2), (2, 3, 0)]
+)
+def test_codes_of_cells(shape):
+    x = torch.randn(shape, dtype=torch.float64)
+    rows = Rows.of(x)
+    codes, low, step = rows.encode(x)
+    back = rows.decode(codes, low, step)
+    assert (back.shape, back.dtype) == (x.shape, x.dtype)
+    assert not rows.tokens
+    if x.numel():
+        assert (back - x).abs().max() <= step.max() / 2 + 1e-6
+        assert x[0].numel() % rows.group == 0  # no group reaches into two samples
+        assert rows.group % x[0, 0].numel() == 0
+
+
+def test_tokens_do_not_share_a_range():
+    tokens = torch.randn(2, 7, 300)
+    tokens[:, 0] *= 1e-3  # a class token
+    x = tokens.transpose(1, 2)
+    rows = Rows.of(x)
+    assert rows.tokens
+    error = (rows.decode(*rows.encode(x)) - x).abs().transpose(1, 2)
+    assert (error.amax(2) <= (tokens.amax(2) - tokens.amin(2)) / 500).all()
+
+
+def test_the_codes_of_a_sample_do_not_depend_on_its_batch():
+    x = torch.randn(3, 5, 7, 11)
+    whole, alone = encode(x, sample_group(x)), encode(x[1:2], sample_group(x[1:2]))
+    assert sample_group(x) == sample_group(x[1:2]) == 77
+    assert torch.equal(whole[0].view(3, -1)[1], alone[0])

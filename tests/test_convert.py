@@ -372,9 +372,7 @@ def test_kept_bytes_by_hand():
     cells = 3 * 3
 
     def adapter(channels, hidden=4):
-        # pooled input; norm's input, mean and deviation; relu's output, which the two products
-        # share; the attention; the product
-        return n * float_bytes * (cells * (channels + 2 * hidden + 1 + hidden) + 2)
+        return n * float_bytes * cells * (channels + hidden)  # pooled input, hidden map
 
     bits = (n * 4 * 6 * 6) // 8 + (n * 6 * 6 * 6) // 8
     head = n * 6 * float_bytes
@@ -423,7 +421,7 @@ def test_plan_of_convolutions_and_norms():
     assert plan.head == "fc"
     assert plan.input_channels == (2, 3)
     first, second = plan.hosts
-    assert (first.name, first.first, first.last) == ("conv1", "conv1", "norm1")
+    assert (first.name, first.readers, first.last) == ("conv1", ("conv1",), "norm1")
     assert (first.in_channels, first.out_channels, first.stride) == (3, 4, (2, 2))
     assert first.macs_per_output == 3 * 4 * 9
     assert (second.in_channels, second.out_channels, second.stride) == (4, 6, (1, 1))
@@ -477,7 +475,7 @@ def test_plan_of_a_depthwise_block_is_one_host_between_its_narrow_ends():
     plan, step = steps("Depthwise")
     stem, block = plan.hosts
     assert stem.name == "stem"
-    assert (block.name, block.first, block.last) == ("block.3", "block_0", "block_7")
+    assert (block.name, block.readers, block.last) == ("block.3", ("block_0",), "block_7")
     assert (block.in_channels, block.out_channels) == (4, 4)
     assert block.macs_per_output == 4 * 12 + 12 * 9 + 12 * 4
     assert step["block_2"].keeps == step["block_5"].keeps == "bits"
@@ -500,16 +498,26 @@ def test_min_stride_leaves_early_maps_alone():
 
 def test_plan_of_other_axes():
     plan, step = steps("OtherAxes")
-    assert [host.name for host in plan.hosts] == ["conv"]
+    assert [host.name for host in plan.hosts] == ["conv", "row.0", "block.0"]
+    assert [host.stride for host in plan.hosts] == [(1, 1), (2,), (1, 2, 2)]
     assert step["row_0"].action == step["block_0"].action == "freeze"
     assert step["row_1"].action == step["block_1"].action == "fold"
     assert step["row_3"].keeps == step["block_2"].keeps == "bytes"
 
 
 def test_plan_says_what_is_left_to_pytorch():
-    plan, _ = steps("Activations")
-    assert plan.left_to_pytorch == ("GELU", "LeakyReLU")
-    assert str(plan).endswith("left to PyTorch (more memory): GELU, LeakyReLU")
+    plan, _ = steps("OwnFunction")
+    assert plan.left_to_pytorch == ("own_function",)
+    assert str(plan).endswith("left to PyTorch (more memory): own_function")
+
+
+def test_plan_of_smooth_activations():
+    """Their derivative is coded; in exact mode a stretch is computed again instead."""
+    _, step = steps("Activations")
+    assert step["layers_9"].keeps == "codes"
+    plan, step = steps("Activations", memory=EXACT)
+    assert step["layers_9"].keeps == "again"
+    assert plan.left_to_pytorch == ()
 
 
 def test_plan_prints_as_a_table():
@@ -606,14 +614,25 @@ def test_a_second_conversion_is_refused():
 
 def test_a_network_with_nothing_to_adapt_is_refused():
     refused(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), "nothing to adapt", "['Linear', 'ReLU']")
-    refused(nn.Sequential(nn.Conv2d(3, 4, 1)), "nothing to adapt", "larger than 1x1")
-    refused(
-        network("ConvNorm"),
-        "its 2 spatial convolutions",
-        "min_stride=8",
-        "AdapterConfig(min_stride=1)",
-        adapter=AdapterConfig(),
-    )
+    refused(nn.LSTM(3, 4), "nothing to adapt", "LSTM")
+
+
+def test_hosts_are_where_maps_are_smallest_if_none_is_as_small_as_asked():
+    """A network for small images is never downsampled by 8."""
+    plan, _ = steps("Residual", adapter=AdapterConfig())
+    assert [host.name for host in plan.hosts] == ["conv1", "conv2"]
+
+
+def test_a_network_of_linear_layers_alone_has_hosts_too():
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    model = add(convert(net, choose()), "a")
+    assert [(host.name, host.stride) for host in model.plan.hosts] == [("0", None), ("2", None)]
+    assert model.plan.head == "4"
+    model.set_domain("a")
+    x = torch.randn(5, 6)
+    assert model(x).shape == (5, 3)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.domain("a").parameters())
 
 
 class BranchesOnValues(nn.Module):
@@ -626,15 +645,26 @@ class Uncopyable(nn.Module):
         raise RuntimeError("one of a kind")
 
 
-def test_a_network_that_cannot_be_traced_or_copied_is_refused():
-    refused(
-        BranchesOnValues(), "BranchesOnValues.forward cannot be traced by torch.fx", "control flow"
-    )
+def test_a_network_that_cannot_be_copied_or_has_no_layers_is_refused():
+    refused(BranchesOnValues(), "nothing to adapt", "control flow")
     refused(Uncopyable(), "Uncopyable cannot be copied", "one of a kind")
 
 
-def test_a_head_that_cannot_be_found_is_refused():
-    refused(network("DictOutput"), "The classifier of DictOutput cannot be found", "head=None")
+def test_a_head_that_cannot_be_found_is_the_networks_own():
+    class TwoHeads(models.ConvNorm):
+        def __init__(self):
+            super().__init__()
+            self.more = nn.Linear(6, models.CLASSES)
+
+        def forward(self, x):
+            features = self.pool(self.features(x)).flatten(1)
+            return self.fc(features) + self.more(features)
+
+    model = convert(TwoHeads(), choose())
+    assert model.plan.head is None
+    model.add_domain("own")
+    with pytest.raises(ConfigError, match="no single Linear or convolution leads to the output"):
+        model.add_domain("new", num_classes=3)
     refused(network("ConvNorm"), "no Linear or convolution named 'fcc'", "'fc'", head="fcc")
 
 

@@ -1,8 +1,9 @@
 """The additive attention adapter with its gate, and the two places where a host meets it.
 
 Shapes: x (N, C, *in) enters the host, f (N, O, *out) leaves it; p (N, C, *grid) the cell means of
-x; m hidden channels. Of tokens, x (N, *in, C), the cells stand in one row: grid = (own + G,). Source: Yang, Rakin, Fan, "DA3: Dynamic Additive Attention Adaption for
-Memory-Efficient On-Device Multi-Domain Learning", arXiv 2012.01362.
+x; m hidden channels. Of tokens, x (N, *in, C), the cells stand in one row: grid = (own + G,).
+Source: Yang, Rakin, Fan, "DA3: Dynamic Additive Attention Adaption for Memory-Efficient On-Device
+Multi-Domain Learning", arXiv 2012.01362.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_da3.nn.gate import Executed, hard_gate
+from lightning_da3.nn.gate import hard_gate
 from lightning_da3.ops.convolution import coded_conv
 from lightning_da3.ops.host import coarse_grid, read, write
+from lightning_da3.ops.recomputed import recomputed
 from lightning_da3.ops.tokens import Place, read_tokens, write_tokens
 
 CONV_OF = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -86,17 +88,31 @@ class Adapter(nn.Module):
             hidden = squeeze(p)
         else:
             hidden = coded_conv(p, squeeze.weight, None, int(squeeze.padding[0]))
+        noise = None
+        if self.gated and self.noisy and self.training:
+            cells = (len(p), hidden[0, 0].numel(), 1)
+            uniform = torch.rand(cells, dtype=hidden.dtype, device=hidden.device)
+            noise = torch.logit(uniform.clamp_(1e-6, 1 - 1e-6))
+        layers = (self.norm, self.attend, self.value)
+        addend, *gate = recomputed(
+            self._from_hidden,
+            hidden,
+            noise,
+            exact=True,
+            parameters=tuple(p for layer in layers for p in layer.parameters()),
+        )
+        return Adapted(addend, gate[0] if gate else None)
+
+    def _from_hidden(self, hidden: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
+        """So little to compute, from so few channels, that it is computed again in the backward."""
         grid = hidden.shape[2:]
         rows = self.norm(hidden).flatten(2).transpose(1, 2)  # (N, G, m)
         cells = F.relu(rows.contiguous())  # in the order in which both products keep it: once
         logits = self.attend(cells)  # (N, G, 1)
         addend = _on_grid(self.value(torch.sigmoid(logits) * cells), grid)
         if not self.gated:
-            return Adapted(addend, None)
-        if self.noisy and self.training:
-            uniform = torch.rand_like(logits).clamp_(1e-6, 1 - 1e-6)
-            logits = logits + torch.logit(uniform)
-        return Adapted(addend, _on_grid(hard_gate(logits), grid))
+            return (addend,)
+        return addend, _on_grid(hard_gate(logits if noise is None else logits + noise), grid)
 
 
 def _on_grid(cells: Tensor, grid: torch.Size) -> Tensor:
@@ -118,9 +134,7 @@ class HostInput(nn.Module):
 
     active: Adapter | None
 
-    def __init__(
-        self, max_cells: int, stride: tuple[int, ...] | None, own_tokens: int = 0
-    ) -> None:
+    def __init__(self, max_cells: int, stride: tuple[int, ...] | None, own_tokens: int = 0) -> None:
         super().__init__()
         self.max_cells, self.stride, self.own_tokens = max_cells, stride, own_tokens
         self.set_active(None)
@@ -134,8 +148,10 @@ class HostInput(nn.Module):
         if self.active is None:
             return x, None
         if self.stride is None:
-            place = Place.of(x.shape[1:-1], self.own_tokens, self.max_cells)
-            x, pooled = read_tokens(x, place)
+            tokens = x.unsqueeze(1) if x.dim() == 2 else x  # one token a sample
+            place = Place.of(tokens.shape[1:-1], self.own_tokens, self.max_cells)
+            tokens, pooled = read_tokens(tokens, place)
+            x = tokens.squeeze(1) if x.dim() == 2 else tokens
         else:
             out = [-(-n // s) for n, s in zip(x.shape[2:], self.stride, strict=True)]
             x, pooled = read(x, coarse_grid(out, self.max_cells))
@@ -165,18 +181,20 @@ class HostOutput(nn.Module):
         self.macs_per_output, self.exact, self.inplace = macs_per_output, exact, inplace
         self.max_cells, self.own_tokens = max_cells, own_tokens
 
-    def forward(self, f: Tensor, adapted: Adapted | None) -> tuple[Tensor, Executed | None]:
-        """y, of the shape of f, and how much of the host ran."""
+    def forward(
+        self, f: Tensor, adapted: Adapted | None
+    ) -> tuple[Tensor, Tensor | None, float | None]:
+        """y, of the shape of f, the gate, and multiply-accumulates of a sample with open gates."""
         if adapted is None:
-            return f, None
+            return f, None, None
         if self.own_tokens is None:
             size = f.shape[2:]
             f = f if self.inplace else f.clone()
             y = write(f, adapted.addend, adapted.gate, self.exact)
         else:
-            size = f.shape[1:-1]
+            tokens = f.unsqueeze(1) if f.dim() == 2 else f
+            size = tokens.shape[1:-1]
             place = Place.of(size, self.own_tokens, self.max_cells)
-            y = write_tokens(f, adapted.addend, adapted.gate, place, self.exact)
-        if adapted.gate is None:
-            return y, None
-        return y, Executed(adapted.gate, self.macs_per_output * size.numel())
+            y = write_tokens(tokens, adapted.addend, adapted.gate, place, self.exact)
+            y = y.squeeze(1) if f.dim() == 2 else y
+        return y, adapted.gate, self.macs_per_output * size.numel()

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lightning_da3.ops.activation import two_slopes
 from lightning_da3.ops.convolution import frozen_conv, frozen_conv_transpose, pad_mode
 from lightning_da3.ops.normalization import frozen_affine
-from lightning_da3.ops.smooth import Smooth, coded
 from lightning_da3.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
+from lightning_da3.ops.smooth import Smooth, coded
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d

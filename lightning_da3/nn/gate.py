@@ -42,10 +42,10 @@ class Recorder(nn.Module):
         """Use this list from now on."""
         self.ledger = ledger
 
-    def forward(self, executed: Executed | None) -> None:
-        """Take note."""
-        if executed is not None:
-            self.ledger.append((self.host, executed))
+    def forward(self, gate: Tensor | None, macs: float | None) -> None:
+        """Take note of what a host's output said."""
+        if gate is not None and macs is not None:
+            self.ledger.append((self.host, Executed(gate, macs)))
 
 
 class _HardGate(torch.autograd.Function):

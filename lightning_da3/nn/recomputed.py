@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,6 +30,12 @@ class Recomputed(nn.Module):
     def forward(self, x: Tensor, *rest: Any) -> tuple[Any, ...]:
         """What the piece returns."""
         inputs = [m for m in self.piece.modules() if isinstance(m, HostInput)]
-        active = [cast(nn.Module, m.active) for m in inputs if m.active is not None]
-        parameters = tuple(p for adapter in active for p in adapter.parameters())
-        return recomputed(self.piece, x, *rest, exact=self.exact, parameters=parameters)
+        active = [m.active for m in inputs if m.active is not None]
+        return recomputed(
+            self.piece,
+            x,
+            *rest,
+            exact=self.exact,
+            parameters=tuple(p for adapter in active for p in adapter.parameters()),
+            random=any(adapter.noisy and adapter.training for adapter in active),
+        )

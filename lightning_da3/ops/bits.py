@@ -37,7 +37,8 @@ def _memory_order(stride: Sequence[int]) -> list[int]:
     return sorted(range(len(stride)), key=lambda axis: -stride[axis])
 
 
-def _flat(x: Tensor) -> Tensor:
+def flat(x: Tensor) -> Tensor:
+    """Elements of a dense tensor in memory order, a view."""
     return x.permute(_memory_order(x.stride())).reshape(-1)  # dense: a view, no copy
 
 
@@ -90,12 +91,33 @@ def _use_numpy(x: Tensor) -> bool:
 
 
 def _pack_numpy(x: Tensor, low: float, high: float) -> Tensor:
-    flat = _flat(x)
+    elements = flat(x)
     if x.dtype not in _NUMPY_DTYPES:  # bfloat16 has no numpy type
-        inside = ((flat > low) & (flat < high)).numpy()
+        inside = ((elements > low) & (elements < high)).numpy()
     else:
-        values = flat.numpy()
+        values = elements.numpy()
         inside = values > low
         if not math.isinf(high):
             inside &= values < high
     return torch.from_numpy(np.packbits(inside))
+
+
+def pack_pairs(codes: Tensor) -> Tensor:
+    """Codes below 16, two a byte: the second half of the tensor above the first.
+
+    Args:
+        codes: uint8 of any shape; dense.
+
+    Returns:
+        uint8 of ``ceil(codes.numel() / 2)`` bytes, in the memory order of `codes`.
+    """
+    elements = flat(codes)
+    half = (elements.numel() + 1) // 2
+    pairs = elements[:half].clone()
+    pairs[: elements.numel() - half] |= elements[half:] << 4
+    return pairs
+
+
+def unpack_pairs(pairs: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """What `pack_pairs` packed, of shape `size` with these dense strides."""
+    return torch.cat((pairs & 15, pairs >> 4)).as_strided(size, stride)

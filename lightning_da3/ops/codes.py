@@ -9,14 +9,17 @@ Kept: one byte an element and eight a group.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_da3.ops.bits import _flat, dense
+from lightning_da3.ops.bits import dense, flat
+
+GROUP = 256  # elements that share one range: 8 bytes a group
 
 
-def encode(x: Tensor, groups: int = 256) -> tuple[Tensor, Tensor, Tensor]:
+def encode(x: Tensor, groups: int = GROUP) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, lowest value and step of every group of `x`.
 
     A constant group is coded exactly. A group that holds an infinity or a NaN, or whose range
@@ -29,16 +32,16 @@ def encode(x: Tensor, groups: int = 256) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         uint8 (n,) in the memory order of `dense(x)`, float32 and float32 (ceil(n / groups), 1).
     """
-    flat = _flat(dense(x.detach())).float()
-    whole = flat.numel() - flat.numel() % groups
-    codes, low, step = _encode_rows(flat[:whole].view(-1, groups))
-    if whole == flat.numel():
+    elements = flat(dense(x.detach())).float()
+    whole = elements.numel() - elements.numel() % groups
+    codes, low, step = _encode_groups(elements[:whole].view(-1, groups))
+    if whole == elements.numel():
         return codes, low, step
-    rest = _encode_rows(flat[whole:].view(1, -1))
+    rest = _encode_groups(elements[whole:].view(1, -1))
     return torch.cat((codes, rest[0])), torch.cat((low, rest[1])), torch.cat((step, rest[2]))
 
 
-def _encode_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _encode_groups(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # two passes: `aminmax` along an axis is not vectorised on CPU, and 20 times slower
     low, high = rows.amin(dim=1, keepdim=True), rows.amax(dim=1, keepdim=True)
     step = (high - low).div_(255.0).clamp_min_(torch.finfo(low.dtype).tiny)  # constant rows: 0
@@ -58,7 +61,7 @@ def decode(
     size: Sequence[int],
     stride: Sequence[int],
     dtype: torch.dtype,
-    groups: int = 256,
+    groups: int = GROUP,
 ) -> Tensor:
     """What `encode` coded.
 
@@ -81,3 +84,59 @@ def decode(
     if whole < flat.numel():
         flat[whole:].mul_(step[count]).add_(low[count])
     return flat.to(dtype).as_strided(size, stride)
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return next(d for d in range(min(most, number), 0, -1) if number % d == 0)
+
+
+def sample_group(x: Tensor) -> int:
+    """Elements of a group such that none reaches into two samples of (N, ..), if at all possible.
+
+    So the codes of a sample do not depend on the rest of its batch.
+    """
+    whole = x[0].numel() if x.dim() and x.numel() else 1
+    divisor = _largest_divisor(whole, GROUP)
+    return divisor if divisor >= 32 or whole < 32 else GROUP
+
+
+class Rows(NamedTuple):
+    """Codes of cells (N, C, *grid), in groups whose values are of one kind.
+
+    Cells in the order of their axes share a range by channel, tokens (one axis, channels last in
+    memory) by token: a class token may be far from the others.
+
+    Attributes:
+        tokens: Groups lie within tokens.
+        group: Elements that share a range; none reaches into two samples.
+        size: Of the cells.
+        dtype: Of the cells.
+    """
+
+    tokens: bool
+    group: int
+    size: torch.Size
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: Tensor) -> Rows:
+        """How to code `x`."""
+        tokens = x.dim() == 3 and x.shape[2] > 1 and x.stride(1) == 1 and x.shape[1] > 1
+        if tokens:
+            return cls(True, _largest_divisor(x.shape[1], GROUP), x.size(), x.dtype)
+        cells = max(1, x[0, 0].numel()) if x.numel() else 1
+        group = cells * _largest_divisor(max(1, x.shape[1]), max(1, 128 // cells))
+        return cls(False, group, x.size(), x.dtype)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `encode`."""
+        x = x.detach()
+        return encode((x.transpose(1, 2) if self.tokens else x).contiguous(), self.group)
+
+    def decode(self, codes: Tensor, low: Tensor, step: Tensor) -> Tensor:
+        """What `encode` coded."""
+        n, c, *grid = self.size
+        size = [n, *grid, c] if self.tokens else [n, c, *grid]
+        stride = torch.empty(size, device="meta").stride()
+        x = decode(codes, low, step, size, stride, self.dtype, self.group)
+        return x.transpose(1, 2) if self.tokens else x

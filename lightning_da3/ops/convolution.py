@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_da3.ops.quantized import dequantize_rows, quantize_rows
+from lightning_da3.ops.codes import Rows
 
 
 class _FrozenConv(torch.autograd.Function):
@@ -166,9 +166,7 @@ def frozen_conv(
 
 class _FrozenConvTranspose(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.dtype, ctx.geometry = x.dtype, geometry
         return _conv_transpose(x, weight, bias, *geometry)
@@ -226,8 +224,8 @@ class _CodedConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
-        ctx.save_for_backward(weight, *quantize_rows(x))
-        ctx.size, ctx.dtype, ctx.padding = x.size(), x.dtype, padding
+        ctx.rows, ctx.padding = Rows.of(x), padding
+        ctx.save_for_backward(weight, *ctx.rows.encode(x))
         axes = x.dim() - 2
         return _conv(x, weight, bias, [1] * axes, [padding] * axes, [1] * axes, 1)
 
@@ -235,7 +233,7 @@ class _CodedConv(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, codes, low, step = ctx.saved_tensors
-        x = dequantize_rows(codes, low, step, ctx.size, grad.dtype)
+        x = ctx.rows.decode(codes, low, step).to(grad.dtype)
         axes = grad.dim() - 2
         grads = torch.ops.aten.convolution_backward(
             grad,
@@ -257,7 +255,7 @@ def coded_conv(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> 
     """Trainable stride-1 convolution that keeps one byte an input element instead of four.
 
     The input and bias gradients are exact; the weight gradient sees the input with an error of at
-    most 1/510 of each row's range (see `quantize_rows`).
+    most 1/510 of each row's range (see `lightning_da3.ops.codes.Rows`).
 
     Args:
         x: (N, C, *in).

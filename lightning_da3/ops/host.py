@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_da3.ops.quantized import dequantize_rows, quantize_rows
+from lightning_da3.ops.codes import Rows
 
 _aten = torch.ops.aten
 
@@ -169,14 +169,14 @@ class _Write(torch.autograd.Function):
     def forward(ctx: Any, f: Tensor, addend: Tensor, gate: Tensor | None, exact: bool) -> Tensor:
         grid = addend.shape[2:]
         ctx.grid, ctx.gated = tuple(grid), gate is not None
-        ctx.mean_size = None
+        ctx.rows = None
         saved: tuple[Tensor, ...] = ()
         if gate is not None:
             saved = (gate,)
             if ctx.needs_input_grad[2]:
                 means = pool(f, grid)
-                ctx.mean_size = means.size()
-                kept = (means,) if exact else quantize_rows(means)
+                ctx.rows = Rows.of(means)
+                kept = (means,) if exact else ctx.rows.encode(means)
                 saved = (gate, *kept)
         ctx.save_for_backward(*saved)
         ctx.mark_dirty(f)
@@ -191,11 +191,11 @@ class _Write(torch.autograd.Function):
             return grad, sums, None, None
         gate, *kept = ctx.saved_tensors
         grad_f = grad_gate = None
-        if ctx.mean_size is not None:
+        if ctx.rows is not None:
             means = kept[0]
             if len(kept) == 3:
                 codes, low, step = kept
-                means = dequantize_rows(codes, low, step, ctx.mean_size, grad.dtype)
+                means = ctx.rows.decode(codes, low, step).to(grad.dtype)
             grad_gate = (sums * means).sum(dim=1, keepdim=True)
         if ctx.needs_input_grad[0]:
             grad_f = gated(grad, gate)

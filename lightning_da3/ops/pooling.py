@@ -1,8 +1,9 @@
-"""Pools that keep the position of a maximum in one byte, or nothing but a shape.
+"""Pools that keep the position of a maximum in half a byte or one, or nothing but a shape.
 
-Shapes: x (N, C, *in) or (C, *in), y (N, C, *out), one to three spatial axes. Kept: max pool one
-byte an output, the offset of the maximum inside its window (plain PyTorch: the whole input and an
-int64 index); average pools nothing (plain PyTorch: the whole input).
+Shapes: x (N, C, *in) or (C, *in), y (N, C, *out), one to three spatial axes. Kept: max pool four
+bits an output, eight for windows of more than 16 positions: the offset of the maximum inside its
+window (plain PyTorch: the whole input and an int64 index); average pools nothing (plain PyTorch:
+the whole input).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lightning_da3.ops.bits import pack_pairs, unpack_pairs
 
 _aten = torch.ops.aten
 MAX_WINDOW = 256  # positions that one byte can tell apart
@@ -35,7 +38,9 @@ class _MaxPool(torch.autograd.Function):
         )
         ctx.geometry = (kernel, stride, padding, dilation, ceil_mode)
         ctx.size = x.size()
-        ctx.save_for_backward(_to_offset(index, x.size(), *ctx.geometry[:4]))
+        offset = _to_offset(index, x.size(), *ctx.geometry[:4])
+        ctx.out, ctx.out_stride = offset.size(), offset.stride()
+        ctx.save_for_backward(pack_pairs(offset) if _fits_half(kernel) else offset)
         return y
 
     @staticmethod
@@ -43,11 +48,17 @@ class _MaxPool(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (offset,) = ctx.saved_tensors
         kernel, stride, padding, dilation, ceil_mode = ctx.geometry
+        if _fits_half(kernel):
+            offset = unpack_pairs(offset, ctx.out, ctx.out_stride)
         index = _to_index(offset, ctx.size, kernel, stride, padding, dilation)
         grad_x = _max_pool_backward(len(kernel))(
             grad, _shape_only(grad, ctx.size), *map(list, ctx.geometry[:4]), ceil_mode, index
         )
         return grad_x, None, None, None, None, None
+
+
+def _fits_half(kernel: Sequence[int]) -> bool:
+    return math.prod(kernel) <= 16
 
 
 def _max_pool(axes: int) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -131,7 +142,7 @@ def max_pool(
     dilation: Sequence[int],
     ceil_mode: bool = False,
 ) -> Tensor:
-    """Max pooling over one to three axes; keeps one byte an output.
+    """Max pooling over one to three axes; keeps at most one byte an output.
 
     Args:
         x: (N, C, *in) or (C, *in).

@@ -1,4 +1,4 @@
-"""A frozen piece of a network that keeps its input, in 8 bits, and is computed again in the backward.
+"""A piece of a network that keeps its input, in 8 bits, and is computed again in the backward.
 
 Shapes: any. Kept: the codes of one activation (1/4 of float32; see `lightning_da3.ops.codes`), or
 that activation itself if exact; constants that the piece reads as well.
@@ -7,36 +7,42 @@ that activation itself if exact; constants that the piece reads as well.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_da3.ops.bits import dense
-from lightning_da3.ops.codes import decode, encode
+from lightning_da3.ops.codes import decode, encode, sample_group
 
 Piece = Callable[..., tuple[Any, ...]]
 
 
+class _How(NamedTuple):
+    exact: bool
+    random: bool
+    group: int  # elements that share a code's range
+    trained: int  # parameters, in front of the constants
+
+
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, piece: Piece, exact: bool, trained: int, x: Tensor, *rest: Any
-    ) -> tuple[Any, ...]:
-        ctx.piece, ctx.exact, ctx.trained = piece, exact, trained
+    def forward(ctx: Any, piece: Piece, how: _How, x: Tensor, *rest: Any) -> tuple[Any, ...]:
+        ctx.piece, ctx.how = piece, how
+        ctx.random = _Random(x.device) if how.random else None
         ctx.set_materialize_grads(False)
         ctx.autocast = _autocast_of(x.device.type)
         tensors = [r for r in rest if isinstance(r, Tensor)]
         ctx.rest = [None if isinstance(r, Tensor) else r for r in rest]
-        if exact:
+        if how.exact:
             ctx.save_for_backward(x, *tensors)
         else:
             x_dense = dense(x.detach())
             ctx.size, ctx.stride, ctx.dtype = x.size(), x_dense.stride(), x.dtype
-            ctx.save_for_backward(*encode(x_dense), *tensors)
-        outputs = piece(x.view_as(x), *rest[trained:])
+            ctx.save_for_backward(*encode(x_dense, how.group), *tensors)
+        outputs = piece(x.view_as(x), *rest[how.trained :])
         ctx.mark_non_differentiable(
             *[y for y in outputs if isinstance(y, Tensor) and not y.is_floating_point()]
         )
@@ -45,19 +51,20 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if ctx.exact:
+        if ctx.how.exact:
             x, *tensors = ctx.saved_tensors
         else:
             codes, low, step, *tensors = ctx.saved_tensors
-            x = decode(codes, low, step, ctx.size, ctx.stride, ctx.dtype)
+            x = decode(codes, low, step, ctx.size, ctx.stride, ctx.dtype, ctx.how.group)
         waiting = iter(tensors)
         rest = [r if r is not None else next(waiting, None) for r in ctx.rest]
-        x = x.detach().requires_grad_(ctx.needs_input_grad[3])
-        with torch.enable_grad(), ctx.autocast():
-            outputs = ctx.piece(x, *rest[ctx.trained :])
+        x = x.detach().requires_grad_(ctx.needs_input_grad[2])
+        again = contextlib.nullcontext() if ctx.random is None else ctx.random.again()
+        with torch.enable_grad(), ctx.autocast(), again:
+            outputs = ctx.piece(x, *rest[ctx.how.trained :])
         wanted = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None]
         wanted = [(y, g) for y, g in wanted if y.requires_grad]
-        parameters = rest[: ctx.trained]
+        parameters = rest[: ctx.how.trained]
         sources = [t for t in (x, *parameters) if t.requires_grad]
         found = iter(
             torch.autograd.grad(
@@ -67,7 +74,24 @@ class _Recomputed(torch.autograd.Function):
             else [None] * len(sources)
         )
         back = [next(found) if t.requires_grad else None for t in (x, *parameters)]
-        return None, None, None, *back, *[None] * (len(rest) - ctx.trained)
+        return None, None, *back, *[None] * (len(rest) - ctx.how.trained)
+
+
+class _Random:
+    """The state of the random number generators, to draw the same numbers again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.devices = [device] if device.type == "cuda" else []
+        self.states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self.devices)]
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw what was drawn then; afterwards nothing has been drawn."""
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.states[0])
+            for device, state in zip(self.devices, self.states[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
 
 
 def _autocast_of(device: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
@@ -78,16 +102,22 @@ def _autocast_of(device: str) -> Callable[[], contextlib.AbstractContextManager[
 
 
 def recomputed(
-    piece: Piece, x: Tensor, *rest: Any, exact: bool = False, parameters: tuple[Tensor, ...] = ()
+    piece: Piece,
+    x: Tensor,
+    *rest: Any,
+    exact: bool = False,
+    parameters: tuple[Tensor, ...] = (),
+    random: bool = False,
 ) -> tuple[Any, ...]:
     """``piece(x, *rest)``, computed a second time in the backward instead of keeping anything.
 
     Args:
-        piece: Pure and deterministic; returns a tuple.
+        piece: Pure; returns a tuple.
         x: The one activation that it reads; must not be overwritten by `piece`.
         rest: Constants: tensors without gradient, numbers.
         exact: Keep `x` itself, not its 8-bit codes.
         parameters: Trainable tensors that `piece` uses by itself.
+        random: `piece` draws random numbers, which must be the same again.
 
     Returns:
         What `piece` returns.
@@ -97,7 +127,6 @@ def recomputed(
         return piece(x, *rest)
     if torch.compiler.is_compiling():  # the compiler keeps by rules of its own
         return checkpoint(piece, x, *rest, use_reentrant=False)  # type: ignore[no-any-return]
-    result: tuple[Any, ...] = _Recomputed.apply(
-        piece, exact, len(parameters), x, *parameters, *rest
-    )
+    how = _How(exact, random, 0 if exact else sample_group(x), len(parameters))
+    result: tuple[Any, ...] = _Recomputed.apply(piece, how, x, *parameters, *rest)
     return result

@@ -9,7 +9,7 @@ function; an even one needs no table, and eight bits leave it little to gain.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_da3.errors import ConfigError
-from lightning_da3.ops.bits import _flat
+from lightning_da3.ops.bits import pack_pairs, unpack_pairs
 from lightning_da3.ops.codes import to_bytes
 
 aten = torch.ops.aten
@@ -86,7 +86,7 @@ class _Coded(torch.autograd.Function):
         # elementwise results are dense, and in the memory order of x, whatever x is
         codes = to_bytes(slopes.mul_(1.0 / ctx.step).add_(0.5 - ctx.low / ctx.step))
         ctx.size, ctx.stride = codes.size(), codes.stride()
-        ctx.save_for_backward(codes if bits == 8 else _pack_pairs(codes))
+        ctx.save_for_backward(codes if bits == 8 else pack_pairs(codes))
         if not inplace:
             return y
         ctx.mark_dirty(x)
@@ -98,7 +98,7 @@ class _Coded(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (codes,) = ctx.saved_tensors
         if ctx.bits == 4:
-            codes = _unpack_pairs(codes, ctx.size, ctx.stride)
+            codes = unpack_pairs(codes, ctx.size, ctx.stride)
         slopes = _widen(codes, grad.dtype).mul_(ctx.step).add_(ctx.low)
         return slopes.mul_(grad).to(ctx.dtype), None, None, None
 
@@ -106,19 +106,6 @@ class _Coded(torch.autograd.Function):
 def _widen(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """In float32 at least: half precision is coarser than the codes."""
     return x.to(torch.promote_types(dtype or x.dtype, torch.float32))
-
-
-def _pack_pairs(codes: Tensor) -> Tensor:
-    """Codes below 16, two a byte: the second half of the tensor above the first."""
-    flat = _flat(codes)
-    half = (flat.numel() + 1) // 2
-    pairs = flat[:half].clone()
-    pairs[: flat.numel() - half] |= flat[half:] << 4
-    return pairs
-
-
-def _unpack_pairs(pairs: Tensor, size: torch.Size, stride: Sequence[int]) -> Tensor:
-    return torch.cat((pairs & 15, pairs >> 4)).as_strided(size, stride)
 
 
 # --- derivatives: the backward of PyTorch's own function, one vectorised pass, of a gradient of 1

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_da3.ops.codes import Rows
 from lightning_da3.ops.host import (
     add_pool_gradient_,
     cell_sums,
@@ -24,7 +25,6 @@ from lightning_da3.ops.host import (
     writable,
     write_,
 )
-from lightning_da3.ops.quantized import dequantize_rows, quantize_rows
 
 
 class Place(NamedTuple):
@@ -69,8 +69,9 @@ class Place(NamedTuple):
 
     def in_row(self, x: Tensor, coarse: Tensor) -> Tensor:
         """The own tokens of `x` and `coarse` (N, C, *grid) as (N, C, own + G)."""
-        row = coarse.flatten(2)
-        return torch.cat([self.own_tokens(x), row], dim=2) if self.own else row
+        rows = coarse.flatten(2).transpose(1, 2)
+        rows = torch.cat([x[:, : self.own], rows], dim=1) if self.own else rows.contiguous()
+        return rows.transpose(1, 2)  # channels last in memory, as tokens are
 
 
 class _ReadTokens(torch.autograd.Function):
@@ -124,14 +125,14 @@ class _WriteTokens(torch.autograd.Function):
     def forward(
         ctx: Any, f: Tensor, addend: Tensor, gate: Tensor | None, place: Place, exact: bool
     ) -> Tensor:
-        ctx.place, ctx.gated, ctx.mean_size = place, gate is not None, None
+        ctx.place, ctx.gated, ctx.rows = place, gate is not None, None
         saved: tuple[Tensor, ...] = ()
         if gate is not None:
             saved = (gate,)
             if ctx.needs_input_grad[2]:
                 means = _cells(f, place)
-                ctx.mean_size = means.size()
-                kept = (means.contiguous(),) if exact else quantize_rows(means)
+                ctx.rows = Rows.of(means)
+                kept = (means.contiguous(),) if exact else ctx.rows.encode(means)
                 saved = (gate, *kept)
         ctx.save_for_backward(*saved)
         return _written(f, addend, gate, place)
@@ -145,11 +146,11 @@ class _WriteTokens(torch.autograd.Function):
             return grad, sums, None, None, None
         gate, *kept = ctx.saved_tensors
         grad_f = grad_gate = None
-        if ctx.mean_size is not None:
+        if ctx.rows is not None:
             means = kept[0]
             if len(kept) == 3:
                 codes, low, step = kept
-                means = dequantize_rows(codes, low, step, ctx.mean_size, grad.dtype)
+                means = ctx.rows.decode(codes, low, step).to(grad.dtype)
             grad_gate = (sums * means).sum(dim=1, keepdim=True)
         if ctx.needs_input_grad[0]:
             grad_f = torch.empty_like(grad)

@@ -12,7 +12,6 @@ from lightning_da3.planning import NodePlan, PartPlan, layer_called
 from lightning_da3.registry import replacement_for
 from lightning_da3.tracing import Part, module_of
 
-
 STANDS_FOR = "stands_for"
 
 
@@ -37,9 +36,7 @@ def freeze_(part: Part, plan: PartPlan, config: DA3Config) -> None:
                 norm_name = None if norm is None else str(norm.target)
                 gm.set_submodule(name, _frozen_conv(part, originals, name, norm_name))
         elif step.action == "affine":
-            affine = FrozenAffine(
-                cast(Any, originals[name]), step.inplace, part.user_name(name)
-            )
+            affine = FrozenAffine(cast(Any, originals[name]), step.inplace, part.user_name(name))
             _call(gm, node, affine)
         elif step.action == "replace":
             _replace(gm, node, step)

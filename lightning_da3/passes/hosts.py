@@ -1,8 +1,9 @@
-"""``y = f(x)`` becomes ``x, a = host_input(x); y, e = host_output(f(x), a); recorder(e)``."""
+"""``y = f(x)`` becomes ``x, a = host_input(x); y, e = host_output(f(x), a)``."""
 
 from __future__ import annotations
 
 import operator
+
 from torch import fx
 
 from lightning_da3.config import DA3Config
@@ -54,8 +55,9 @@ def _attach(
     with graph.inserting_after(last):
         exit_ = graph.call_module(f"{OUTPUTS}.{key}", (last, adapted))
     with graph.inserting_after(exit_):
-        executed = graph.call_function(operator.getitem, (exit_, 1))
+        macs = graph.call_function(operator.getitem, (exit_, 2))
+        gate = graph.call_function(operator.getitem, (exit_, 1))
         y = graph.call_function(operator.getitem, (exit_, 0))
     last.replace_all_uses_with(y, delete_user_cb=lambda user: user is not exit_)
-    with graph.inserting_after(executed):
-        graph.call_module(f"{RECORDERS}.{key}", (executed,))
+    with graph.inserting_after(macs):
+        graph.call_module(f"{RECORDERS}.{key}", (gate, macs))

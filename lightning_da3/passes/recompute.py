@@ -9,8 +9,9 @@ from torch import fx
 
 from lightning_da3.config import DA3Config
 from lightning_da3.nn.recomputed import Recomputed
-from lightning_da3.passes.freeze import stands_for
+from lightning_da3.passes.freeze import STANDS_FOR, stands_for
 from lightning_da3.planning import PartPlan, SegmentPlan
+from lightning_da3.planning.flow import Flow
 from lightning_da3.tracing import Part, module_of
 
 PLACE = "recomputed"
@@ -24,11 +25,10 @@ def recompute_(part: Part, plan: PartPlan, config: DA3Config) -> None:
 
 def _recompute(gm: fx.GraphModule, segment: SegmentPlan, place: str, exact: bool) -> None:
     graph = gm.graph
-    names = set(segment.nodes)
-    inside = [node for node in graph.nodes if node.name in names]
+    inside = _inside(graph, segment)
     members = set(inside)
     outer = {i: None for node in inside for i in node.all_input_nodes if i not in members}
-    x = next(i for i in outer if _stands_for(i, segment.source))
+    x = next(i for i in outer if _hands_on(i, segment.source))
     rest = [i for i in outer if i is not x]
     exits = [node for node in inside if any(user not in members for user in node.users)]
 
@@ -47,9 +47,24 @@ def _recompute(gm: fx.GraphModule, segment: SegmentPlan, place: str, exact: bool
         call = graph.call_module(place, (x, *rest))
         results = [graph.call_function(operator.getitem, (call, k)) for k in range(len(exits))]
     for node, result in zip(exits, results, strict=True):
+        result.meta[STANDS_FOR] = stands_for(node)
         node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in members)
     for node in reversed(inside):
         graph.erase_node(node)
+
+
+def _inside(graph: fx.Graph, segment: SegmentPlan) -> list[fx.Node]:
+    """The segment's nodes, what was put between them, and the items of what they return."""
+    names = set(segment.nodes)
+    planned = [node for node in graph.nodes if names & stands_for(node)]
+    inside = set(planned)
+    if segment.with_hosts:
+        source = next(n for n in graph.nodes if segment.source in stands_for(n))
+        inside = set(Flow(graph).between(source, planned))
+    for node in graph.nodes:
+        if node.target is operator.getitem and node.args[0] in inside:
+            inside.add(node)
+    return [node for node in graph.nodes if node in inside]
 
 
 def _leave_input_alone_(gm: fx.GraphModule, node: fx.Node, name: str) -> None:
@@ -64,7 +79,7 @@ def _leave_input_alone_(gm: fx.GraphModule, node: fx.Node, name: str) -> None:
         node.target = name
 
 
-def _stands_for(node: fx.Node, source: str) -> bool:
+def _hands_on(node: fx.Node, source: str) -> bool:
     """Whether `node` is the source, or what a host's input hands on of it."""
     if source in stands_for(node):
         return True

@@ -18,6 +18,7 @@ from lightning_da3.planning.nodes import INERT_LAYERS, plan_nodes, trained_throu
 from lightning_da3.planning.plan import HostPlan, NodePlan, PartPlan, Plan, SegmentPlan
 from lightning_da3.planning.segments import SegmentFinder
 from lightning_da3.planning.sizes import Shapes, guess_shapes, sizes
+from lightning_da3.planning.spans import SpanFinder
 from lightning_da3.tracing import Part, Traced, module_of
 
 __all__ = [
@@ -41,6 +42,7 @@ class _Draft:
     shapes: Shapes
     head: str | None
     folds: dict[str, str]
+    finder: HostFinder
     candidates: list[tuple[float, HostPlan]]
 
 
@@ -56,6 +58,9 @@ def plan(traced: Traced, config: DA3Config) -> Plan:
     """
     head = find_head(traced, config.head)
     drafts = [_draft(part, head) for part in traced.parts]
+    if not any(draft.candidates for draft in drafts):
+        for draft in drafts:
+            draft.candidates = [(1.0, host) for host in draft.finder.any_layers()]
     found = [reduction for draft in drafts for reduction, _ in draft.candidates]
     if not found:
         raise ConversionError(_nothing_message(traced))
@@ -71,7 +76,7 @@ def _draft(part: Part, head: str | None) -> _Draft:
     shapes = guess_shapes(part.gm)
     folds = dict(find_folds(part.gm, own))
     finder = HostFinder(part, flow, shapes, own, folds)
-    return _Draft(part, flow, shapes, own, folds, list(finder.candidates()))
+    return _Draft(part, flow, shapes, own, folds, finder, list(finder.candidates()))
 
 
 def _targets(gm: fx.GraphModule) -> list[str]:
@@ -86,8 +91,15 @@ def _plan_part(draft: _Draft, least: float, config: DA3Config) -> PartPlan:
         trained = {node.name for node in draft.flow.activations}
     nodes = tuple(plan_nodes(gm, draft.head, draft.folds, trained, exact))
     size = sizes(gm, draft.shapes)
-    finder = SegmentFinder(gm, draft.flow, size, nodes, hosts, draft.head, exact)
+    finder = SegmentFinder(gm, draft.flow, size, draft.shapes, nodes, hosts, draft.head, exact)
     segments = tuple(finder.find())
+    if exact and draft.shapes:
+        cells = config.adapter.max_cells
+        spans = SpanFinder(
+            draft.flow, size, draft.shapes, nodes, hosts, finder.pure(), cells
+        ).find()
+        inside = {name for span in spans for name in span.nodes}
+        segments = (*spans, *[s for s in segments if not inside & set(s.nodes)])
     again = {name for segment in segments for name in segment.nodes}
     nodes = tuple(
         dataclasses.replace(node, keeps="again", action=_plain(node))
@@ -133,14 +145,11 @@ def _input_channels(traced: Traced) -> tuple[int, int] | None:
 
 
 def _nothing_message(traced: Traced) -> str:
-    kinds = {
-        type(m).__name__
-        for part in traced.parts
-        for n in part.gm.graph.nodes
-        if (m := module_of(part.gm, n))
-    }
+    kinds = {type(m).__name__ for m in traced.root.modules() if not any(True for _ in m.children())}
+    reasons = "".join(
+        f" {path or 'It'} stays Python: {why}." for path, why in traced.python.items()
+    )
     return (
-        f"{traced.network} has nothing to adapt: adapters attach to convolutions with a kernel "
-        f"larger than one pixel and to residual branches of tokens, and its layers are "
-        f"{sorted(kinds)}."
+        f"{traced.network} has nothing to adapt: adapters attach to convolutions and to linear "
+        f"layers before the head, and its layers are {sorted(kinds)}.{reasons}"
     )

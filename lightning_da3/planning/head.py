@@ -16,11 +16,11 @@ def find_head(traced: Traced, head: str | None) -> str | None:
 
     Args:
         traced: The network.
-        head: ``"auto"``, a module name or None. ``"auto"`` keeps the own heads of a network that
-            stays Python in part, as detectors do.
+        head: ``"auto"``, a module name or None. ``"auto"`` is None where no single layer leads to
+            the output, as in detectors.
 
     Raises:
-        ConversionError: It is not there, or cannot be found.
+        ConversionError: It is not there.
     """
     if head is None:
         return None
@@ -39,14 +39,7 @@ def find_head(traced: Traced, head: str | None) -> str | None:
     if traced.python:
         return None
     gm = traced.parts[0].gm
-    found = _walk_to_head(gm, output_node(gm.graph).args[0])
-    if found is None:
-        raise ConversionError(
-            f"The classifier of {traced.network} cannot be found: no single Linear or convolution "
-            f"leads to its output. Name it, DA3Config(head={(candidates or ['name'])[-1]!r}) say, "
-            "or keep the network's own head for every domain with DA3Config(head=None)."
-        )
-    return found
+    return _walk_to_head(gm, output_node(gm.graph).args[0])
 
 
 def _walk_to_head(gm: fx.GraphModule, node: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""Where hosts are: every spatial convolution, and every residual branch of tokens.
+"""Where hosts are: every spatial convolution, and every residual branch of tokens; else any layer.
 
 A depthwise convolution takes its pointwise neighbours along: it mixes no channels itself, and the
 narrow ends of such a block are what is cheap to read.
@@ -76,6 +76,26 @@ class HostFinder:
         for _, reduction, host in sorted(found, key=lambda item: item[0]):
             yield reduction, host
 
+    def any_layers(self) -> Iterator[HostPlan]:
+        """For a network with neither: every layer that mixes channels."""
+        for node in self.flow.activations:
+            layer = module_of(self.gm, node)
+            if str(node.target) == self.head:
+                continue
+            if is_pointwise(layer):
+                yield self._conv(node, node)
+            elif isinstance(layer, nn.Linear):
+                yield HostPlan(
+                    name=self._name(str(node.target)),
+                    source=self.flow.inputs(node)[0].name,
+                    readers=(node.name,),
+                    last=node.name,
+                    in_channels=layer.in_features,
+                    out_channels=layer.out_features,
+                    stride=None,
+                    macs_per_output=float(layer.weight.numel()),
+                )
+
     def _reduction(self, x: fx.Node, host: HostPlan) -> float:
         source = next(n for n in self.flow.nodes if n.op == "placeholder")
         whole, here = self.shapes.get(source, ())[2:], self.shapes.get(x)
@@ -94,7 +114,7 @@ class HostFinder:
     def _conv(self, first: fx.Node, last: fx.Node) -> HostPlan:
         x = self.flow.inputs(first)[0]
         chain = [n for n in self.flow.between(x, [last]) if type(module_of(self.gm, n)) in CONVS]
-        spatial = next(n for n in chain if is_spatial(module_of(self.gm, n)))
+        spatial = next((n for n in chain if is_spatial(module_of(self.gm, n))), last)
         convs: list[Any] = [module_of(self.gm, n) for n in self._trunk(first, last)]
         macs, area = 0.0, 1
         for conv in reversed(convs):  # earlier ones work on larger maps
@@ -173,11 +193,15 @@ class HostFinder:
         """A host of the whole branch, unless its convolutions are hosts by themselves."""
         layers = [layer for n in inside if (layer := module_of(self.gm, n)) is not None]
         dense = [c for c in layers if is_spatial(c) and not is_depthwise(c)]
-        named = [str(n.target) for n in inside if n.op == "call_module" and _has_weights(self.gm, n)]
+        named = [
+            str(n.target) for n in inside if n.op == "call_module" and _has_weights(self.gm, n)
+        ]
         depthwise = [str(n.target) for n in inside if is_depthwise(module_of(self.gm, n))]
         if dense or not named or not _mixes_channels(self.gm, inside):
             return None
-        if any(user not in inside for n in inside if n is not last for user in self.flow.readers(n)):
+        if any(
+            user not in inside for n in inside if n is not last for user in self.flow.readers(n)
+        ):
             return None
         if x in self.shapes and self.shapes[x] != self.shapes.get(last):
             return None
@@ -226,8 +250,11 @@ class HostFinder:
             axis = -1 if found[1] else 1
             if len(shape) < 3 or shape[axis] != found[0]:
                 return None, False
-        if found[0] is not None and not found[1] and shape is None and not self._axes(
-            [m for n in inside if (m := module_of(self.gm, n)) is not None]
+        if (
+            found[0] is not None
+            and not found[1]
+            and shape is None
+            and not self._axes([m for n in inside if (m := module_of(self.gm, n)) is not None])
         ):
             return None, False
         return found

@@ -70,10 +70,12 @@ class SegmentPlan:
     Attributes:
         source: Name of the node whose value is kept.
         nodes: Names of the nodes, in order.
+        with_hosts: Hosts lie inside, adapters and all.
     """
 
     source: str
     nodes: tuple[str, ...]
+    with_hosts: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,9 @@ class Plan:
 
     def __str__(self) -> str:
         """A table for people."""
-        lines = [f"{self.network}: {len(self.hosts)} hosts, head: {self.head or 'the backbone own'}"]
+        lines = [
+            f"{self.network}: {len(self.hosts)} hosts, head: {self.head or 'the backbone own'}"
+        ]
         lines += [f"stays Python: {line}" for line in self.python]
         for part in self.parts:
             lines += _table(part)

@@ -8,7 +8,7 @@ is smaller, or that other such operations can start from as well: that one is ke
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from torch import fx, nn
 
@@ -38,6 +38,7 @@ class SegmentFinder:
         gm: The traced graph.
         flow: Of it.
         size: Elements of every node's value.
+        tensors: Nodes whose value is one tensor; empty if nothing is known.
         nodes: What becomes of every node.
         hosts: Of the graph.
         head: Module name of the classifier.
@@ -49,14 +50,17 @@ class SegmentFinder:
         gm: fx.GraphModule,
         flow: Flow,
         size: dict[fx.Node, float],
+        tensors: Container[fx.Node],
         nodes: tuple[NodePlan, ...],
         hosts: tuple[HostPlan, ...],
         head: str | None,
         exact: bool,
     ) -> None:
         self.gm, self.flow, self.size, self.head, self.exact = gm, flow, size, head, exact
+        self.tensors = tensors or set(flow.nodes)
         self.plan = {node.name: node for node in nodes}
         self.written = {host.last for host in hosts}
+        self.readers = {host.source: host.readers for host in hosts}
         self.trained: Nodes = {}
         for node in flow.activations:
             if node.name in self.written or self._sources(node):
@@ -84,6 +88,13 @@ class SegmentFinder:
             if self._worth_it(segment):
                 yield SegmentPlan(segment.source.name, tuple(node.name for node in segment.inside))
 
+    def pure(self) -> dict[fx.Node, bool]:
+        """Which nodes may run a second time, with hosts and their adapters."""
+        nowhere = self.flow.nodes[-1]
+        return {
+            node: self._may_run_again(node, nowhere, with_hosts=True) for node in self.flow.nodes
+        }
+
     # --- one keeper -------------------------------------------------------------------------------
 
     def _sources(self, node: fx.Node) -> list[fx.Node]:
@@ -104,6 +115,9 @@ class SegmentFinder:
         best, most = None, 0.0
         source = self.before[keeper]
         while source is not None:
+            if source not in self.tensors:
+                source = self._step(source)
+                continue
             segment = self._segment(source, [keeper])
             if segment is None:
                 break
@@ -137,32 +151,31 @@ class SegmentFinder:
         inside = self.flow.between(source, ends)
         if not all(self._may_run_again(node, source) for node in inside):
             return None
+        names = {node.name for node in inside}
+        if any(names & set(self.readers.get(name, ())) for name in names):
+            return None  # a host begins inside
         for node in inside:
             for i in node.all_input_nodes:
                 if i in self.trained and i is not source and i not in inside:
                     return None
-                if i not in inside and i is not source and not self._can_come_before(i, source):
-                    return None
         keepers = [node for node in inside if node in self.trained and self._keeps(node)]
         return _Segment(source, keepers, inside)
 
-    def _can_come_before(self, node: fx.Node, source: fx.Node) -> bool:
-        """A constant of the segment: it must not depend on anything inside."""
-        return node not in self.trained and node.op != "output"
-
-    def _may_run_again(self, node: fx.Node, source: fx.Node) -> bool:
-        if node.name in self.written or str(node.target) == self.head:
+    def _may_run_again(self, node: fx.Node, source: fx.Node, *, with_hosts: bool = False) -> bool:
+        if str(node.target) == self.head or (node.name in self.written and not with_hosts):
             return False
         if node.op in ("placeholder", "output", "get_attr"):
             return False
         name = str(getattr(node.target, "__name__", node.target))
-        if node.args and node.args[0] is source and self._overwrites(node, name):
-            # the segment's own first operation can leave its input alone, if nobody else sees it
-            if len(source.users) > 1 or node.op == "call_method" or name in _IN_PLACE_OPERATORS:
-                return False
+        first = bool(node.args) and node.args[0] is source
+        # the segment's first operation can leave its input alone, if nobody else would see it
+        seen = len(source.users) > 1 or node.op == "call_method" or name in _IN_PLACE_OPERATORS
+        if first and seen and self._overwrites(node, name):
+            return False
         if node.op == "call_function":
             home = str(getattr(node.target, "__module__", "") or "")
             random = any(word in name for word in ("dropout", "rand", "bernoulli", "multinomial"))
+            planned = self.plan.get(node.name)
             random = random and not (planned is not None and planned.action == "remove")
             return home.split(".")[0] in _PURE and not random
         return True

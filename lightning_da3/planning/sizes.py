@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -42,12 +43,23 @@ def guess_shapes(gm: fx.GraphModule) -> Shapes:
     """Shapes of one sample's values, by node; empty if no guess fits the network."""
     for inputs in _guesses(gm):
         # the user's own forward on a guess: anything can go wrong, and then nothing is known
-        with contextlib.suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True):
+        with _quiet(), contextlib.suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True):
             recorder = _Recorder(gm)
             with torch.no_grad():
                 recorder.run(*[None if i is None else torch.empty(i) for i in inputs])
             return recorder.shapes
     return {}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """A guess that does not fit is no error."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _guesses(gm: fx.GraphModule) -> Iterator[list[tuple[int, ...] | None]]:
