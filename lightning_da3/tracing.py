@@ -25,7 +25,14 @@ LAYER = "layer"  # name of the one layer in the graph of a single layer
 
 
 # what subclasses inherit whole
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.LayerNorm, nn.GroupNorm)
+_LAYERS: tuple[type[nn.Module], ...] = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.Linear,
+    nn.LayerNorm,
+    nn.GroupNorm,
+)
 _LAYERS += (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 

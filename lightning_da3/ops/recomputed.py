@@ -126,7 +126,7 @@ def recomputed(
     if not (torch.is_grad_enabled() and wanted):
         return piece(x, *rest)
     if torch.compiler.is_compiling():  # the compiler keeps by rules of its own
-        return checkpoint(piece, x, *rest, use_reentrant=False)  # type: ignore[no-any-return]
+        return checkpoint(piece, x, *rest, use_reentrant=False)
     how = _How(exact, random, 0 if exact else sample_group(x), len(parameters))
     result: tuple[Any, ...] = _Recomputed.apply(piece, how, x, *parameters, *rest)
     return result

@@ -56,7 +56,7 @@ class Place(NamedTuple):
         if x.dim() != 3:
             return x.movedim(-1, 1)
         rest = x[:, self.own :].transpose(1, 2)
-        return rest.unflatten(2, list(self.size)) if len(self.size) > 1 else rest  # type: ignore[no-untyped-call, no-any-return]
+        return rest.unflatten(2, list(self.size)) if len(self.size) > 1 else rest  # type: ignore[no-untyped-call]
 
     def own_tokens(self, x: Tensor) -> Tensor:
         """View of the own tokens of (N, T, C) as (N, C, own)."""
@@ -65,7 +65,7 @@ class Place(NamedTuple):
     def on_grid(self, cells: Tensor) -> Tensor:
         """View of the others' cells of (N, C, own + G) as (N, C, *grid)."""
         rest = cells[:, :, self.own :]
-        return rest.unflatten(2, list(self.grid)) if len(self.grid) > 1 else rest  # type: ignore[no-untyped-call, no-any-return]
+        return rest.unflatten(2, list(self.grid)) if len(self.grid) > 1 else rest  # type: ignore[no-untyped-call]
 
     def in_row(self, x: Tensor, coarse: Tensor) -> Tensor:
         """The own tokens of `x` and `coarse` (N, C, *grid) as (N, C, own + G)."""

@@ -72,9 +72,9 @@ def _leave_input_alone_(gm: fx.GraphModule, node: fx.Node, name: str) -> None:
     if node.kwargs.get("inplace"):
         node.kwargs = {**node.kwargs, "inplace": False}
     layer = module_of(gm, node)
-    if getattr(layer, "inplace", False):
+    if layer is not None and getattr(layer, "inplace", False):
         layer = copy.copy(layer)
-        layer.inplace = False  # type: ignore[union-attr, assignment]
+        layer.inplace = False  # type: ignore[assignment]
         gm.add_submodule(name, layer)
         node.target = name
 

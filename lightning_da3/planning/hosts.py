@@ -102,7 +102,7 @@ class HostFinder:
         if host.stride is not None or not whole or here is None:
             return self.reduction[x]
         area = max(1, math.prod(here[1:-1]) - host.own_tokens)
-        return (math.prod(whole) / area) ** (1 / len(whole))
+        return float((math.prod(whole) / area) ** (1 / len(whole)))
 
     def _name(self, target: str) -> str:
         name = self.part.user_name(target)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 from torch import fx, nn
 
+from lightning_da3.nn.frozen import Conv
 from lightning_da3.registry import layer_of
 from lightning_da3.tracing import module_of
 
@@ -27,14 +29,18 @@ def has_statistics(layer: nn.Module | None) -> bool:
 
 def is_spatial(layer: nn.Module | None) -> bool:
     """A convolution whose window is larger than one pixel."""
-    return type(layer) in CONVS and math.prod(layer.kernel_size) > 1  # type: ignore[union-attr]
+    return _is_conv(layer) and math.prod(layer.kernel_size) > 1
 
 
 def is_pointwise(layer: nn.Module | None) -> bool:
-    """A 1x1 convolution over all channels."""
-    return type(layer) in CONVS and math.prod(layer.kernel_size) == layer.groups == 1  # type: ignore[union-attr]
+    """A convolution of single pixels over all channels."""
+    return _is_conv(layer) and math.prod(layer.kernel_size) == layer.groups == 1
 
 
 def is_depthwise(layer: nn.Module | None) -> bool:
     """A convolution that mixes no channels."""
-    return type(layer) in CONVS and 1 < layer.groups == layer.in_channels  # type: ignore[union-attr]
+    return _is_conv(layer) and 1 < layer.groups == layer.in_channels
+
+
+def _is_conv(layer: nn.Module | None) -> TypeGuard[Conv]:
+    return type(layer) in CONVS

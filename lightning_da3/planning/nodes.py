@@ -75,7 +75,7 @@ def _plan_node(
     free = _is_free(node, fresh)
     if node.op == "call_module" and str(node.target) == head:
         return NodePlan(node.name, label, "leave", "head")
-    if type(called) in CONVS and not has_hooks(called):
+    if isinstance(called, CONVS) and type(called) in CONVS and not has_hooks(called):
         return NodePlan(node.name, label, "freeze")
     if node.name in folds:
         return NodePlan(node.name, label, "fold", fold_into=folds[node.name])

@@ -29,7 +29,7 @@ _TOKENS = 64
 
 class _Recorder(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule) -> None:
-        super().__init__(gm)  # type: ignore[no-untyped-call]
+        super().__init__(gm)
         self.shapes: Shapes = {}
 
     def run_node(self, n: fx.Node) -> Any:
