@@ -18,7 +18,7 @@ from lightning_da3.nn.gate import Executed, annealed_target, budget_loss
 from lightning_da3.ops.host import coarse_grid, upsample
 from lightning_da3.ops.tokens import Place
 from lightning_da3.planning import HostPlan, PartPlan
-from lightning_da3.tracing import trace
+from lightning_da3.tracing import Part, trace
 
 _POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -33,9 +33,11 @@ class PlainPyTorch:
     Args:
         backbone: The network that `model` was converted from.
         model: With an active domain.
+        folded: Batch norms go into the convolutions before them, with the very weights of `model`:
+            then both round alike, and no ReLU decides otherwise than there.
     """
 
-    def __init__(self, backbone: nn.Module, model: DA3Model) -> None:
+    def __init__(self, backbone: nn.Module, model: DA3Model, *, folded: bool = False) -> None:
         self.model, self.domain = model, model.domain(str(model.active_domain))
         self.executed: list[Executed] = []
         traced = trace(backbone)
@@ -45,6 +47,8 @@ class PlainPyTorch:
         for module in self.root.modules():  # what stays Python follows the mode, layers do not
             module.training = model.training and not _is_layer(module)
         for part, planned in zip(traced.parts, model.plan.parts, strict=True):
+            if folded:
+                _fold_(part, planned, model.backbone)
             # a graph may be called more than once: every call is a run of its own
             part.gm.forward = functools.partial(_run, part.gm, planned, self)
 
@@ -146,6 +150,34 @@ def _spread(cells: Tensor, f: Tensor, place: Place | None) -> Tensor:
         return maps.movedim(1, -1)
     rows = torch.cat([cells[:, :, : place.own], maps.flatten(2)], dim=2)
     return rows.transpose(1, 2)
+
+
+class _Affine(nn.Module):
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.scale, self.shift = scale, shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (-1, *[1] * (x.dim() - 2))
+        return torch.addcmul(self.shift.view(shape), x, self.scale.view(shape))
+
+
+def _fold_(part: Part, planned: PartPlan, backbone: nn.Module) -> None:
+    """Give a traced network the folded weights of its converted twin."""
+    frozen: Any = backbone.get_submodule(part.path)
+    nodes = {node.name: node for node in part.gm.graph.nodes}
+    for step in planned.nodes:
+        target = str(nodes[step.name].target)
+        if step.action == "freeze":
+            conv, twin = part.gm.get_submodule(target), frozen.get_submodule(target)
+            conv.weight, conv.bias = twin.weight, twin.bias
+        elif step.action == "fold":
+            part.gm.set_submodule(target, nn.Identity())
+        elif step.action == "affine":
+            twin = frozen.get_submodule(f"frozen_{step.name}")
+            place = f"affine_{step.name}"
+            part.gm.add_submodule(place, _Affine(twin.scale, twin.shift))
+            nodes[step.name].target = place
 
 
 def _is_layer(module: nn.Module) -> bool:
