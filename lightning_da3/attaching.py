@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -110,19 +110,25 @@ def _check_same(model: DA3Model, config: DA3Config, domain: str, num_classes: in
 # --- states ---------------------------------------------------------------------------------------
 
 
-def load_state_(module: nn.Module, state: Mapping[str, Any], strict: bool = True) -> None:
+def load_state_(
+    module: nn.Module,
+    state: Mapping[str, Any],
+    strict: bool = True,
+    load: Callable[..., Any] = nn.Module.load_state_dict,
+) -> None:
     """Load a state of `module` and be strict about its domains, whatever `strict` says.
 
     Args:
         module: Holds one DA3Model or more.
         state: Of `module`, with or without backbones, or as it was before the conversion.
         strict: About everything else.
+        load: The module's own way.
 
     Raises:
         CheckpointError: Keys are missing or unexpected, or shapes or backbones differ.
     """
     try:
-        result = module.load_state_dict(state, strict=False)
+        result = load(module, state, strict=False)
     except RuntimeError as error:
         raise CheckpointError(
             f"The checkpoint does not fit {type(module).__name__}: {error}"
@@ -168,7 +174,7 @@ def load_from_checkpoint(cls: type[_Module], checkpoint_path: Any, **kwargs: Any
 
     def convert_and_load(module: nn.Module, state: Mapping[str, Any], strict: bool = True) -> Any:
         active = _convert_as_in_(module, state)
-        load_state_(module, state, strict)
+        load_state_(module, state, strict, original)
         for model, domain in active.items():
             model.set_domain(domain)
         return NOTHING_LEFT

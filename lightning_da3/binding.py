@@ -102,7 +102,8 @@ class DomainRun:
         """Convert, if nothing did before, then load: strictly where it matters."""
         self._attach_late(strategy.lightning_module)
         self._check_resumes(strategy.lightning_module.trainer, checkpoint)
-        load_state_(strategy.lightning_module, checkpoint["state_dict"], strict)
+        module = strategy.lightning_module
+        load_state_(module, checkpoint["state_dict"], strict, type(module).load_state_dict)
 
     def _check_resumes(self, trainer: Any, checkpoint: Mapping[str, Any]) -> None:
         for name, extra in checkpoint["state_dict"].items():
@@ -324,8 +325,8 @@ def drop_frozen_(optimizers: Iterable[torch.optim.Optimizer]) -> None:
                 if key in group:  # in place: an optimizer may hold the list itself
                     group[key][:] = [x for x, keep in zip(group[key], trained, strict=True) if keep]
         state: dict[Any, Any] = optimizer.state
-        for key in [k for k in state if isinstance(k, Tensor) and not k.requires_grad]:
-            del state[key]
+        for frozen in [k for k in state if isinstance(k, Tensor) and not k.requires_grad]:
+            del state[frozen]
 
 
 def copy_again(trainer: Any, pl_module: Any) -> None:

@@ -40,7 +40,8 @@ class DA3Callback(L.Callback):
 
     Logged, with every logger of the Trainer:
 
-    * ``da3/saved_activation_bytes``: kept for the backward pass after the first forward pass.
+    * ``da3/saved_activation_bytes``: kept for the backward pass after the first forward pass; not
+      of a LightningModule that `torch.compile` compiled.
     * ``da3/peak_bytes``: peak of the second training step above its start (1 process, CPU or CUDA).
     * ``da3/executed_flops_fraction``: share of the hosts' FLOPs that the gates let run, by epoch.
 
@@ -152,7 +153,8 @@ class DA3Callback(L.Callback):
         assert self.model is not None
         self.model.set_progress(_progress(trainer))
         self.model.gate_loss_scale = _loss_scale(trainer) / trainer.accumulate_grad_batches
-        if self._batches_measured == 0:
+        if self._batches_measured == 0 and getattr(pl_module, "_compiler_ctx", None) is None:
+            # the hooks of a compiled step would be compiled with it, and gradients be lost
             self._watching = SavedActivations(pl_module, inputs=batch).__enter__()
         elif self._batches_measured == 1 and _can_measure_peak(trainer, pl_module.device):
             # the second step is the first with optimizer state
