@@ -68,7 +68,7 @@ def attach_(
         backbone: Its dotted name, or None to look for it.
         config: For the conversion.
         domains: Number of classes by name, at least one; new ones are added, the first is
-            activated.
+            activated unless another of them is active.
 
     Returns:
         The converted network, now part of `module`.
@@ -86,7 +86,8 @@ def attach_(
     for domain, num_classes in domains.items():
         if domain not in model.domains:
             model.add_domain(domain, num_classes)
-    model.set_domain(next(iter(domains)))
+    active = model.active_domain
+    model.set_domain(active if active in domains else next(iter(domains)))
     if model is not network:
         module.set_submodule(name, model)
     return model

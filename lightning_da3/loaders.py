@@ -31,7 +31,7 @@ class DomainLoader(CombinedLoader):
             raise ConfigError(
                 f"`loaders` must be a dict of loaders by name of the domain, got {loaders!r}."
             )
-        super().__init__(dict(loaders), mode="sequential")  # its lengths are sums, as here
+        super().__init__(dict(loaders), mode="max_size")
         self._turns: Iterator[dict[str, Any]] | None = None
         self._taken = 0
 
@@ -51,7 +51,10 @@ class DomainLoader(CombinedLoader):
 
     @override
     def __len__(self) -> int:
-        return int(sum(self._lengths().values()))
+        length = sum(self._lengths().values())
+        if length == float("inf"):
+            raise TypeError("A DomainLoader has a length if all of its loaders have.")
+        return int(length)
 
     @override
     def reset(self) -> None:

@@ -33,7 +33,6 @@ from lightning_da3 import (
     DA3Error,
     DA3Model,
     DA3Strategy,
-    DomainLoader,
     convert,
     load_from_checkpoint,
 )
@@ -135,7 +134,7 @@ def test_names_are_registered_and_devices_checked(tmp_path):
     trainer = L.Trainer(strategy="da3_ddp", accelerator="cpu", devices=2, logger=False)
     assert isinstance(trainer.strategy, DA3DDPStrategy)
     assert trainer.num_devices == 2
-    with pytest.raises(ConfigError, match='was given 2.*strategy="da3_ddp"'):
+    with pytest.raises(ConfigError, match=r'was given 2.*strategy="da3_ddp"'):
         L.Trainer(strategy="da3", accelerator="cpu", devices=2, logger=False)
 
 
@@ -391,9 +390,9 @@ def test_load_from_checkpoint_refuses_what_it_cannot_load(tmp_path):
 def test_precisions(tmp_path, door, precision, made):
     module = lit(made)
     saver = ModelCheckpoint(dirpath=tmp_path)
-    through(
-        door, tmp_path, precision=precision, enable_checkpointing=True, callbacks=[saver]
-    ).fit(module, data())
+    through(door, tmp_path, precision=precision, enable_checkpointing=True, callbacks=[saver]).fit(
+        module, data()
+    )
     kind = torch.bfloat16 if precision == "bf16-true" else torch.float32
     values = domain_parameters(module, "a")
     assert {value.dtype for value in values.values()} == {kind}
