@@ -185,7 +185,8 @@ class DomainRun:
             raise ConfigError(
                 f"This run learns {list(self.domains)}, so a training batch must say of which one "
                 f"domain it is: {{name: batch}}. Got {_described(batch)}. "
-                "trainer.fit(module, DomainLoader({name: loader, ...})) gives such batches."
+                "trainer.fit(module, DomainLoader({name: loader, ...})) of a `lightning` Trainer "
+                "gives such batches."
             )
         return self._step(proceed, batch, *args, **kwargs)
 

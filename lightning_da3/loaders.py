@@ -18,6 +18,7 @@ class DomainLoader(CombinedLoader):
     An epoch ends when every loader has given all its batches once; a loader that has no more is
     passed over. `DA3Callback` activates the domain that a batch names and gives the LightningModule
     the batch itself. Samplers of the loaders are made distributed as those of any CombinedLoader.
+    For a Trainer of the `lightning` package; one of `pytorch_lightning` would not take turns.
 
     Args:
         loaders: By name of the domain, at least one.
