@@ -203,6 +203,8 @@ class DA3Callback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         self._stop_watching()
+        if self.model is not None:
+            self.model.gates_over_ranks = False  # the other ranks may be gone
 
     # --- evaluation -------------------------------------------------------------------------------
 

@@ -62,9 +62,9 @@ class DA3Strategy(SingleDeviceStrategy):
         self._devices, self._root_device = devices, devices[0]
 
     @override
-    def connect(self, model: L.LightningModule) -> None:
-        super().connect(model)
-        _connect(model, self._da3)
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        _start(self.lightning_module, self._da3)
 
 
 class DA3DDPStrategy(DDPStrategy):
@@ -99,9 +99,9 @@ class DA3DDPStrategy(DDPStrategy):
         self._da3 = _callback(domain, num_classes, config, backbone, save_dir)
 
     @override
-    def connect(self, model: L.LightningModule) -> None:
-        super().connect(model)
-        _connect(model, self._da3)
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        _start(self.lightning_module, self._da3)
 
     @override
     def _configure_launcher(self) -> None:
@@ -147,14 +147,16 @@ def _callback(
     return None
 
 
-def _connect(model: L.LightningModule, own: DA3Callback | None) -> None:
-    trainer: Any = model.trainer
+def _start(pl_module: L.LightningModule | None, own: DA3Callback | None) -> None:
+    """The first hook in which the Trainer has all of its callbacks."""
+    assert pl_module is not None
+    trainer: Any = pl_module.trainer
     callback = _find(trainer, own)
     if callback not in trainer.callbacks:
         trainer.callbacks.insert(0, callback)
     callback.run.bind(trainer)
-    if not builds_later(model):
-        callback.run.attach(model)
+    if not builds_later(pl_module):
+        callback.run.attach(pl_module)
 
 
 def _find(trainer: Any, own: DA3Callback | None) -> DA3Callback:

@@ -170,6 +170,35 @@ def test_the_strategy_converts_before_any_callback_sees_the_module(tmp_path):
     assert seen == [DA3Model]
 
 
+@pytest.mark.parametrize("strategy", ["auto", "da3"])
+def test_a_module_may_bring_the_callback_anew_for_every_fit(tmp_path, strategy):
+    class Brings(Lit):
+        domain = "a"
+
+        def configure_callbacks(self):
+            return [DA3Callback(self.domain, 2, CONFIG)]
+
+    module = Brings()
+    trainer = L.Trainer(
+        strategy=strategy,
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data())
+    first = domain_parameters(module, "a")
+    module.domain = "b"
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, data())
+    assert trainer.global_step == 6
+    assert module.net.domains == ["a", "b"]
+    torch.testing.assert_close(domain_parameters(module, "a"), first, rtol=0, atol=0)
+    assert any(v.any() for k, v in domain_parameters(module, "b").items() if "value.weight" in k)
+
+
 def test_a_module_that_edits_its_network_in_setup_is_converted_after_it(tmp_path):
     class Edits(Lit):
         def setup(self, stage):
@@ -437,6 +466,20 @@ def test_gate_loss_follows_the_schedule_of_accumulation(tmp_path):
     schedule = L.pytorch.callbacks.GradientAccumulationScheduler({0: 1, 1: 2})
     through("callback", tmp_path, callbacks=[Notes(), schedule]).fit(lit(), data())
     assert scales == [1.0] * 3 + [0.5] * 3
+
+
+def test_gate_loss_is_scaled_as_float16_training_scales_the_loss(tmp_path):
+    """Or its gradients would be divided by a factor that they were never multiplied by."""
+    scales = []
+
+    class Notes(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            scales.append(pl_module.net.gate_loss_scale)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
+    plugin = L.pytorch.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+    through("callback", tmp_path, callbacks=[Notes()], plugins=[plugin]).fit(lit(), data())
+    assert scales == [64.0, 64.0, 128.0, 128.0, 256.0, 256.0]
 
 
 def averaging(kind):
