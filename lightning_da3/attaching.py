@@ -151,6 +151,17 @@ def load_state_(
         )
 
 
+def domains_in(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the DA3Models of a saved module say of their domains, by dotted name of the model."""
+    return {
+        name.removesuffix(f".{EXTRA}"): extra
+        for name, extra in state.items()
+        if name.endswith(f".{EXTRA}")
+        and isinstance(extra, dict)
+        and {*extra} >= {"backbone", "num_classes", "active"}
+    }
+
+
 def load_from_checkpoint(cls: type[_Module], checkpoint_path: Any, **kwargs: Any) -> _Module:
     """A LightningModule with the domains of a checkpoint, the last active one active again.
 
@@ -193,13 +204,7 @@ def load_from_checkpoint(cls: type[_Module], checkpoint_path: Any, **kwargs: Any
 
 def _convert_as_in_(module: nn.Module, state: Mapping[str, Any]) -> dict[DA3Model, str | None]:
     """Convert what was a DA3Model when `state` was saved; says which domains were active."""
-    extras = {
-        name.rpartition(".")[0]: extra
-        for name, extra in state.items()
-        if name.endswith(f".{EXTRA}")
-        and isinstance(extra, dict)
-        and {*extra} >= {"config", "active"}
-    }
+    extras = domains_in(state)
     if not extras:
         raise CheckpointError(
             f"The checkpoint holds no domain. Use {type(module).__name__}.load_from_checkpoint."

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_da3.attaching import attach_, find_backbone, load_state_
+from lightning_da3.attaching import attach_, domains_in, find_backbone, load_state_
 from lightning_da3.config import DA3Config
 from lightning_da3.domains import DA3Model
 from lightning_da3.errors import CheckpointError, ConfigError, DA3Error
-from lightning_da3.state import EXTRA, domain_state, without_backbones
+from lightning_da3.state import domain_state, without_backbones
 
 BOUND = (
     "load_model_state_dict lightning_module_state_dict save_checkpoint setup setup_optimizers "
@@ -79,16 +79,17 @@ class DomainRun:
             proceed = getattr(type(strategy), name).__get__(strategy)
             setattr(strategy, name, partial(getattr(self, name), strategy, proceed))
 
-    def attach(self, pl_module: Any) -> None:
-        """Convert the network, unless it is, and activate the first domain. Any number of times."""
-        self.model = attach_(pl_module, self.backbone, self.config, self.domains)
+    def attach(self, pl_module: Any, trainer: Any = None) -> None:
+        """Convert the network, unless it is, and activate a domain. Any number of times.
 
-    def _attach_late(self, pl_module: Any) -> None:
-        """After the callbacks were set up, some of which copy the module."""
+        Args:
+            pl_module: The LightningModule.
+            trainer: Whose callbacks may have copied the module, and copy it again; or None.
+        """
         before = [name for name, _ in pl_module.named_parameters()]
-        self.attach(pl_module)
-        if [name for name, _ in pl_module.named_parameters()] != before:
-            copy_again(pl_module.trainer, pl_module)
+        self.model = attach_(pl_module, self.backbone, self.config, self.domains)
+        if trainer is not None and [name for name, _ in pl_module.named_parameters()] != before:
+            _copy_again(trainer, pl_module)
 
     # --- states -----------------------------------------------------------------------------------
 
@@ -96,27 +97,32 @@ class DomainRun:
         self,
         strategy: Any,
         _: Callable[..., None],
-        checkpoint: Mapping[str, Any],
+        checkpoint: dict[str, Any],
         strict: bool = True,
     ) -> None:
-        """Convert, if nothing did before, then load: strictly where it matters."""
-        self._attach_late(strategy.lightning_module)
-        self._check_resumes(strategy.lightning_module.trainer, checkpoint)
+        """Convert, if nothing did before, then load: strictly where it matters.
+
+        Of a checkpoint from before the conversion, training takes the weights and starts anew.
+        """
         module = strategy.lightning_module
+        self.attach(module, module.trainer)
+        fitting = module.trainer.state.fn == "fit"
+        self._check_domains(checkpoint, fitting)
+        if fitting and not domains_in(checkpoint["state_dict"]):
+            _forget_training_(checkpoint)
         load_state_(module, checkpoint["state_dict"], strict, type(module).load_state_dict)
 
-    def _check_resumes(self, trainer: Any, checkpoint: Mapping[str, Any]) -> None:
-        for name, extra in checkpoint["state_dict"].items():
-            if name.endswith(EXTRA) and isinstance(extra, dict) and "num_classes" in extra:
-                lacking = [domain for domain in self.domains if domain not in extra["num_classes"]]
-                if lacking:
-                    raise CheckpointError(
-                        f"The checkpoint holds the domains {list(extra['num_classes'])} and not "
-                        f"{lacking}. Give the callback a domain that it holds; to learn a new one "
-                        "beside them, `load_from_checkpoint` first and `fit` without `ckpt_path`."
-                    )
+    def _check_domains(self, checkpoint: Mapping[str, Any], fitting: bool) -> None:
+        for extra in domains_in(checkpoint["state_dict"]).values():
+            lacking = [domain for domain in self.domains if domain not in extra["num_classes"]]
+            if lacking:
+                raise CheckpointError(
+                    f"The checkpoint holds the domains {list(extra['num_classes'])} and not "
+                    f"{lacking}. Give the callback a domain that it holds; to learn a new one "
+                    "beside them, `load_from_checkpoint` first and `fit` without `ckpt_path`."
+                )
         theirs = [key for key in checkpoint.get("callbacks", ()) if key.startswith("DA3Callback[")]
-        if trainer.state.fn == "fit" and theirs and state_key(self.domains) not in theirs:
+        if fitting and theirs and state_key(self.domains) not in theirs:
             raise CheckpointError(
                 f"The checkpoint was written while {theirs} trained, and this run trains "
                 f"{state_key(self.domains)}: its optimizer states are of other parameters. Resume "
@@ -146,7 +152,7 @@ class DomainRun:
 
     def setup(self, strategy: Any, proceed: Callable[[Any], None], trainer: Any) -> None:
         """Convert at the latest now: next come the wrapping by DDP and the optimizers."""
-        self._attach_late(strategy.lightning_module)
+        self.attach(strategy.lightning_module, trainer)
         assert self.model is not None
         if trainer.state.fn != "fit":
             proceed(trainer)
@@ -330,7 +336,14 @@ def drop_frozen_(optimizers: Iterable[torch.optim.Optimizer]) -> None:
             del state[frozen]
 
 
-def copy_again(trainer: Any, pl_module: Any) -> None:
+def _forget_training_(checkpoint: dict[str, Any]) -> None:
+    """Leave a Trainer nothing to restore but the weights."""
+    for key in ("loops", "callbacks"):
+        checkpoint.pop(key, None)
+    checkpoint.update(optimizer_states=[], lr_schedulers=[])
+
+
+def _copy_again(trainer: Any, pl_module: Any) -> None:
     """Let callbacks that keep a copy of the module take it anew, after the conversion."""
     for callback in trainer.callbacks:
         if any(_is(callback, kind) for kind in AVERAGING_CALLBACKS):

@@ -17,7 +17,6 @@ from lightning_da3.binding import (
     DomainRun,
     builds_later,
     check_converted_before,
-    copy_again,
     starts_processes,
     state_key,
 )
@@ -115,8 +114,7 @@ class DA3Callback(L.Callback):
             check_converted_before(trainer.strategy, pl_module, self.backbone)
         self.run.bind(trainer)
         if not builds_later(pl_module):
-            self.run.attach(pl_module)
-            copy_again(trainer, pl_module)
+            self.run.attach(pl_module, trainer)
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

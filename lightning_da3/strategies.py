@@ -156,7 +156,7 @@ def _start(pl_module: L.LightningModule | None, own: DA3Callback | None) -> None
         trainer.callbacks.insert(0, callback)
     callback.run.bind(trainer)
     if not builds_later(pl_module):
-        callback.run.attach(pl_module)
+        callback.run.attach(pl_module, trainer)
 
 
 def _find(trainer: Any, own: DA3Callback | None) -> DA3Callback:

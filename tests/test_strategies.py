@@ -345,6 +345,34 @@ def test_training_starts_from_a_plain_pretrained_checkpoint(tmp_path, made, door
     torch.testing.assert_close(module.eval().net(x), donor.eval().net(x))
 
 
+@pytest.mark.parametrize("door", EITHER)
+def test_fit_takes_the_weights_alone_of_a_checkpoint_from_before_the_conversion(tmp_path, door):
+    class Slow(Lit):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+    donor = Slow()
+    pretraining = L.Trainer(
+        accelerator="cpu",
+        max_epochs=5,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    pretraining.fit(donor, data())
+    pretraining.save_checkpoint(tmp_path / "pretrained.ckpt")
+    module = Slow()
+    trainer = through(door, tmp_path)
+    trainer.fit(module, data(), ckpt_path=tmp_path / "pretrained.ckpt")
+    assert trainer.global_step == 6
+    assert any(v.any() for k, v in domain_parameters(module, "a").items() if "value.weight" in k)
+    module.net.set_domain(None)
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(module.eval().net(x), donor.eval().net(x))
+
+
 def test_a_checkpoint_of_another_config_or_domain_is_refused(tmp_path):
     path, _ = checkpoint(tmp_path, config=QUIET)
     with pytest.raises(CheckpointError, match="Its config has gate=None, here it is"):
