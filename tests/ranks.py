@@ -50,6 +50,9 @@ class HalfShut(Lit):
         return DataLoader(samples, batch_size=8 // ranks, sampler=sampler)
 
     def on_before_optimizer_step(self, optimizer):
+        domain = self.net.domain("a")
+        gradients = {name: value.grad.clone() for name, value in domain.named_parameters()}
+        self.steps = [*getattr(self, "steps", []), gradients]
         self.fractions = [*getattr(self, "fractions", []), self.net.executed_flops_fraction.item()]
 
 
@@ -87,8 +90,7 @@ def save(fitter, folder, name, content):
 
 def equal_gradients(folder, strategy):
     module, fitter = gradients(folder, 2, strategy)
-    state = module.net.domain("a").state_dict()
-    save(fitter, folder, "learned", {"state": state, "fractions": module.fractions})
+    save(fitter, folder, "learned", {"steps": module.steps, "fractions": module.fractions})
 
 
 def two_domains_one_after_the_other(folder, strategy):

@@ -1,5 +1,6 @@
 """DA3Callback in real Trainers, on tiny networks made at every point where users make them."""
 
+import pickle
 import warnings
 
 import pytest
@@ -227,6 +228,17 @@ def test_a_module_that_comes_in_eval_trains_its_domain_all_the_same(tmp_path):
         warnings.filterwarnings("ignore", "Found .* in eval mode")  # Lightning's, and right
         trainer(tmp_path, callback()).fit(module, data())
     assert module.net.domain("a").training
+
+
+def test_a_pickled_callback_leaves_the_network_to_the_module(tmp_path):
+    used = callback()
+    trainer(tmp_path, used).fit(lit(), data())
+    assert used.model is not None
+    again = pickle.loads(pickle.dumps(used))
+    assert again.model is None
+    module = lit()
+    trainer(tmp_path, again).fit(module, data())
+    assert again.model is module.net
 
 
 def test_state_key_tells_domains_apart():
