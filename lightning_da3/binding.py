@@ -14,10 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_da3.attaching import attach_, domains_in, find_backbone, load_state_
+from lightning_da3.attaching import attach_, domains_in, load_state_
 from lightning_da3.config import DA3Config
 from lightning_da3.domains import DA3Model
 from lightning_da3.errors import CheckpointError, ConfigError, DA3Error
+from lightning_da3.refusals import (
+    BACKBONE_OUT_OF_REACH,
+    check_plugins,
+    check_strategy,
+    is_of_lightning,
+)
 from lightning_da3.state import domain_state, without_backbones
 
 BOUND = (
@@ -26,18 +32,6 @@ BOUND = (
 ).split()
 STATES = ("state_dict", "current_model_state")  # the second is of Lightning's WeightAveraging
 
-BACKBONE_OUT_OF_REACH = (
-    "the backbone is frozen, folded into constants and left out of checkpoints: changes to it "
-    "would be lost, and change what every other domain computes"
-)
-REFUSED_CALLBACKS = {
-    "BaseFinetuning": f"It unfreezes the backbone; {BACKBONE_OUT_OF_REACH}.",
-    "ModelPruning": f"It prunes the backbone; {BACKBONE_OUT_OF_REACH}.",
-}
-REFUSED_PRECISIONS = {
-    "BitsandbytesPrecision": f"It replaces layers of the backbone; {BACKBONE_OUT_OF_REACH}.",
-    "TransformerEnginePrecision": f"It replaces layers of the backbone; {BACKBONE_OUT_OF_REACH}.",
-}
 AVERAGING_CALLBACKS = ("WeightAveraging", "StochasticWeightAveraging")
 
 
@@ -257,69 +251,6 @@ def state_key(domains: Iterable[str]) -> str:
     return f"DA3Callback[{', '.join(domains)}]"
 
 
-def builds_later(pl_module: Any) -> bool:
-    """Whether the network may be made, or made anew, after `Callback.setup`."""
-    return any(
-        not getattr(type(pl_module), hook).__module__.endswith((".core.hooks", ".core.module"))
-        for hook in ("setup", "configure_model")
-    )
-
-
-def starts_processes(strategy: Any) -> bool:
-    """Whether it trains in processes that get the LightningModule as a copy: spawn and fork."""
-    return _is(getattr(strategy, "launcher", None), "_MultiProcessingLauncher")
-
-
-def check_converted_before(strategy: Any, pl_module: Any, backbone: str | None) -> None:
-    """Refuse to convert in a started process: the main process would not get the domains.
-
-    Raises:
-        ConfigError: The network is not converted.
-    """
-    name = None if builds_later(pl_module) else find_backbone(pl_module, backbone)
-    if name is None or not isinstance(pl_module.get_submodule(name), DA3Model):
-        raise ConfigError(
-            f"{type(strategy).__name__} trains copies of the LightningModule in processes that it "
-            "starts, and the main process drops what it does not know: the domains would vanish. "
-            'Use strategy="da3_ddp_spawn" or "da3_ddp_notebook" with a network made in __init__, '
-            'which is converted before the processes start; or strategy="ddp".'
-        )
-
-
-def check_strategy(strategy: Any) -> None:
-    """Refuse strategies that shard or replace the network.
-
-    Raises:
-        ConfigError: It is neither Lightning's single-device nor its DDP strategy, nor derived.
-    """
-    kinds = [kind for kind in type(strategy).__mro__ if _is_lightning(kind)]
-    if not kinds or kinds[0].__name__ not in ("SingleDeviceStrategy", "DDPStrategy"):
-        raise ConfigError(
-            f"{type(strategy).__name__} is not supported: it shards or replaces parameters, which "
-            'the frozen backbone and its small domains do not need. Use strategy="da3" (one '
-            'device) or strategy="da3_ddp" (several); plain "auto" and "ddp" with a DA3Callback '
-            "do as well."
-        )
-
-
-def check_plugins(trainer: Any) -> None:
-    """Refuse what would touch the backbone.
-
-    Raises:
-        ConfigError: A callback or the precision does; all are named, with the reason.
-    """
-    parts = [*trainer.callbacks, trainer.precision_plugin]
-    refused = REFUSED_CALLBACKS | REFUSED_PRECISIONS
-    problems = [
-        f"{type(part).__name__} cannot be used with a domain. {reason}"
-        for part in parts
-        for kind, reason in refused.items()
-        if _is(part, kind)
-    ]
-    if problems:
-        raise ConfigError(" ".join(problems))
-
-
 def drop_frozen_(optimizers: Iterable[torch.optim.Optimizer]) -> None:
     """Take parameters that require no gradient out of the groups and out of the state.
 
@@ -346,7 +277,7 @@ def _forget_training_(checkpoint: dict[str, Any]) -> None:
 def _copy_again(trainer: Any, pl_module: Any) -> None:
     """Let callbacks that keep a copy of the module take it anew, after the conversion."""
     for callback in trainer.callbacks:
-        if any(_is(callback, kind) for kind in AVERAGING_CALLBACKS):
+        if any(is_of_lightning(callback, kind) for kind in AVERAGING_CALLBACKS):
             callback.setup(trainer, pl_module, trainer.state.fn)
 
 
@@ -373,15 +304,6 @@ def _sum_of_bits(value: Tensor) -> int:
     """Changes with any bit of a tensor, but for rare chance; takes no memory worth counting."""
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.itemsize]
     return int(value.detach().contiguous().view(-1).view(whole).sum())
-
-
-def _is(thing: Any, kind: str) -> bool:
-    """By name: both of Lightning's packages have the class."""
-    return any(cls.__name__ == kind and _is_lightning(cls) for cls in type(thing).__mro__)
-
-
-def _is_lightning(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] in ("lightning", "pytorch_lightning")
 
 
 def _described(batch: Any) -> str:

@@ -13,17 +13,12 @@ from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from typing_extensions import override
 
-from lightning_da3.binding import (
-    DomainRun,
-    builds_later,
-    check_converted_before,
-    starts_processes,
-    state_key,
-)
+from lightning_da3.binding import DomainRun, state_key
 from lightning_da3.config import DA3Config
 from lightning_da3.domains import DA3Model
 from lightning_da3.errors import CheckpointError, ConfigError, DA3Error
 from lightning_da3.memory import PeakBytes, SavedActivations
+from lightning_da3.refusals import builds_later, check_converted_before, starts_processes
 
 
 class DA3Callback(L.Callback):

@@ -10,10 +10,10 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from typing_extensions import override
 
-from lightning_da3.binding import builds_later, check_converted_before
 from lightning_da3.callbacks import DA3Callback
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import ConfigError
+from lightning_da3.refusals import builds_later, check_converted_before
 
 
 class DA3Strategy(SingleDeviceStrategy):

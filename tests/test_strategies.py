@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -37,7 +38,13 @@ from lightning_da3 import (
     convert,
     load_from_checkpoint,
 )
-from lightning_da3.binding import check_strategy, drop_frozen_
+from lightning_da3.binding import AVERAGING_CALLBACKS, drop_frozen_
+from lightning_da3.refusals import (
+    REFUSED_CALLBACKS,
+    REFUSED_PRECISIONS,
+    check_plugins,
+    check_strategy,
+)
 
 DOORS = ("callback", "strategy and callback", "strategy")
 EITHER = ("callback", "strategy")  # where the doors meet other choices
@@ -640,6 +647,20 @@ def test_callbacks_that_would_touch_the_backbone_are_refused(tmp_path, made, rea
     trainer.callbacks.append(made())
     with pytest.raises(ConfigError, match=reason):
         trainer.fit(lit(), data())
+
+
+@pytest.mark.parametrize("name", REFUSED_PRECISIONS)
+def test_precisions_that_would_replace_layers_are_refused(name):
+    assert hasattr(L.pytorch.plugins, name)  # each needs a package of its own to be made
+    plugin = type(name, (), {"__module__": "lightning.pytorch.plugins.precision"})()
+    trainer = SimpleNamespace(callbacks=[], precision_plugin=plugin)
+    with pytest.raises(ConfigError, match=f"{name} cannot be used with a domain. It replaces"):
+        check_plugins(trainer)
+
+
+def test_parts_known_by_name_exist():
+    for name in (*REFUSED_CALLBACKS, *AVERAGING_CALLBACKS):
+        assert hasattr(L.pytorch.callbacks, name)
 
 
 def test_whatever_edits_a_frozen_tensor_is_found_out(tmp_path):
