@@ -9,6 +9,7 @@ Without a Trainer: ``model = convert(network)``, ``model.add_domain("flowers", n
 ``model.set_domain("flowers")``.
 """
 
+from lightning_da3.attaching import load_from_checkpoint
 from lightning_da3.callbacks import DA3Callback
 from lightning_da3.config import AdapterConfig, DA3Config, GateConfig, MemoryConfig
 from lightning_da3.converting import convert
@@ -21,6 +22,8 @@ from lightning_da3.errors import (
     DomainError,
     InputError,
 )
+from lightning_da3.loaders import DomainLoader
+from lightning_da3.strategies import DA3DDPStrategy, DA3Strategy
 
 __version__ = "0.1.0"
 
@@ -31,11 +34,15 @@ __all__ = [
     "ConversionError",
     "DA3Callback",
     "DA3Config",
+    "DA3DDPStrategy",
     "DA3Error",
     "DA3Model",
+    "DA3Strategy",
     "DomainError",
+    "DomainLoader",
     "GateConfig",
     "InputError",
     "MemoryConfig",
     "convert",
+    "load_from_checkpoint",
 ]

@@ -73,6 +73,7 @@ class DA3Model(nn.Module):
         self.plan, self.config, self.fingerprint = plan, config, fingerprint
         self.progress = 1.0
         self.gate_loss_scale = 1.0
+        self.gates_over_ranks = False  # True: every training batch is a rank's part of a global one
         self.executed_flops_fraction: Tensor | None = None
         self._active: str | None = None
         self._ledger: list[tuple[str, Executed]] = []  # of one forward pass
@@ -214,7 +215,8 @@ class DA3Model(nn.Module):
         """The weighted budget loss of one forward pass, a scalar."""
         assert self.config.gate is not None
         target = annealed_target(self.config.gate.target, self.progress)
-        return budget_loss(executed, target) * self.config.gate.weight
+        loss = budget_loss(executed, target, over_ranks=self.gates_over_ranks)
+        return loss * self.config.gate.weight
 
     @torch.no_grad()
     def gate_maps(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -299,7 +301,12 @@ class DA3Model(nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         """What a state dict must say beside its tensors; plain types only."""
         classes = {name: self.domain(name).num_classes for name in self.domains}
-        return {"backbone": self.fingerprint, "num_classes": classes}
+        return {
+            "backbone": self.fingerprint,
+            "config": self.config.to_dict(),
+            "num_classes": classes,
+            "active": self._active,
+        }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Everything in it was used before the tensors were loaded (`complete_state`)."""

@@ -79,12 +79,21 @@ def _differences(about: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
             f"{about['backbone'][:12]}); this one is {here['network']}, fingerprint "
             f"{here['backbone'][:12]}. Convert the backbone that it was learned on."
         )
+    yield from _config_differences(about["config"], here["config"])
+
+
+def _computing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a config the outputs depend on: that there are gates, not how they are trained."""
+    gate = {"gate": "GateConfig(...)"} if config.get("gate") is not None else {}
+    return {**config, **gate}
+
+
+def _config_differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> Iterator[str]:
     for key in ("adapter", "gate", "head"):
-        theirs, mine = about["config"][key], here["config"][key]
-        if theirs != mine:
+        if key in theirs and theirs[key] != mine[key]:
             yield (
-                f"Its config has {key}={theirs}, here it is {mine}. Convert with the config that "
-                "it was learned with."
+                f"Its config has {key}={theirs[key]}, here it is {mine[key]}. Convert with the "
+                "config that it was learned with."
             )
 
 
@@ -107,14 +116,16 @@ def backbone_state(state: Mapping[str, Any], head: str | None) -> dict[str, Tens
 
 def domain_state(module: nn.Module) -> dict[str, Any]:
     """The state of `module` without the backbones of the DA3Models in it."""
+    return without_backbones(module.state_dict(), module)
+
+
+def without_backbones(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """A state of `module`, without the backbones of the DA3Models in it."""
     from lightning_da3.domains import DA3Model  # the one import upwards, of a type
 
-    state: dict[str, Any] = module.state_dict()
-    for name, child in module.named_modules():
-        if isinstance(child, DA3Model):
-            prefix = f"{name}.backbone." if name else "backbone."
-            state = {key: value for key, value in state.items() if not key.startswith(prefix)}
-    return state
+    models = [name for name, child in module.named_modules() if isinstance(child, DA3Model)]
+    prefixes = tuple(f"{name}.backbone." if name else "backbone." for name in models)
+    return {key: value for key, value in state.items() if not key.startswith(prefixes)}
 
 
 def complete_state(model: DA3Model, state: dict[str, Any], prefix: str, *_: object) -> None:
@@ -125,7 +136,8 @@ def complete_state(model: DA3Model, state: dict[str, Any], prefix: str, *_: obje
     model lacks are added; those that only the model has are kept.
 
     Raises:
-        CheckpointError: The state's domains were learned on another backbone.
+        CheckpointError: The state's domains were learned on another backbone or with another
+            config.
     """
     extra = state.get(prefix + EXTRA)
     mine = {prefix + key: value for key, value in _own_tensors(model).items()}
@@ -138,6 +150,10 @@ def complete_state(model: DA3Model, state: dict[str, Any], prefix: str, *_: obje
                 f"backbone (fingerprint {extra['backbone'][:12]}, here {model.fingerprint[:12]}). "
                 "Convert the backbone that they were learned on."
             )
+        configs = (_computing(c) for c in (extra.get("config", {}), model.config.to_dict()))
+        others = list(_config_differences(*configs))
+        if others:
+            raise CheckpointError(f"The checkpoint does not fit this model: {' '.join(others)}")
         for name, num_classes in extra["num_classes"].items():
             if name not in model.domains:
                 model.add_domain(name, num_classes)

@@ -140,6 +140,16 @@ def test_quickstart(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_cli(tmp_path):
+    pytest.importorskip("jsonargparse")
+    process = start("cli.py", "fit", "--trainer.limit_train_batches", "3", folder=tmp_path)
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, printed
+    assert (tmp_path / "outputs" / "cli" / "digits.safetensors").exists()
+    assert "hidden_channels: 12" in (tmp_path / "outputs" / "cli" / "config.yaml").read_text()
+
+
+@pytest.mark.slow
 def test_an_interrupted_demonstration_goes_on_where_it_was(tmp_path):
     options = ["--smoke", "--output", "out"]
     process = start("learn_domains.py", *options, folder=tmp_path)
