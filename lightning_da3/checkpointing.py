@@ -92,7 +92,8 @@ def write_domain(
         strings = _string_metadata(plain, metadata)
         with _as_checkpoint_error("safetensors cannot hold these tensors", "Give other tensors."):
             content = save(plain, strings)
-        _replace(target, content)
+        with replacing(target) as temporary:
+            temporary.write_bytes(content)
 
 
 def read_domain(path: str | os.PathLike[str]) -> DomainFile:
@@ -239,13 +240,25 @@ def _check_length(path: Path) -> None:
         )
 
 
-def _replace(target: Path, content: bytes) -> None:
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A file to write in a ``with`` block that takes the place of `target` at its end, or never.
+
+    Args:
+        target: Where the file goes; its folder must exist.
+
+    Yields:
+        Path of a file beside it, which the block makes. An error in the block removes it; a process
+        that is killed leaves it behind, as ``.<name>.<32 hexadecimal digits>.tmp``.
+
+    Raises:
+        OSError: The system could not write it; what was at `target` is still there.
+    """
     # in the same folder: a rename is atomic only inside one file system
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())  # or a power cut could leave the new name on empty blocks
         os.replace(temporary, target)  # noqa: PTH105 - the one call that tests make fail
     finally:

@@ -11,11 +11,13 @@ PACKAGE = Path(__file__).parents[1] / "lightning_da3"
 # a file or folder may import what stands before it
 ORDER = (
     "errors config ops memory checkpointing metrics plotting nn registry tracing planning passes "
-    "rewriting state domains converting exporting attaching loggers callbacks strategies"
+    "rewriting state domains converting exporting folder hub attaching loggers callbacks "
+    "strategies sequence"
 ).split()
 # the only ones that may import these
 DOORS = {
-    "lightning": ("callbacks", "strategies", "loggers"),
+    "lightning": ("callbacks", "strategies", "loggers", "sequence"),
+    "huggingface_hub": ("hub",),
     "wandb": ("loggers",),
     "matplotlib": ("plotting", "loggers"),
     "torchmetrics": ("metrics",),
