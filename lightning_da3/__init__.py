@@ -21,6 +21,9 @@ from lightning_da3.errors import (
     DomainError,
     InputError,
 )
+from lightning_da3.folder import DomainFolder
+from lightning_da3.hub import pull_domain, push_domain
+from lightning_da3.sequence import DomainTask, fit_sequence
 
 __version__ = "0.1.0"
 
@@ -34,8 +37,13 @@ __all__ = [
     "DA3Error",
     "DA3Model",
     "DomainError",
+    "DomainFolder",
+    "DomainTask",
     "GateConfig",
     "InputError",
     "MemoryConfig",
     "convert",
+    "fit_sequence",
+    "pull_domain",
+    "push_domain",
 ]

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_da3.checkpointing import read_domain, write_domain
 from lightning_da3.config import DA3Config
-from lightning_da3.errors import CheckpointError, ConfigError, DomainError
+from lightning_da3.errors import CheckpointError, ConfigError, DA3Error, DomainError
 from lightning_da3.nn.adapter import Adapter, HostInput
 from lightning_da3.nn.gate import (
     Executed,
@@ -304,7 +304,7 @@ class DA3Model(nn.Module):
             # nothing is allocated before it is known that the file has as much to put there
             expected = self._new_domain(*classes, device="meta")
             check_tensors(file.tensors, expected.state_dict())
-        except (CheckpointError, ConfigError, DomainError) as error:
+        except (DA3Error, RuntimeError, TypeError) as error:  # PyTorch's own, of absurd sizes
             raise CheckpointError(
                 f"The domain file {str(path)!r} does not fit this model: {error}"
             ) from error

@@ -219,7 +219,7 @@ class _Saver(Checkpoint):
     """Saves what an exact resume needs, at moments from which Lightning can resume exactly.
 
     Those are the ends of steps behind which neither the epoch ends nor a validation begins, and the
-    ends of epochs.
+    ends of epochs; with `max_steps`, the step that ends an epoch instead, unless it validates.
 
     Args:
         path: Of the one checkpoint, which every save replaces.
@@ -270,18 +270,22 @@ class _Saver(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self.order.batches = batch_idx + 1
+        last = trainer.is_last_batch
+        self.order.batches = 0 if last else batch_idx + 1
         stepped = trainer.global_step > self.last_step  # else gradients are being accumulated
         self.last_step = trainer.global_step
         due = trainer.global_step - self.saved_step >= self.every_n_steps
-        if due and stepped and not (trainer.is_last_batch or _validates(trainer, batch_idx)):
+        exact = (not last or _by_steps(trainer)) and not _validates(trainer, batch_idx)
+        if due and stepped and exact:
             self._save(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.order.batches = 0
-        if not any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
-            self._save(trainer)  # those that wait for a plateau take their step only after this
+        # schedulers that wait for a plateau take their step only after this
+        waiting = any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
+        if not (waiting or _by_steps(trainer)):
+            self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
         self.saved_step = trainer.global_step
@@ -375,12 +379,16 @@ class _ResumableLoader:
         """Nothing to do."""
 
 
+def _by_steps(trainer: L.Trainer) -> bool:
+    return trainer.max_steps != -1
+
+
 def _validates(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether a validation begins behind this batch."""
     every = trainer.val_check_batch
     whole = trainer.check_val_every_n_epoch is None
     count = trainer.fit_loop.total_batch_idx if whole else batch_idx
-    return every is not None and (count + 1) % every == 0
+    return trainer.enable_validation and every is not None and (count + 1) % every == 0
 
 
 def _rng_state(generators: Sequence[torch.Generator]) -> dict[str, Any]:

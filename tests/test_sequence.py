@@ -79,7 +79,11 @@ class Data(L.LightningDataModule):
         return loader()
 
     def val_dataloader(self):
-        return loader()
+        return val_loader()
+
+
+def val_loader():
+    return DataLoader(Images(), batch_size=5)
 
 
 def loader(**kwargs):
@@ -131,8 +135,8 @@ WAYS = {
     "each step": {},
     "every third step": {"every": 3},
     "no validation, by steps": {"max_epochs": -1, "max_steps": 8},
-    "validation": {"module": Validated, "tasks": {"a": (2, loader(), loader()), "b": (3, Data())}},
-    "validation in the epoch": {"module": Validated, "tasks": {"a": (2, loader(), loader()), "b": (3, Data())}, "val_check_interval": 2},
+    "validation": {"module": Validated, "tasks": {"a": (2, loader(), val_loader()), "b": (3, Data())}},
+    "validation in the epoch": {"module": Validated, "tasks": {"a": (2, loader(), val_loader()), "b": (3, Data())}, "val_check_interval": 2},
     "accumulation": {"accumulate_grad_batches": 2},
 }
 
