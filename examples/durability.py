@@ -53,6 +53,7 @@ from lightning_da3.memory import PeakBytes
 
 CONFIG = DA3Config(adapter=AdapterConfig(hidden_channels=4, min_stride=2))
 CLASSES = 3
+PYTHON_BYTES = 128 * 1024  # for the error, and for modules without values that shapes are read from
 
 
 @dataclasses.dataclass
@@ -239,17 +240,20 @@ def kills(scale: Scale, work: Path) -> bool:
 
 
 def count_unreadable(folder: Path) -> int:
-    bad = 0
-    for path in folder.glob("*"):
-        try:
-            if path.suffix == ".safetensors":
-                read_domain(path)
-            elif path.suffix == ".ckpt":
-                torch.load(path, weights_only=True)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the file is unreadable
-            print(f"       {path}: {error}")
-            bad += 1
-    return bad
+    return sum(not is_readable(path) for path in folder.glob("*"))
+
+
+def is_readable(path: Path) -> bool:
+    """Whether a file is what its name says; what a killed process left half written has none."""
+    try:
+        if path.suffix == ".safetensors":
+            read_domain(path)
+        elif path.suffix == ".ckpt":
+            torch.load(path, weights_only=True)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the file is unreadable
+        print(f"       {path}: {error}")
+        return False
+    return True
 
 
 # --- damaged files --------------------------------------------------------------------------------
@@ -310,19 +314,20 @@ def damaged_files(path: Path, marker: Path, dice: random.Random) -> Iterator[tup
 
 
 def damage(scale: Scale, work: Path) -> bool:
-    """Every damaged file must be a CheckpointError, in no more memory than a good file is long."""
-    config = DA3Config(adapter=AdapterConfig(hidden_channels=64, min_stride=2))
-    model = trained(channels=64, config=config)
-    path, marker = work / "a.safetensors", work / "executed"
+    """Every damaged file must be a CheckpointError, and take no more memory than it is long."""
+    config = DA3Config(adapter=AdapterConfig(hidden_channels=128, min_stride=2))
+    model = trained(channels=256, config=config)
+    path, marker = work / "x" / "y" / "a.safetensors", work / "executed"
+    path.parent.mkdir(parents=True)
     model.save_domain("a", path)
     limit = path.stat().st_size
-    fresh = convert(network(64), config)
+    fresh = convert(network(256), config)
     files = damaged_files(path, marker, random.Random(0))
-    bad = work / "bad.safetensors"
+    bad = path.with_name("bad.safetensors")
     refused = wrong = 0
     kinds: dict[str, int] = {}
-    most = (0.0, "")
-    before = sorted(work.parent.rglob("*"))
+    most = (-limit, "")
+    before = sorted(work.rglob("*"))
     for warm_up in [True] * 13 + [False] * scale.damaged:  # the first ones import and cache
         kind, write = next(files)
         write(bad)
@@ -334,16 +339,17 @@ def damage(scale: Scale, work: Path) -> bool:
                 outcome = "" if str(bad) in str(error) else f"unclear: {error}"
             except Exception as error:  # noqa: BLE001 - what it must not be
                 outcome = f"{type(error).__name__}: {error}"
+        size = bad.stat().st_size
         bad.unlink()
         if warm_up:
             continue
         kinds[kind] = kinds.get(kind, 0) + 1
-        most = max(most, (peak[0] / limit, kind))
+        most = max(most, (peak[0] - size, kind))
         refused += not outcome
         if outcome:
             wrong += 1
             print(f"       {kind}: {outcome[:200]}")
-    clean = sorted(work.parent.rglob("*")) == before and fresh.domains == []
+    clean = sorted(work.rglob("*")) == before and fresh.domains == []
     print(f"damaged files ({', '.join(f'{count} {kind}' for kind, count in kinds.items())})")
     return all(
         [
@@ -351,9 +357,9 @@ def damage(scale: Scale, work: Path) -> bool:
             check("executed", int(marker.exists()), not marker.exists()),
             check("files or domains that came into being", "none" if clean else "some", clean),
             check(
-                f"most memory, as a share of a good file's {limit:,} bytes",
-                f"{most[0]:.2f} ({most[1]})",
-                most[0] <= 1,
+                f"bytes allocated beyond the length of the file (a good one has {limit:,})",
+                f"at most {most[0]:,} ({most[1]})",
+                most[0] <= PYTHON_BYTES,
             ),
         ]
     )
@@ -542,7 +548,7 @@ def disk(scale: Scale, work: Path) -> bool:
         file = read_domain(path)  # fails on half a file
         values = {float(value) for tensor in file.tensors.values() for value in tensor.unique()}
         reads += 1
-        mixed += len(values) > 1 and path.read_bytes() != good and "value" in file.metadata["extra"]
+        mixed += "value" in file.metadata["extra"] and values != {file.metadata["extra"]["value"]}
     results.append(check("two processes that save one domain: exit codes", codes, codes == [0, 0]))
     results.append(check("files of both at once", f"{mixed} of {reads} reads", mixed == 0))
     results.append(

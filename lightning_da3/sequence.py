@@ -69,7 +69,8 @@ def fit_sequence(
     * one process, and operations that are deterministic (``Trainer(deterministic=True)``);
     * one training dataloader (not several at once) over the same data, whose ``__len__`` is known
       or whose samples use no random numbers, and without persistent workers that use some;
-    * no state that Lightning does not save: modules and callbacks with a state have a `state_dict`.
+    * no state that Lightning does not restore: modules and callbacks keep theirs in a `state_dict`,
+      and there is no `ReduceLROnPlateau`, whose step Lightning leaves out in a resumed epoch.
 
     Args:
         module: Makes the LightningModule, with the same backbone every time.
@@ -282,9 +283,7 @@ class _Saver(Checkpoint):
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.order.batches = 0
-        # schedulers that wait for a plateau take their step only after this
-        waiting = any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
-        if not (waiting or _by_steps(trainer)):
+        if not _by_steps(trainer):
             self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
