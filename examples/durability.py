@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import gc
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ import struct
 import sys
 import tempfile
 import time
+import traceback
 import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
@@ -68,7 +68,7 @@ class Scale:
     saves: int = 5
 
 
-QUICK = Scale(kills=6, damaged=60, domains=4, races=10, network="resnet18", saves=1)
+QUICK = Scale(kills=6, damaged=39, domains=4, races=10, network="resnet18", saves=1)
 
 
 def check(name: str, value: object, good: bool) -> bool:
@@ -164,6 +164,9 @@ def fork(work: Callable[[], object]) -> int:
     except CheckpointError as error:
         print(f"       {error}")
         code = 2
+    except BaseException:
+        traceback.print_exc()
+        raise  # no further than to the exit
     finally:
         sys.stdout.flush()
         os._exit(code)
@@ -201,8 +204,7 @@ def kills(scale: Scale, work: Path) -> bool:
     duration = time.monotonic() - start
     expected = weights(work / "whole")
     dice = random.Random(0)
-    killed = sequences = unreadable = lost = different = 0
-    moments: dict[str, int] = {}
+    killed = writing = sequences = unreadable = lost = different = 0
     while killed < scale.kills:
         folder = work / f"killed{sequences}"
         sequences += 1
@@ -210,7 +212,7 @@ def kills(scale: Scale, work: Path) -> bool:
         while True:
             process = fork(lambda folder=folder: sequence(folder))
             if killed < scale.kills:
-                time.sleep(dice.uniform(0, duration / 2))
+                time.sleep(dice.uniform(0, duration / 3))
                 os.kill(process, signal.SIGKILL)
             if (code := wait(process)) != -signal.SIGKILL:
                 break
@@ -219,13 +221,11 @@ def kills(scale: Scale, work: Path) -> bool:
             now = contents(folder)
             lost += sum(now.get(name) != content for name, content in finished.items())
             finished = now
-            left = {path.suffix for path in folder.glob("*")}
-            moment = "while writing" if ".tmp" in left else "else"
-            moments[moment] = moments.get(moment, 0) + 1
+            writing += any(path.suffix == ".tmp" for path in folder.glob("*"))
         different += code != 0 or weights(folder) != expected
         shutil.rmtree(folder)
     print(f"kill -9 at random moments of a run of {duration:.1f} s over {len(NAMES)} domains")
-    print(f"  {killed} kills ({moments}) in {sequences} sequences")
+    print(f"  {killed} kills, {writing} of them while a file was written, in {sequences} sequences")
     return all(
         [
             check("unreadable files", unreadable, unreadable == 0),
@@ -369,7 +369,6 @@ def damage(scale: Scale, work: Path) -> bool:
 def traced() -> Iterator[list[int]]:
     """Most bytes alive at one time in the block, above its start: PyTorch's and Python's."""
     peak = [0]
-    gc.collect()
     tracemalloc.start()
     try:
         with PeakBytes() as tensors:
@@ -545,12 +544,16 @@ def disk(scale: Scale, work: Path) -> bool:
             if ended:
                 writers.remove(process)
                 codes.append(os.waitstatus_to_exitcode(status))
-        file = read_domain(path)  # fails on half a file
-        values = {float(value) for tensor in file.tensors.values() for value in tensor.unique()}
         reads += 1
+        try:
+            file = read_domain(path)
+        except CheckpointError:  # half a file
+            mixed += 1
+            continue
+        values = {float(value) for tensor in file.tensors.values() for value in tensor.unique()}
         mixed += "value" in file.metadata["extra"] and values != {file.metadata["extra"]["value"]}
     results.append(check("two processes that save one domain: exit codes", codes, codes == [0, 0]))
-    results.append(check("files of both at once", f"{mixed} of {reads} reads", mixed == 0))
+    results.append(check("half files, or of both at once", f"{mixed} of {reads} reads", mixed == 0))
     results.append(
         check(
             "files left behind",
@@ -613,5 +616,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if good else 1
 
 
+def silence_profiler() -> None:
+    """Leave the error stream to Python: PyTorch's profiler has a line to say in every fit."""
+    sys.stderr = os.fdopen(os.dup(2), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
 if __name__ == "__main__":
+    silence_profiler()
     sys.exit(main())

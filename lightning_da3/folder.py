@@ -110,16 +110,19 @@ class DomainFolder:
         return self._index({})
 
     def _index(self, before: dict[str, _Entry]) -> dict[str, _Entry]:
-        now = {}
+        now: dict[str, _Entry] = {}
         for path in self._files():
             try:
                 stamp = _stamp(path)
             except FileNotFoundError:
                 continue  # deleted since the folder was listed
             entry = before.get(path.stem)
-            if not isinstance(entry, dict) or entry.get("stamp") != stamp:
-                entry = {"stamp": stamp, "about": _about(path)}
-            now[path.stem] = entry
+            about = None
+            if isinstance(entry, dict) and entry.get("stamp") == stamp:
+                about = entry.get("about")
+            if not isinstance(about, dict):
+                about = _about(path)
+            now[path.stem] = {"stamp": stamp, "about": about}
         if now != before:
             self._write(now)
         return {name: entry["about"] for name, entry in now.items()}
