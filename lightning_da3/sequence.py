@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import random
@@ -82,8 +83,9 @@ def fit_sequence(
         config: For the conversion; the same for all domains.
         backbone: Name of the network inside the LightningModule, as for `DA3Callback`.
         seed: For every domain.
-        save_every_n_steps: At most so many optimizer steps are lost by a stop, plus one that ends
-            an epoch or comes before a validation; the end of an epoch is saved, too.
+        save_every_n_steps: Optimizer steps between two checkpoints, and so about the most that a
+            stop can cost: no checkpoint is made between a step and the validation behind it. The
+            end of an epoch is saved, too, unless ``max_steps`` limits the Trainer.
 
     Returns:
         A module whose network has all the domains, none of them active.
@@ -105,7 +107,8 @@ def fit_sequence(
             da3 = DA3Callback(name, task.num_classes, config, backbone)
             finished = domains.file(done[0]) if done else None
             saver = _Saver(checkpoint, save_every_n_steps, da3, finished)
-            learned = None  # room for the next
+            learned = None
+            gc.collect()  # room for the next: a Trainer and its module are full of cycles
             learned = _learn(module, task, trainer, domains, da3, saver, seed)
             done.append(name)
         checkpoint.unlink(missing_ok=True)
