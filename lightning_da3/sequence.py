@@ -78,7 +78,8 @@ def fit_sequence(
         tasks: By domain name, in the order in which to learn: (num_classes, train), or more of
             `DomainTask`.
         trainer: Makes a Trainer; called with `callbacks`, a list that must be among its callbacks,
-            as in ``lambda callbacks: L.Trainer(max_epochs=5, callbacks=callbacks)``.
+            as in ``lambda callbacks: L.Trainer(max_epochs=5, callbacks=callbacks)``. A domain is
+            finished when its Trainer says so, by whichever limit.
         folder: For the files; made if it is missing. One process at a time may learn a domain.
         config: For the conversion; the same for all domains.
         backbone: Name of the network inside the LightningModule, as for `DA3Callback`.
@@ -98,6 +99,11 @@ def fit_sequence(
     """
     domains = DomainFolder(folder)
     plans = _checked(tasks, save_every_n_steps)
+    if "callbacks" in getattr(trainer, "keywords", {}):
+        raise ConfigError(
+            "`trainer` is a partial that has callbacks of its own, which would be lost. Give a "
+            "function: lambda callbacks: L.Trainer(callbacks=[*callbacks, EarlyStopping('loss')])."
+        )
     domains.make()
     done = [name for name in plans if _is_finished(domains, name)]
     learned: tuple[L.LightningModule, DA3Model] | None = None
@@ -295,9 +301,11 @@ class _Saver(Checkpoint):
         try:
             if trainer.is_global_zero:
                 with replacing(self.path) as temporary:
-                    trainer.save_checkpoint(temporary)
+                    trainer.save_checkpoint(temporary, weights_only=False)
             else:
-                trainer.save_checkpoint(self.path)  # takes part and writes nothing
+                trainer.save_checkpoint(
+                    self.path, weights_only=False
+                )  # takes part and writes nothing
         except OSError as error:
             raise CheckpointError(
                 f"Cannot write the checkpoint {str(self.path)!r}: {error}. The one before is kept. "

@@ -340,6 +340,12 @@ def test_wrong_arguments(tmp_path):
         )
 
 
+def test_callbacks_that_would_be_lost_are_refused(tmp_path):
+    trainer = partial(L.Trainer, callbacks=[EarlyStopping("loss")])
+    with pytest.raises(ConfigError, match="callbacks of its own, which would be lost"):
+        fit_sequence(Lit, {"a": (2, loader())}, trainer, tmp_path, config=CONFIG)
+
+
 def test_a_file_of_an_unfinished_domain_is_not_taken_for_a_finished_one(tmp_path):
     saved = DA3Callback("a", 2, config=CONFIG, save_dir=str(tmp_path))
     make_trainer([saved], max_epochs=1, enable_checkpointing=False).fit(Lit(), loader())
