@@ -22,7 +22,10 @@ from lightning_da3.errors import (
     DomainError,
     InputError,
 )
+from lightning_da3.folder import DomainFolder
+from lightning_da3.hub import pull_domain, push_domain
 from lightning_da3.loaders import DomainLoader
+from lightning_da3.sequence import DomainTask, fit_sequence
 from lightning_da3.strategies import DA3DDPStrategy, DA3Strategy
 
 __version__ = "0.1.0"
@@ -39,10 +42,15 @@ __all__ = [
     "DA3Model",
     "DA3Strategy",
     "DomainError",
+    "DomainFolder",
     "DomainLoader",
+    "DomainTask",
     "GateConfig",
     "InputError",
     "MemoryConfig",
     "convert",
+    "fit_sequence",
     "load_from_checkpoint",
+    "pull_domain",
+    "push_domain",
 ]

@@ -11,7 +11,6 @@ from lit import CONFIG, KINDS, Lit, callback, data, lit, logits, network, parame
 from torch import nn
 
 from lightning_da3 import (
-    AdapterConfig,
     CheckpointError,
     ConfigError,
     ConversionError,
@@ -199,9 +198,9 @@ def test_bad_arguments_leave_the_module_as_it_was(tmp_path):
     original = module.net
     with pytest.raises(ConfigError, match="`num_classes` is missing"):
         trainer(tmp_path, DA3Callback("a", config=CONFIG)).fit(module, data())
-    far = DA3Config(adapter=AdapterConfig(min_stride=64))
-    with pytest.raises(ConversionError, match="min_stride=64"):
-        trainer(tmp_path, DA3Callback("a", 2, config=far)).fit(module, data())
+    headless = DA3Config(head="fc")
+    with pytest.raises(ConversionError, match="no Linear or convolution named 'fc'"):
+        trainer(tmp_path, DA3Callback("a", 2, config=headless)).fit(module, data())
     assert module.net is original
     assert all(p.requires_grad for p in module.parameters())
 
