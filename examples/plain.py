@@ -18,6 +18,7 @@ from lightning_da3.nn.gate import Executed, annealed_target, budget_loss
 from lightning_da3.ops.host import coarse_grid, upsample
 from lightning_da3.ops.tokens import Place
 from lightning_da3.planning import HostPlan, PartPlan
+from lightning_da3.planning.sizes import mutable
 from lightning_da3.tracing import Part, trace
 
 _POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
@@ -128,6 +129,10 @@ class _Interpreter(fx.Interpreter):
         values = dict(zip([n.target for n in names], args, strict=False)) | kwargs
         defaults = {n.target: n.args[0] for n in names if n.args}
         return self.run(*[values.get(n.target, defaults.get(n.target)) for n in names])
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return mutable(args), mutable(kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         if n.name in self.first:

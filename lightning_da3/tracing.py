@@ -17,6 +17,7 @@ import torch.fx
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from lightning_da3.errors import ConversionError
 from lightning_da3.registry import has_frozen_form, is_registered
@@ -250,8 +251,15 @@ def _float_twin(model: nn.Module) -> str:
 
 
 def _copy(model: nn.Module) -> nn.Module:
+    results = [leaf for m in model.modules() for leaf in tree_leaves(dict(vars(m)))]
+    # what a forward left behind belongs to a graph, and refuses to be copied
+    memo = {
+        id(t): t.detach().clone()
+        for t in results
+        if isinstance(t, torch.Tensor) and t.grad_fn is not None
+    }
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, memo)
     except Exception as error:  # the user's own __deepcopy__ or state
         raise ConversionError(
             f"{type(model).__name__} cannot be copied, and conversion never edits the caller's "

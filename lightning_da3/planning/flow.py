@@ -69,6 +69,11 @@ class Flow:
             if node in upstream:
                 upstream.update(node.all_input_nodes)
         inside = (downstream & upstream) - {first}
+        for node in self.nodes[self.position[first] + 1 : end + 1]:
+            # nobody reads it: it is there for what it writes into values of the stretch
+            read = self.inputs(node)
+            if not node.users and read and node.op != "output" and set(read) <= inside:
+                inside.add(node)
         return dict.fromkeys(sorted(inside, key=self.position.__getitem__))
 
 

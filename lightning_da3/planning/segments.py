@@ -8,7 +8,7 @@ is smaller, or that other such operations can start from as well: that one is ke
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 
 from torch import fx, nn
 
@@ -41,6 +41,7 @@ class SegmentFinder:
         tensors: Nodes whose value is one tensor; empty if nothing is known.
         nodes: What becomes of every node.
         hosts: Of the graph.
+        inputs: Placeholders whose value may be trained already.
         head: Module name of the classifier.
         exact: Values are kept as they are, not as codes.
     """
@@ -53,6 +54,7 @@ class SegmentFinder:
         tensors: Container[fx.Node],
         nodes: tuple[NodePlan, ...],
         hosts: tuple[HostPlan, ...],
+        inputs: Sequence[fx.Node],
         head: str | None,
         exact: bool,
     ) -> None:
@@ -63,7 +65,7 @@ class SegmentFinder:
         self.readers = {host.source: host.readers for host in hosts}
         self.trained: Nodes = {}
         for node in flow.activations:
-            if node.name in self.written or self._sources(node):
+            if node in inputs or node.name in self.written or self._sources(node):
                 self.trained[node] = None
         self.before = dominators(self.trained, self._sources)
 
