@@ -217,7 +217,7 @@ def measure(name: str, size: int | None, count: int) -> Row:
         if g.norm() > least
     )
     share = sum(p.numel() for p in model.domain("measured").adapters.parameters()) / total
-    hosts, islands = len(model.plan.hosts), len(model.plan.parts)
+    hosts, islands = len(model.plan.hosts), len(model.plan.parts) if model.plan.python else 0
     return Row(name, hosts, islands, share, tuned, default, exact, error, cosine, seconds)
 
 

@@ -45,8 +45,8 @@ class PlainPyTorch:
         self.root = traced.root
         if model.plan.head is not None and self.domain.head is not None:
             self.root.set_submodule(model.plan.head, self.domain.head)
-        for module in self.root.modules():  # what stays Python follows the mode, layers do not
-            module.training = model.training and not _is_layer(module)
+        for path in traced.python:  # follows the mode, layers do not
+            self.root.get_submodule(path).training = model.training
         for part, planned in zip(traced.parts, model.plan.parts, strict=True):
             if folded:
                 _fold_(part, planned, model.backbone)
@@ -183,8 +183,3 @@ def _fold_(part: Part, planned: PartPlan, backbone: nn.Module) -> None:
             place = f"affine_{step.name}"
             part.gm.add_submodule(place, _Affine(twin.scale, twin.shift))
             nodes[step.name].target = place
-
-
-def _is_layer(module: nn.Module) -> bool:
-    inside = isinstance(module, fx.GraphModule)
-    return inside or type(module).__module__.startswith("torch.nn")

@@ -40,19 +40,20 @@ def find_backbone(module: nn.Module, name: str | None) -> str:
                 f"It has {sorted(children)}."
             ) from error
         return name
-    fitting = [key for key, child in children.items() if _has_convolutions(child)]
+    fitting = [key for key, child in children.items() if _has(child, *SPATIAL)]
+    fitting = fitting or [key for key, child in children.items() if _has(child, nn.Linear)]
     if len(fitting) != 1:
         found = f"{fitting} all have" if fitting else f"of {sorted(children)} none has"
         raise ConfigError(
             f"Cannot tell which part of {type(module).__name__} is the backbone: {found} "
-            "convolutions. Name it: DA3Callback(..., backbone='net'), where self.net is the "
+            "convolutions or linear layers. Name it: DA3Callback(..., backbone='net'), where self.net is the "
             "network."
         )
     return fitting[0]
 
 
-def _has_convolutions(module: nn.Module) -> bool:
-    return any(isinstance(layer, (DA3Model, *SPATIAL)) for layer in module.modules())
+def _has(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    return any(isinstance(layer, (DA3Model, *kinds)) for layer in module.modules())
 
 
 def attach_(

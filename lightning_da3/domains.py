@@ -252,12 +252,15 @@ class DA3Model(nn.Module):
         """Domains follow `mode`; the backbone is held in eval whatever it says.
 
         Frozen layers compute the same either way and show `mode`; only layers that could tell the
-        difference show eval, so that Lightning warns of them and not of every other layer.
+        difference show eval, so that Lightning warns of them and not of every other layer. What
+        stays Python follows `mode` (a detector returns its losses only in train mode).
         """
         super().train(mode)
         for layer in self.backbone.modules():
             if _has_modes(layer):
                 layer.eval()
+        for path, _ in self.plan.python:
+            self.backbone.get_submodule(path).training = mode
         return self
 
     def set_progress(self, progress: float) -> None:

@@ -133,7 +133,8 @@ def recomputed(
         What `piece` returns.
     """
     wanted = x.requires_grad or any(p.requires_grad for p in parameters)
-    if not (torch.is_grad_enabled() and wanted):
+    other = any(r.requires_grad for r in rest if isinstance(r, Tensor))  # no constant after all
+    if other or not (torch.is_grad_enabled() and wanted):
         return piece(x, *rest)
     if torch.compiler.is_compiling():  # the compiler keeps by rules of its own
         return checkpoint(piece, x, *rest, use_reentrant=False)

@@ -66,7 +66,7 @@ def plan(traced: Traced, config: DA3Config) -> Plan:
         raise ConversionError(_nothing_message(traced))
     least = min(config.adapter.min_stride, max(found))
     parts = tuple(_plan_part(draft, least, config) for draft in drafts)
-    python = tuple(f"{path or 'the network'} ({why})" for path, why in traced.python.items())
+    python = tuple(traced.python.items())
     return Plan(traced.network, parts, head, _input_channels(traced), python)
 
 
