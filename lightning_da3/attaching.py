@@ -46,8 +46,8 @@ def find_backbone(module: nn.Module, name: str | None) -> str:
         found = f"{fitting} all have" if fitting else f"of {sorted(children)} none has"
         raise ConfigError(
             f"Cannot tell which part of {type(module).__name__} is the backbone: {found} "
-            "convolutions or linear layers. Name it: DA3Callback(..., backbone='net'), where self.net is the "
-            "network."
+            "convolutions or linear layers. Name it: DA3Callback(..., backbone='net'), where "
+            "self.net is the network."
         )
     return fitting[0]
 

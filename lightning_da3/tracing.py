@@ -126,7 +126,8 @@ class _Islands:
         return result
 
     def _convert(self, module: nn.Module, path: str) -> nn.Module:
-        if path and Tracer().is_leaf_module(module, path):
+        holder = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        if path and not holder and Tracer().is_leaf_module(module, path):
             if not has_frozen_form(module):
                 return module
             gm = _single(module)
@@ -141,7 +142,7 @@ class _Islands:
             else:
                 self.parts.append(Part(path, gm))
                 return gm
-        if type(module) not in (nn.ModuleList, nn.ModuleDict):
+        if not holder:
             self.python[path] = f"{type(module).__name__}: {reason}"
         for name, child in module.named_children():
             prefix = f"{path}.{name}" if path else name

@@ -59,7 +59,7 @@ class SegmentFinder:
         exact: bool,
     ) -> None:
         self.gm, self.flow, self.size, self.head, self.exact = gm, flow, size, head, exact
-        self.tensors = tensors or set(flow.nodes)
+        self.tensors = tensors or {node for node in flow.nodes if self._gives_one_tensor(node)}
         self.plan = {node.name: node for node in nodes}
         self.written = {host.last for host in hosts}
         self.readers = {host.source: host.readers for host in hosts}
@@ -68,6 +68,13 @@ class SegmentFinder:
             if node in inputs or node.name in self.written or self._sources(node):
                 self.trained[node] = None
         self.before = dominators(self.trained, self._sources)
+
+    def _gives_one_tensor(self, node: fx.Node) -> bool:
+        """Without shapes: layers do, but those that return tuples; inputs may be anything."""
+        layer = module_of(self.gm, node)
+        if layer is not None:
+            return not isinstance(layer, (nn.MultiheadAttention, nn.RNNBase))
+        return getattr(node.target, "__name__", "") in ("add", "iadd", "sub", "mul", "cat")
 
     def find(self) -> Iterator[SegmentPlan]:
         """Every segment, in order."""
