@@ -8,6 +8,7 @@ is smaller, or that other such operations can start from as well: that one is ke
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Container, Iterator
 
 from torch import fx, nn
@@ -57,7 +58,7 @@ class SegmentFinder:
         exact: bool,
     ) -> None:
         self.gm, self.flow, self.size, self.head, self.exact = gm, flow, size, head, exact
-        self.tensors = tensors or set(flow.nodes)
+        self.tensors = tensors or {node for node in flow.nodes if not _is_unpacked(node)}
         self.plan = {node.name: node for node in nodes}
         self.written = {host.last for host in hosts}
         self.readers = {host.source: host.readers for host in hosts}
@@ -190,3 +191,9 @@ class SegmentFinder:
     def _worth_it(self, segment: _Segment) -> bool:
         alone = sum(self._alone(k) for k in segment.keepers)
         return self._cost(segment.source) < alone
+
+
+def _is_unpacked(node: fx.Node) -> bool:
+    """Whether what `node` returns may be a tuple."""
+    items = [user for user in node.users if user.target is operator.getitem]
+    return any(isinstance(item.args[1], int) for item in items)
