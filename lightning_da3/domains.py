@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -462,4 +463,10 @@ def _carry(output: Any, loss: Tensor, scale: float) -> Any:
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             leaves[i] = with_loss(leaf, loss, scale)
             return tree_unflatten(leaves, structure)
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            fields = {f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf) if f.init}
+            carrying = _carry(fields, loss, scale)
+            if carrying is not fields:
+                leaves[i] = dataclasses.replace(leaf, **carrying)
+                return tree_unflatten(leaves, structure)
     return output

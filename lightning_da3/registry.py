@@ -20,6 +20,7 @@ from lightning_da3.nn.frozen import (
     AdaptiveAvgPool,
     AvgPool,
     Coded,
+    ConvOfWeights,
     FrozenConvTranspose,
     HardSigmoid,
     MaxPool,
@@ -299,6 +300,33 @@ def _functional_max_pool(
     return_indices: bool = False,
 ) -> nn.Module:
     return kind(kernel_size, stride, padding, dilation, return_indices, ceil_mode)
+
+
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)  # the same as torch.conv1d and so on
+
+
+def convolution_of(
+    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[ConvOfWeights, tuple[Any, ...]] | None:
+    """What computes ``F.conv2d(*args, **kwargs)``, if that is what it is, with which arguments.
+
+    Args:
+        target: A function.
+        args: What the call passes.
+        kwargs: What it passes by name.
+
+    Returns:
+        The module, and input, weight and bias; or None.
+    """
+    if target not in _CONVOLUTIONS:
+        return None
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    call = {**dict(zip(names, args, strict=False)), **kwargs}
+    tensors = (call.pop("input"), call.pop("weight"), call.pop("bias", None))
+    values = [v for v in call.values() for v in (v if isinstance(v, (tuple, list)) else (v,))]
+    if not all(isinstance(value, (int, str)) for value in values):
+        return None  # computed in forward
+    return ConvOfWeights(**call), tensors
 
 
 def layer_of(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module | None:

@@ -7,19 +7,24 @@ in their places, down to single layers.
 
 from __future__ import annotations
 
+import builtins
 import copy
+import inspect
 import operator
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch.fx
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves
 
-from lightning_da3.errors import ConversionError
+from lightning_da3.errors import ConversionError, InputError
 from lightning_da3.registry import has_frozen_form, is_registered
 
 LAYER = "layer"  # name of the one layer in the graph of a single layer
@@ -41,12 +46,55 @@ class Tracer(torch.fx.Tracer):
     """`torch.fx.Tracer` that keeps our own modules whole.
 
     `torch.fx.symbolic_trace` would look through them and lose every custom backward silently.
+
+    Args:
+        defaults: Arguments of the traced forward that are what they are by default, so that it may
+            branch on them.
     """
+
+    def __init__(self, defaults: Container[str] = ()) -> None:
+        super().__init__()
+        self.defaults = defaults
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """PyTorch's layers, ours and registered ones are nodes; everything else is looked into."""
         ours = type(m).__module__.startswith("lightning_da3.") or is_registered(type(m))
         return ours or super().is_leaf_module(m, module_qualified_name)
+
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **named: Any
+    ) -> Any:
+        """An argument that is what it is by default stays in the signature, and is checked."""
+        proxy = super().create_proxy(kind, target, args, kwargs, *others, **named)
+        if kind != "placeholder" or target not in self.defaults or not args:
+            return proxy
+        super().create_proxy("call_function", must_be_default, (proxy, target, args[0]), {})
+        return args[0]
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> torch.fx.Graph:
+        """The graph of `root`, which may take the `len` of a tensor."""
+        length = builtins.len
+
+        def proxy_length(value: Any) -> Any:
+            if isinstance(value, torch.fx.Proxy):
+                return value.tracer.create_proxy("call_function", length, (value,), {})
+            return length(value)
+
+        with mock.patch.object(builtins, "len", proxy_length):
+            return super().trace(root, concrete_args)
+
+
+def must_be_default(value: Any, name: str, default: Any) -> None:
+    """Refuse an argument that the traced forward branches on.
+
+    Raises:
+        InputError: It is not what it is by default.
+    """
+    if value is not default and value != default:
+        raise InputError(
+            f"`{name}` was traced as {default!r}, which the network's forward branches on. To use "
+            f"it, convert a module whose forward always passes `{name}` on to the network."
+        )
 
 
 @dataclass(frozen=True)
@@ -136,7 +184,7 @@ class _Islands:
         reason = None if path == "" else _called_by_name(module)
         if reason is None:
             try:
-                gm = _graph(module)
+                gm = _graph(module, whole=path == "")
             except Exception as error:  # noqa: BLE001  # the user's own forward: anything can come
                 reason = str(error).split("\n")[0]
             else:
@@ -150,11 +198,48 @@ class _Islands:
         return module
 
 
-def _graph(module: nn.Module) -> torch.fx.GraphModule:
+def _graph(module: nn.Module, *, whole: bool) -> torch.fx.GraphModule:
+    graph = _traced(module, whole=whole)
+    _first_by_position_(graph)
+    _drop_unread_items_(graph)
+    _name_what_was_overwritten_(graph, module)
+    gm = torch.fx.GraphModule(module, graph, class_name=type(module).__name__)
+    _keep_attributes_(gm, module)
+    return gm
+
+
+def _traced(module: nn.Module, *, whole: bool) -> torch.fx.Graph:
+    """The graph of `module`, if need be with its optional arguments as they are by default.
+
+    A Python parent may pass others, so that is for the `whole` network alone.
+    """
+    options = {
+        name: parameter.default
+        for name, parameter in inspect.signature(module.forward).parameters.items()
+        if isinstance(parameter.default, (type(None), bool, int, float, str))
+    }
+    absent = {name for name, default in options.items() if default is None}
+    try:
+        graph = _trace_once(module, ())
+    except Exception:  # the user's own forward: anything can come
+        if not whole or not options:
+            raise
+        return _trace_once(module, options)
+    if absent:  # a proxy is never None, so a forward that asks for None was not told the truth
+        without = _trace_once(module, absent)
+        checks = [node for node in without.nodes if node.target is must_be_default]
+        if len(without.nodes) - len(checks) != len(graph.nodes):
+            if not whole:
+                raise ConversionError(f"it asks whether {sorted(absent)} are None")
+            return without
+    return graph
+
+
+def _trace_once(module: nn.Module, defaults: Container[str]) -> torch.fx.Graph:
     before = {name: (id(b), b._version) for name, b in module.named_buffers()}
     kept = copy.deepcopy(dict(module.named_buffers()))
     try:
-        graph = Tracer().trace(module)
+        graph = Tracer(defaults).trace(module)
     finally:
         changed = [
             name
@@ -166,11 +251,7 @@ def _graph(module: nn.Module) -> torch.fx.GraphModule:
             module.get_submodule(owner)._buffers[attribute] = kept[name]
     if changed:
         raise ConversionError(f"its forward changes the buffers {changed}")
-    _first_by_position_(graph)
-    _drop_unread_items_(graph)
-    gm = torch.fx.GraphModule(module, graph, class_name=type(module).__name__)
-    _keep_attributes_(gm, module)
-    return gm
+    return graph
 
 
 def _keep_attributes_(gm: torch.fx.GraphModule, module: nn.Module) -> None:
@@ -219,6 +300,51 @@ def _drop_unread_items_(graph: torch.fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.target is operator.getitem and not node.users:
             graph.erase_node(node)
+
+
+_VIEWS = frozenset(
+    "getitem chunk split tensor_split unbind view view_as reshape flatten unflatten permute "
+    "transpose t movedim moveaxis swapaxes swapdims narrow select squeeze unsqueeze expand "
+    "diagonal detach real unsafe_chunk".split()
+)
+
+
+def _name_what_was_overwritten_(graph: torch.fx.Graph, module: nn.Module) -> None:
+    """``x.relu_(); f(x)`` becomes ``y = x.relu_(); f(y)``: so the flow of data shows the change.
+
+    Raises:
+        ConversionError: A part of a value is changed, and all of it read later.
+    """
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        x = node.args[0] if node.args else None
+        if not (isinstance(x, torch.fx.Node) and _overwrites(module, node)):
+            continue
+        later = [user for user in x.users if position[user] > position[node]]
+        for user in later:
+            user.replace_input_with(x, node)
+        while x.op.startswith("call") and _operation(x) in _VIEWS and x.args:
+            x = x.args[0]
+            if not isinstance(x, torch.fx.Node):
+                break
+            if any(position[user] > position[node] for user in x.users):
+                raise ConversionError(f"it changes a part of {x.name}, which it reads afterwards")
+
+
+def _operation(node: torch.fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _overwrites(module: nn.Module, node: torch.fx.Node) -> bool:
+    """Whether `node` writes its result where its first argument was."""
+    if node.op == "call_module":
+        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = _operation(node)
+    named = name.endswith("_") and not name.endswith("__")
+    written = named or name in ("iadd", "isub", "imul", "itruediv", "ipow")
+    return written or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
 
 
 def _check(model: nn.Module) -> None:
@@ -274,12 +400,19 @@ def _plain(model: nn.Module) -> nn.Module:
         for name, child in module.named_children():
             if hasattr(child, "_orig_mod"):  # torch.compile: compile the converted network
                 setattr(module, name, child._orig_mod)
+        if parametrize.is_parametrized(module):
+            kind = type(module)  # the caller's, too, and removing edits it
+            own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+            module.__class__ = type(kind.__name__, kind.__bases__, own)
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        for key, hook in list(module._forward_pre_hooks.items()):  # before parametrisations
+            if isinstance(hook, (WeightNorm, SpectralNorm)):
+                hook.remove(module)
+                del module._forward_pre_hooks[key]
         base = _same_layer(type(module))
         if base is not None:
             module.__class__ = base
-        if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     model = getattr(model, "_orig_mod", model)
     return model.requires_grad_(False)
 

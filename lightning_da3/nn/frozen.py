@@ -149,6 +149,42 @@ class FrozenConv(nn.Module):
         return f"{tuple(self.weight.shape)}, stride={self.stride}, groups={self.groups}"
 
 
+class ConvOfWeights(nn.Module):
+    """A convolution of frozen weights that are passed to it, as ``F.conv2d(x, weight)``.
+
+    Args:
+        stride: An int or one for every axis; likewise `dilation`.
+        padding: Likewise, or ``"same"`` or ``"valid"``.
+        dilation: Of the kernel.
+        groups: Of the channels.
+    """
+
+    def __init__(
+        self,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(N, C, *in) to (N, O, *out)."""
+        axes = weight.dim() - 2
+        dilation = numbers(self.dilation, axes)
+        if isinstance(self.padding, str):
+            padding = (0,) * axes
+            if self.padding == "same":
+                more = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+                sides = [side for m in reversed(more) for side in (m // 2, m - m // 2)]
+                x = nn.functional.pad(x, sides)
+        else:
+            padding = numbers(self.padding, axes)
+        stride = numbers(self.stride, axes)
+        return frozen_conv(x, weight, bias, stride, padding, dilation, self.groups)
+
+
 class FrozenConvTranspose(nn.Module):
     """A frozen transposed convolution that keeps nothing.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -59,13 +59,22 @@ class _Recomputed(torch.autograd.Function):
         waiting = iter(tensors)
         rest = [r if r is not None else next(waiting, None) for r in ctx.rest]
         x = x.detach().requires_grad_(ctx.needs_input_grad[2])
+        trained = ctx.how.trained
+        parameters = rest[:trained]
+        others = [
+            cast(Tensor, r).detach().requires_grad_() if needed else r
+            for r, needed in zip(rest[trained:], ctx.needs_input_grad[3 + trained :], strict=True)
+        ]
         again = contextlib.nullcontext() if ctx.random is None else ctx.random.again()
         with torch.enable_grad(), ctx.autocast(), again:
-            outputs = ctx.piece(x, *rest[ctx.how.trained :])
+            outputs = ctx.piece(x, *others)
         wanted = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None]
         wanted = [(y, g) for y, g in wanted if y.requires_grad]
-        parameters = rest[: ctx.how.trained]
-        sources = [t for t in (x, *parameters) if t.requires_grad]
+        leaves = [
+            t if isinstance(t, Tensor) and t.requires_grad else None
+            for t in (x, *parameters, *others)
+        ]
+        sources = [t for t in leaves if t is not None]
         found = iter(
             torch.autograd.grad(
                 [y for y, _ in wanted], sources, [g for _, g in wanted], allow_unused=True
@@ -73,8 +82,7 @@ class _Recomputed(torch.autograd.Function):
             if wanted and sources
             else [None] * len(sources)
         )
-        back = [next(found) if t.requires_grad else None for t in (x, *parameters)]
-        return None, None, *back, *[None] * (len(rest) - ctx.how.trained)
+        return None, None, *[None if t is None else next(found) for t in leaves]
 
 
 def _owner(y: Any, x: Tensor) -> Any:
@@ -124,7 +132,7 @@ def recomputed(
     Args:
         piece: Pure; returns a tuple.
         x: The one activation that it reads; must not be overwritten by `piece`.
-        rest: Constants: tensors without gradient, numbers.
+        rest: Kept as they are: mostly constants, and numbers.
         exact: Keep `x` itself, not its 8-bit codes.
         parameters: Trainable tensors that `piece` uses by itself.
         random: `piece` draws random numbers, which must be the same again.
@@ -132,9 +140,9 @@ def recomputed(
     Returns:
         What `piece` returns.
     """
-    wanted = x.requires_grad or any(p.requires_grad for p in parameters)
-    other = any(r.requires_grad for r in rest if isinstance(r, Tensor))  # no constant after all
-    if other or not (torch.is_grad_enabled() and wanted):
+    tensors = (x, *parameters, *[r for r in rest if isinstance(r, Tensor)])
+    wanted = any(tensor.requires_grad for tensor in tensors)
+    if not (torch.is_grad_enabled() and wanted):
         return piece(x, *rest)
     if torch.compiler.is_compiling():  # the compiler keeps by rules of its own
         return checkpoint(piece, x, *rest, use_reentrant=False)

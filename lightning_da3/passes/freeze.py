@@ -9,7 +9,7 @@ from torch import fx
 from lightning_da3.config import DA3Config
 from lightning_da3.nn.frozen import FrozenAffine, FrozenConv
 from lightning_da3.planning import NodePlan, PartPlan, layer_called
-from lightning_da3.registry import replacement_for
+from lightning_da3.registry import convolution_of, replacement_for
 from lightning_da3.tracing import Part, module_of
 
 STANDS_FOR = "stands_for"
@@ -30,7 +30,10 @@ def freeze_(part: Part, plan: PartPlan, config: DA3Config) -> None:
     for step in plan.nodes:
         node = nodes[step.name]
         name = str(node.target)
-        if step.action == "freeze":
+        if step.action == "freeze" and node.op == "call_function":
+            conv, args = cast(Any, convolution_of(node.target, node.args, dict(node.kwargs)))
+            _call(gm, node, conv, args)
+        elif step.action == "freeze":
             if not isinstance(module_of(gm, node), FrozenConv):  # else an earlier call did it
                 norm = norm_of.get(step.name)
                 norm_name = None if norm is None else str(norm.target)
@@ -61,12 +64,14 @@ def _replace(gm: fx.GraphModule, node: fx.Node, step: NodePlan) -> None:
     _call(gm, node, replacement.build(step.inplace))
 
 
-def _call(gm: fx.GraphModule, node: fx.Node, layer: Any) -> None:
-    """Let `node` call `layer` on its first argument. A place of its own: calls may differ."""
+def _call(
+    gm: fx.GraphModule, node: fx.Node, layer: Any, args: tuple[Any, ...] | None = None
+) -> None:
+    """Let `node` call `layer`, by default on its first argument; in a place of its own."""
     name = f"frozen_{node.name}"
     gm.add_submodule(name, layer)
     node.op, node.target = "call_module", name
-    node.args, node.kwargs = node.args[:1], {}
+    node.args, node.kwargs = node.args[:1] if args is None else args, {}
 
 
 def _bypass(gm: fx.GraphModule, node: fx.Node) -> None:

@@ -81,6 +81,8 @@ class Flow:
 def _is_number(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in _NUMBERS
+    if node.target is len:
+        return True
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in ("shape", "ndim", "dtype", "device")
     return False

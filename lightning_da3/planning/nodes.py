@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from lightning_da3.planning.layers import CONVS, has_statistics, layer_called
 from lightning_da3.planning.plan import HostPlan, NodePlan
-from lightning_da3.registry import Replacement, has_hooks, replacement_for
+from lightning_da3.registry import Replacement, convolution_of, has_hooks, replacement_for
 from lightning_da3.tracing import module_of
 
 
@@ -77,6 +78,8 @@ def _plan_node(
         return NodePlan(node.name, label, "leave", "head")
     if isinstance(called, CONVS) and type(called) in CONVS and not has_hooks(called):
         return NodePlan(node.name, label, "freeze")
+    if _is_conv_of_constants(node):
+        return NodePlan(node.name, label, "freeze")
     if node.name in folds:
         return NodePlan(node.name, label, "fold", fold_into=folds[node.name])
     if has_statistics(called):
@@ -89,6 +92,19 @@ def _plan_node(
         return NodePlan(node.name, label, "remove")
     inplace = _overwrites(replacement, free)
     return NodePlan(node.name, label, "replace", replacement.keeps, inplace)
+
+
+def _is_conv_of_constants(node: fx.Node) -> bool:
+    found = convolution_of(node.target, node.args, node.kwargs)
+    return found is not None and all(_is_constant(i) for i in found[1][1:])
+
+
+def _is_constant(node: Any) -> bool:
+    """Computed from the network's own tensors alone."""
+    if not isinstance(node, fx.Node) or node.op == "get_attr":
+        return True
+    inputs = node.all_input_nodes
+    return node.op != "placeholder" and bool(inputs) and all(_is_constant(i) for i in inputs)
 
 
 def _overwrites(replacement: Replacement, free: bool) -> bool:
@@ -127,7 +143,8 @@ _KEEP_NOTHING_NAMES = frozenset(
     "getitem unsqueeze squeeze expand repeat mean sum to dim numel float half double bfloat16 type "
     "pad movedim moveaxis swapaxes swapdims t neg floordiv mod eq ne lt le gt ge _assert narrow "
     "select roll flip interpolate upsample pixel_shuffle pixel_unshuffle unfold fold detach "
-    "constant_pad_nd one_hot ones_like zeros_like linear unsafe_chunk index_select".split()
+    "constant_pad_nd one_hot ones_like zeros_like linear unsafe_chunk index_select len "
+    "must_be_default".split()
 )
 # they keep of each operand what the others need: nothing, if only one carries gradients
 _BILINEAR_NAMES = frozenset("mul mul_ imul rmul matmul bmm mm addmm einsum dot".split())

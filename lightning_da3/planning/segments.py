@@ -8,6 +8,7 @@ is smaller, or that other such operations can start from as well: that one is ke
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Container, Iterator, Sequence
 
 from torch import fx, nn
@@ -70,10 +71,9 @@ class SegmentFinder:
         self.before = dominators(self.trained, self._sources)
 
     def _gives_one_tensor(self, node: fx.Node) -> bool:
-        """Without shapes: layers do, but those that return tuples; inputs may be anything."""
-        layer = module_of(self.gm, node)
-        if layer is not None:
-            return not isinstance(layer, (nn.MultiheadAttention, nn.RNNBase))
+        """Without shapes: layers do, unless they return tuples; inputs may be anything."""
+        if module_of(self.gm, node) is not None:
+            return not _is_unpacked(node)
         return getattr(node.target, "__name__", "") in ("add", "iadd", "sub", "mul", "cat")
 
     def find(self) -> Iterator[SegmentPlan]:
@@ -199,3 +199,9 @@ class SegmentFinder:
     def _worth_it(self, segment: _Segment) -> bool:
         alone = sum(self._alone(k) for k in segment.keepers)
         return self._cost(segment.source) < alone
+
+
+def _is_unpacked(node: fx.Node) -> bool:
+    """Whether what `node` returns may be a tuple."""
+    items = [user for user in node.users if user.target is operator.getitem]
+    return any(isinstance(item.args[1], int) for item in items)

@@ -43,6 +43,16 @@ class _Recorder(fx.Interpreter):
             self.shapes[n] = tuple(result.shape)
         return result
 
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        layer = self.fetch_attr(target)
+        if not (isinstance(layer, nn.RNNBase) and args[0].dim() == 3):
+            return super().call_module(target, args, kwargs)
+        axis = 1 if layer.batch_first else 0  # one step: fake ones are no quicker than real ones
+        size = [-1, -1, -1]
+        size[axis] = args[0].shape[axis]
+        y, state = layer(args[0].narrow(axis, 0, 1), *args[1:], **kwargs)
+        return y.expand(size), state
+
 
 def mutable(value: Any) -> Any:
     """`value` with plain lists and dictionaries in the place of those of `torch.fx`."""
@@ -60,7 +70,7 @@ def guess_shapes(gm: fx.GraphModule) -> Shapes:
         with _quiet(), contextlib.suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True):
             recorder = _Recorder(gm)
             with torch.no_grad():
-                recorder.run(*[None if i is None else torch.empty(i) for i in inputs])
+                recorder.run(*[torch.zeros(i.shape, dtype=i.dtype) for i in inputs])
             return recorder.shapes
     return {}
 
@@ -76,17 +86,19 @@ def _quiet() -> Iterator[None]:
         log.disabled = before
 
 
-def _guesses(gm: fx.GraphModule) -> Iterator[list[tuple[int, ...] | None]]:
+def _guesses(gm: fx.GraphModule) -> Iterator[list[Tensor]]:
+    """Inputs without memory: shapes and types."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     required = [node for node in placeholders if not node.args]
     readers = [_reader(gm, node) for node in required]
     side = getattr(gm, "image_size", None)
     for i in range(max(len(sides) for sides in _SIDES.values())):
-        guess = [_guess(layer, i) for layer in readers]
-        if all(shape is not None for shape in guess):
+        found = [_guess(layer, i) for layer in readers]
+        guess = [g for g in found if g is not None]
+        if len(guess) == len(found):
             yield guess
-        if i == 0 and isinstance(side, int):
-            yield [None if g is None else (*g[:2], *[side] * (len(g) - 2)) for g in guess]
+            if i == 0 and isinstance(side, int):
+                yield [g.new_empty(*g.shape[:2], *[side] * (g.dim() - 2)) for g in guess]
 
 
 def _reader(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
@@ -95,20 +107,28 @@ def _reader(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     for reader in seen:
         for user in reader.users:
             layer = module_of(gm, user)
-            if isinstance(layer, (*CONVS, nn.Linear)):
+            if isinstance(layer, (*CONVS, nn.Linear, nn.Embedding, nn.RNNBase)):
                 return layer
             if user not in seen and len(seen) < 30:
                 seen.append(user)
     return None
 
 
-def _guess(layer: nn.Module | None, i: int) -> tuple[int, ...] | None:
+def _guess(layer: nn.Module | None, i: int) -> Tensor | None:
     if isinstance(layer, CONVS):
         sides = _SIDES[layer.weight.dim() - 2]
-        return (1, layer.in_channels, *sides[i]) if i < len(sides) else None
-    if isinstance(layer, nn.Linear) and i < 2:
-        return (1, _TOKENS, layer.in_features) if i == 0 else (1, layer.in_features)
-    return None
+        shape = (1, layer.in_channels, *sides[i]) if i < len(sides) else None
+    elif isinstance(layer, nn.Linear):
+        shape = ((1, _TOKENS, layer.in_features), (1, layer.in_features), None)[min(i, 2)]
+    elif isinstance(layer, nn.RNNBase):
+        row = (1, _TOKENS) if layer.batch_first else (_TOKENS, 1)
+        shape = (*row, layer.input_size) if i == 0 else None
+    elif isinstance(layer, nn.Embedding):
+        return None if i else torch.empty((1, _TOKENS), dtype=torch.long, device="meta")
+    else:
+        return None
+    dtype = next(layer.parameters()).dtype
+    return None if shape is None else torch.empty(shape, dtype=dtype, device="meta")
 
 
 def sizes(gm: fx.GraphModule, shapes: Shapes) -> dict[fx.Node, float]:
