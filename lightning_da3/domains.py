@@ -321,8 +321,8 @@ class DA3Model(nn.Module):
 
         Args:
             name: One of `domains`.
-            batches: Of its samples: what `forward` takes first, or tuples that begin with it, as
-                loaders give them.
+            batches: Of its samples: tensors, as `forward` takes them first, or tuples or lists that
+                begin with what it takes first, as loaders give them.
 
         Raises:
             DomainError: There is no such domain.

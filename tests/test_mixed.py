@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import lit
 import models
 import pytest
 import torch
@@ -23,6 +24,7 @@ from lightning_da3 import (
     GateConfig,
     InputError,
     convert,
+    load_from_checkpoint,
 )
 from lightning_da3.checkpointing import read_domain, write_domain
 from lightning_da3.nn.frozen import FrozenConv
@@ -173,6 +175,10 @@ def test_heads_may_be_alike_and_all_samples_of_one_domain():
             model(x, domains=names), apart(model, x, names), rtol=1e-4, atol=1e-5
         )
     assert model(x[:0], domains=[]) == []
+
+
+def test_the_island_is_one():
+    assert learned("Island").plan.python
 
 
 def test_the_backbone_runs_once():
@@ -436,3 +442,14 @@ def test_statistics_in_state_dicts():
     model.load_state_dict(domain_state(bare))  # from before there were statistics: still right
     assert model.nearest_domains(x) == before
     assert torch.equal(model(x, domains=MIX)[0], bare(x, domains=MIX)[0])
+
+
+def test_statistics_in_checkpoints_of_a_trainer(tmp_path):
+    module, loader = lit.lit(), lit.data()
+    trainer = lit.trainer(tmp_path, lit.callback("a"), epochs=1)
+    trainer.fit(module, loader)
+    module.net.fit_statistics("a", loader)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    again = load_from_checkpoint(lit.Lit, tmp_path / "x.ckpt")
+    ours, theirs = (m.net.domain("a").statistics.state_dict() for m in (module, again))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
