@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from lightning_da3.checkpointing import read_domain, write_domain
 from lightning_da3.config import DA3Config
-from lightning_da3.errors import CheckpointError, ConfigError, DA3Error, DomainError
-from lightning_da3.nn.adapter import Adapter, HostInput
+from lightning_da3.errors import CheckpointError, ConfigError, DA3Error, DomainError, InputError
+from lightning_da3.mixing import NEAREST, Domains, by_sample, check_domains, samples_in
+from lightning_da3.nn.adapter import Adapter, HostInput, MixedAdapters
 from lightning_da3.nn.gate import (
     Executed,
     Recorder,
@@ -25,10 +26,12 @@ from lightning_da3.nn.gate import (
     executed_fraction,
     with_loss,
 )
-from lightning_da3.nn.head import HeadSlot, new_head
+from lightning_da3.nn.head import HeadSlot, MixedHeads, class_axis, classes_of, new_head
+from lightning_da3.nn.statistics import Statistics
 from lightning_da3.passes.hosts import INPUTS, host_key
 from lightning_da3.planning import INERT_LAYERS, HostPlan, Plan
 from lightning_da3.state import (
+    HAS_STATISTICS,
     check_identity,
     check_input,
     check_tensors,
@@ -41,7 +44,7 @@ NOISE_UNTIL = 0.8  # of training; the gates settle without noise
 
 
 class Domain(nn.Module):
-    """What one domain owns: an adapter for every host, and its head.
+    """What one domain owns: an adapter for every host, its head, and statistics once it has some.
 
     Args:
         adapters: By host key, in the order of the plan.
@@ -58,6 +61,7 @@ class Domain(nn.Module):
         class_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        self.statistics: Statistics | None = None  # of the backbone's features of its samples
         self.adapters = nn.ModuleDict(dict(adapters))
         self.head = head
         self.num_classes = num_classes
@@ -201,19 +205,35 @@ class DA3Model(nn.Module):
 
     # --- computing --------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, domains: Domains | None = None, **kwargs: Any) -> Any:
         """What the network returned before, for the active domain.
 
         While a domain trains, the output carries the gates' budget loss into the backward pass.
+
+        Args:
+            args: As the network takes them.
+            domains: For inference, the domain of every sample along axis 0, None for the backbone
+                alone; or ``"nearest"``, what `nearest_domains` says. All samples share one pass
+                through the backbone; the active domain plays no part and stays active.
+            kwargs: As the network takes them.
+
+        Returns:
+            The network's output. With `domains` a list with every sample's own, without axis 0:
+            heads may have different numbers of classes.
+
+        Raises:
+            InputError: The batch does not fit the network; or `domains` does not fit the batch, or
+                is given while training, or samples lie apart along other axes than 0 somewhere.
+            DomainError: There is no such domain.
         """
         if args and isinstance(args[0], Tensor):
             check_input(args[0], self.plan)
+        if domains is not None:
+            return self._run_mixed(domains, args, kwargs)
         output, ledger = self._run(*args, **kwargs)
-        executed = [entry for _, entry in ledger]
+        executed = self._executed(ledger)
         if not executed:
-            self.executed_flops_fraction = None
             return output
-        self.executed_flops_fraction = executed_fraction(executed).detach()
         gate = self.config.gate
         if gate is None or not (self.training and torch.is_grad_enabled()):
             return output
@@ -228,12 +248,153 @@ class DA3Model(nn.Module):
         finally:
             self._ledger.clear()
 
+    def _executed(self, ledger: Sequence[tuple[str, Executed]]) -> list[Executed]:
+        """What was executed; its share is remembered."""
+        executed = [entry for _, entry in ledger]
+        share = executed_fraction(executed).detach() if executed else None
+        self.executed_flops_fraction = share
+        return executed
+
     def gate_loss(self, executed: Sequence[Executed]) -> Tensor:
         """The weighted budget loss of one forward pass, a scalar."""
         assert self.config.gate is not None
         target = annealed_target(self.config.gate.target, self.progress)
         loss = budget_loss(executed, target, over_ranks=self.gates_over_ranks)
         return loss * self.config.gate.weight
+
+    # --- several domains in one batch -------------------------------------------------------------
+
+    def _run_mixed(self, domains: Domains, args: Any, kwargs: Any) -> list[Any]:
+        if self.training and torch.is_grad_enabled():
+            raise InputError(
+                "`domains` is for inference: call `eval()`, or compute inside `torch.no_grad()`. "
+                "To train several domains in one run, see `DomainLoader`."
+            )
+        count = samples_in(args, kwargs)
+        if isinstance(domains, str) and domains == NEAREST:
+            domains = self.nearest_domains(*args, **kwargs)
+        check_domains(domains, count)
+        with torch.no_grad(), self._mixed(domains):
+            output, ledger = self._run(*args, **kwargs)
+        self._executed(ledger)
+        listed = isinstance(next(iter([*args, *kwargs.values()])), (list, tuple))
+        heads = [head for name in domains if (head := self._head(name)) is not None]
+        axis = class_axis(heads[0]) if heads else -1
+        return by_sample(output, count, [classes_of(h) for h in heads], axis, listed=listed)
+
+    @contextmanager
+    def _mixed(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Inside, each sample is computed by its own domain, and None by the backbone alone."""
+        device, count = self._place()["device"], len(names)
+        samples = {
+            name: torch.tensor([i for i in range(count) if names[i] == name], device=device)
+            for name in dict.fromkeys(names)
+        }
+        named = [(self.domain(n), positions) for n, positions in samples.items() if n is not None]
+        slot, inputs = self._head_slot, self._inputs
+        before = {host: place.active for host, place in inputs.items()}
+        head_before = None if slot is None else slot.active
+        try:
+            for host, place in inputs.items():
+                adapters = [cast(Adapter, d.adapters[host_key(host)]) for d, _ in named]
+                if len(samples) > 1:  # or there is nothing to tell apart
+                    own = [positions for _, positions in named]
+                    place.set_active(MixedAdapters(host, adapters, own, count))
+                else:
+                    place.set_active(adapters[0] if adapters else None)
+            if slot is not None and samples:
+                heads = [cast(nn.Module, self._head(name)) for name in samples]
+                mixed = MixedHeads(heads, list(samples.values()))
+                slot.set_active(mixed if len(samples) > 1 else heads[0])
+            yield
+        finally:
+            for host, place in inputs.items():
+                place.set_active(before[host])
+            if slot is not None:
+                slot.set_active(head_before)
+
+    @torch.no_grad()
+    def fit_statistics(self, name: str, batches: Iterable[Any]) -> None:
+        """Learn what a domain's samples look like to the backbone, for `nearest_domains`.
+
+        One pass over the samples, forward only. The statistics are saved with the domain; as the
+        backbone never changes, they stay right however the domain is trained.
+
+        Args:
+            name: One of `domains`.
+            batches: Of its samples: tensors, as `forward` takes them first, or tuples or lists that
+                begin with what it takes first, as loaders give them.
+
+        Raises:
+            DomainError: There is no such domain.
+            InputError: A batch does not fit the network, or there are fewer than two samples.
+        """
+        domain = self.domain(name)
+        device = self._place()["device"]
+        statistics = self._new_statistics(device)
+        firsts = (batch[0] if isinstance(batch, (list, tuple)) else batch for batch in batches)
+        statistics.fit(
+            self._features(tree_map_only(Tensor, lambda x: x.to(device), first)) for first in firsts
+        )
+        domain.statistics = statistics
+
+    @torch.no_grad()
+    def nearest_domains(self, *args: Any, **kwargs: Any) -> list[str]:
+        """The domain that each sample most likely belongs to, by the backbone's features of it.
+
+        The one under whose Gaussian the features are likeliest (`lightning_da3.nn.statistics`).
+
+        Args:
+            args: As `forward` takes them.
+            kwargs: Likewise.
+
+        Returns:
+            One of `domains` for every sample.
+
+        Raises:
+            DomainError: There is no domain, or one without statistics.
+            InputError: The batch does not fit the network.
+        """
+        known = {name: self.domain(name).statistics for name in self.domains}
+        lacking = [name for name, statistics in known.items() if statistics is None]
+        if lacking or not known:
+            what = f"The domains {lacking} have no statistics" if lacking else "There is no domain"
+            raise DomainError(
+                f"{what} to be found by. `fit_statistics(name, batches)` learns them from samples; "
+                "`domains=[..]` takes names instead."
+            )
+        features = self._features(*args, **kwargs)
+        likelihoods = torch.stack(
+            [s.log_likelihood(features) for s in known.values() if s is not None]
+        )
+        return [self.domains[i] for i in likelihoods.argmax(0).tolist()]
+
+    def _features(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the backbone alone gives the adapters to read first and last, pooled, (N, D)."""
+        if args and isinstance(args[0], Tensor):
+            check_input(args[0], self.plan)
+        count = samples_in(args, kwargs)
+        found: dict[HostInput, Tensor] = {}
+
+        def note(place: nn.Module, inputs: tuple[Tensor]) -> None:
+            found[cast(HostInput, place)] = cast(HostInput, place).features(inputs[0])
+
+        places = [self._inputs[host.name] for host in self._read_hosts]
+        hooks = [place.register_forward_pre_hook(note) for place in places]
+        try:
+            with self._mixed([None] * count):
+                self._run(*args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for place in places:
+            rows = len(found.get(place, ()))
+            if rows != count:
+                raise InputError(
+                    f"The network reads {rows} rows of features from {count} samples, which cannot "
+                    "be told apart: nearest domains need a host that works on whole batches."
+                )
+        return torch.cat([found[place] for place in places], dim=1)
 
     @torch.no_grad()
     def gate_maps(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -319,6 +480,8 @@ class DA3Model(nn.Module):
             check_name(about["domain"])
             # nothing is allocated before it is known that the file has as much to put there
             expected = self._new_domain(*classes, device="meta")
+            if HAS_STATISTICS in file.tensors:
+                expected.statistics = self._new_statistics(torch.device("meta"))
             check_tensors(file.tensors, expected.state_dict())
         except (DA3Error, RuntimeError, TypeError) as error:  # PyTorch's own, of absurd sizes
             raise CheckpointError(
@@ -326,8 +489,15 @@ class DA3Model(nn.Module):
             ) from error
         name = about["domain"] if name is None else name
         self.add_domain(name, *classes)
+        if HAS_STATISTICS in file.tensors:
+            self.expect_statistics(name)
         self.domain(name).load_state_dict(file.tensors)
         return name
+
+    def expect_statistics(self, name: str) -> None:
+        """Make room for statistics that are about to be loaded."""
+        if self.domain(name).statistics is None:
+            self.domain(name).statistics = self._new_statistics(self._place()["device"])
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a state dict must say beside its tensors; plain types only."""
@@ -359,6 +529,20 @@ class DA3Model(nn.Module):
             for host in part.hosts:
                 found[host.name] = gm.get_submodule(f"{INPUTS}.{host_key(host.name)}")
         return cast(dict[str, HostInput], found)
+
+    def _head(self, name: str | None) -> nn.Module | None:
+        """A domain's head, or the backbone's own; None if all keep that."""
+        slot = self._head_slot
+        return slot if slot is None else slot.original if name is None else self.domain(name).head
+
+    @property
+    def _read_hosts(self) -> list[HostPlan]:
+        """Whose inputs tell domains apart: the first is rich in style, the last in content."""
+        hosts = self.plan.hosts
+        return [hosts[0], hosts[-1]] if len(hosts) > 1 else [hosts[0]]
+
+    def _new_statistics(self, device: torch.device) -> Statistics:
+        return Statistics([host.in_channels for host in self._read_hosts]).to(device)
 
     @property
     def _why_no_head(self) -> str:

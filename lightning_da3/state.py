@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_da3.domains import DA3Model
 
 EXTRA = "_extra_state"  # PyTorch's own key
+HAS_STATISTICS = "statistics.mean"  # a tensor that a domain has if it has statistics
 CONFIG_PARTS = ("adapter", "gate", "head")  # that a domain must have been learned with
 
 # what, beside its kind and its weights, a layer's outputs in eval depend on. Written into files:
@@ -259,11 +260,19 @@ def complete_state(model: DA3Model, state: dict[str, Any], prefix: str, *_: obje
         for name, num_classes in extra["num_classes"].items():
             if name not in model.domains:
                 model.add_domain(name, num_classes, extra.get("class_names", {}).get(name))
+            if f"{prefix}bank.{name}.{HAS_STATISTICS}" in state:
+                model.expect_statistics(name)
+    statistics = {
+        f"{prefix}bank.{name}.statistics.{key}"  # of the backbone: a state without them is as good
+        for name in model.domains
+        for key in getattr(model.domain(name).statistics, "_buffers", ())
+    }
     has_backbone = any(key.startswith(prefix + "backbone.") for key in state)
     stored = () if extra is None else tuple(f"{prefix}bank.{n}." for n in extra["num_classes"])
     for key, value in mine.items():
         missing_domain = key.startswith(prefix + "bank.") and not key.startswith(stored)
-        if missing_domain or (not has_backbone and key.startswith(prefix + "backbone.")):
+        kept = missing_domain or key in statistics
+        if kept or (not has_backbone and key.startswith(prefix + "backbone.")):
             state.setdefault(key, value)
     state.setdefault(prefix + EXTRA, model.get_extra_state())
 

@@ -8,12 +8,14 @@ Multi-Domain Learning", arXiv 2012.01362.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_da3.errors import InputError
 from lightning_da3.nn.gate import hard_gate
 from lightning_da3.ops.convolution import coded_conv
 from lightning_da3.ops.host import coarse_grid, read, write
@@ -121,6 +123,52 @@ def _on_grid(cells: Tensor, grid: torch.Size) -> Tensor:
     return maps.reshape(*maps.shape[:2], *grid)
 
 
+class MixedAdapters(nn.Module):
+    """Stands for the adapters of several domains, one of which speaks for each sample of a batch.
+
+    A sample that none speaks for is left as it is: its addend is zero and its gates are open.
+
+    Args:
+        host: Its name, for errors.
+        adapters: Of that host, at least one.
+        samples: Positions in the batch, for every adapter.
+        count: Samples of the batch.
+    """
+
+    noisy = False  # its adapters know by themselves; nothing is computed again
+
+    def __init__(
+        self, host: str, adapters: Sequence[Adapter], samples: Sequence[Tensor], count: int
+    ) -> None:
+        super().__init__()
+        self.host, self.samples, self.count = host, samples, count
+        self.adapters = nn.ModuleList(adapters)
+
+    def forward(self, p: Tensor) -> Adapted:
+        """(N, C, *grid) to the addend (N, O, *grid) and the gate (N, 1, *grid)."""
+        if len(p) != self.count:
+            raise InputError(
+                f"`domains` names {self.count} samples, but {self.host!r} works on {len(p)} at "
+                "once: they cannot be told apart there. Call the network for one domain at a time: "
+                "`set_domain(name)`."
+            )
+        said = [
+            cast(Adapted, adapter(p.index_select(0, own)))
+            for adapter, own in zip(self.adapters, self.samples, strict=True)
+        ]
+        gates = [adapted.gate for adapted in said if adapted.gate is not None]
+        addend = self._scattered([adapted.addend for adapted in said], 0.0)
+        return Adapted(addend, self._scattered(gates, 1.0) if gates else None)
+
+    def _scattered(self, parts: Sequence[Tensor], otherwise: float) -> Tensor:
+        """Every part's rows at their positions, laid out as the parts are."""
+        shape = (self.count, *parts[0].shape[2:], parts[0].shape[1])
+        whole = parts[0].new_full(shape, otherwise).movedim(-1, 1)
+        for part, own in zip(parts, self.samples, strict=True):
+            whole.index_copy_(0, own, part)
+        return whole
+
+
 class HostInput(nn.Module):
     """Where a host begins: ``x`` becomes ``x, adapter(pool(x))``.
 
@@ -132,16 +180,22 @@ class HostInput(nn.Module):
         own_tokens: Leading tokens that are cells by themselves.
     """
 
-    active: Adapter | None
+    active: Adapter | MixedAdapters | None
 
     def __init__(self, max_cells: int, stride: tuple[int, ...] | None, own_tokens: int = 0) -> None:
         super().__init__()
         self.max_cells, self.stride, self.own_tokens = max_cells, stride, own_tokens
         self.set_active(None)
 
-    def set_active(self, adapter: Adapter | None) -> None:
+    def set_active(self, adapter: Adapter | MixedAdapters | None) -> None:
         """Refer to `adapter` without owning it."""
         object.__setattr__(self, "active", adapter)
+
+    def features(self, x: Tensor) -> Tensor:
+        """The means of x over its positions, (N, C)."""
+        if self.stride is not None:
+            return x.flatten(2).mean(2)
+        return x.flatten(1, -2).mean(1) if x.dim() > 2 else x
 
     def forward(self, x: Tensor) -> tuple[Tensor, Adapted | None]:
         """x and what the adapter says of it."""

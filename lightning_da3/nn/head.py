@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from lightning_da3.errors import InputError
 
 Head = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -27,6 +30,55 @@ def new_head(original: Head, num_classes: int, device: torch.device) -> Head:
         padding_mode=original.padding_mode,
         **place,
     )
+
+
+def classes_of(head: nn.Module) -> int:
+    """How many scores a head gives."""
+    return cast(Head, head).weight.shape[0]
+
+
+def class_axis(head: nn.Module) -> int:
+    """Where they lie in its output."""
+    return -1 if isinstance(head, nn.Linear) else 1
+
+
+class MixedHeads(nn.Module):
+    """Stands for the heads of several domains, one of which reads each sample of a batch.
+
+    All scores are one tensor, as long as the longest head gives them. Missing ones are far below
+    any score, so that a softmax behind the heads is every domain's own; they are finite, as an
+    interpolation behind the heads may multiply them by zero. Who cuts the samples apart cuts them
+    off.
+
+    Args:
+        heads: At least one.
+        samples: Positions in the batch, for every head; together all of it.
+    """
+
+    def __init__(self, heads: Sequence[nn.Module], samples: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.heads, self.samples = nn.ModuleList(heads), samples
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features to scores."""
+        count = sum(map(len, self.samples))
+        if len(x) != count:
+            raise InputError(
+                f"`domains` names {count} samples, but the head reads {len(x)} at once: they "
+                "cannot be told apart there. Call the network for one domain at a time: "
+                "`set_domain(name)`."
+            )
+        axis, longest = class_axis(self.heads[0]), max(map(classes_of, self.heads))
+        whole: Tensor | None = None
+        for head, own in zip(self.heads, self.samples, strict=True):
+            scores = head(x.index_select(0, own))
+            if whole is None:
+                shape = [count, *scores.shape[1:]]
+                shape[axis] = longest
+                whole = scores.new_full(shape, torch.finfo(scores.dtype).min / 8)
+            whole.narrow(axis, 0, scores.shape[axis]).index_copy_(0, own, scores)
+        assert whole is not None
+        return whole
 
 
 class HeadSlot(nn.Module):
