@@ -109,16 +109,29 @@ class MemoryConfig:
     """What the network may keep for the backward pass.
 
     Args:
-        exact: Keep whatever the exact gradient needs. By default the adapters keep 8-bit codes of
-            their (small) inputs instead, whose error is at most 1/510 of the range of each row.
+        exact: Keep whatever the exact gradient needs. By default values are kept as 8-bit codes,
+            whose error is at most 1/510 of the range of their group.
+        derivative_bits: Of the codes of smooth activations' derivatives, where these are not
+            computed again: 8 or 4. Their error is at most half a step of the derivative's range.
     """
 
     exact: bool = False
+    derivative_bits: int = 8
 
     def __post_init__(self) -> None:
-        """Check the field."""
-        if not isinstance(self.exact, bool):
-            raise ConfigError(f"`exact` must be a bool, got {self.exact!r}.")
+        """Check every field and report all problems at once."""
+        problems: list[str] = []
+        _require(
+            problems,
+            isinstance(self.exact, bool),
+            f"`exact` must be a bool, got {self.exact!r}.",
+        )
+        _require(
+            problems,
+            _is_int(self.derivative_bits) and self.derivative_bits in (4, 8),
+            f"`derivative_bits` must be 4 or 8, got {self.derivative_bits!r}.",
+        )
+        _raise(problems)
 
 
 @dataclass(frozen=True)

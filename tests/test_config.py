@@ -11,7 +11,7 @@ from lightning_da3.config import CONFIG_VERSION
 UNUSUAL = DA3Config(
     adapter=AdapterConfig(hidden_channels=3, kernel_size=1, max_cells=4, min_stride=1),
     gate=GateConfig(target=1.0, weight=0, noise=True),
-    memory=MemoryConfig(exact=True),
+    memory=MemoryConfig(exact=True, derivative_bits=4),
     head="classifier.1",
 )
 
@@ -137,3 +137,8 @@ def test_other_versions_are_refused(version):
         f"Config version {version!r} cannot be read here",
         "Update lightning_da3.",
     )
+
+
+@pytest.mark.parametrize("bits", [2, 8.0, True, None])
+def test_derivative_bits_are_4_or_8(bits):
+    refused(lambda: MemoryConfig(derivative_bits=bits), f"must be 4 or 8, got {bits!r}")

@@ -277,24 +277,25 @@ class HardSigmoid(nn.Module):
 
 
 class Coded(nn.Module):
-    """A smooth activation that keeps an 8-bit code of its derivative.
+    """A smooth activation that keeps a code of its derivative.
 
     Args:
         smooth: The activation.
         inplace: The input may be overwritten.
+        bits: Of the code, 8 or 4.
     """
 
-    def __init__(self, smooth: Smooth, inplace: bool) -> None:
+    def __init__(self, smooth: Smooth, inplace: bool, bits: int = 8) -> None:
         super().__init__()
-        self.smooth, self.inplace = smooth, inplace
+        self.smooth, self.inplace, self.bits = smooth, inplace, bits
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same."""
-        return coded(x, self.smooth, inplace=self.inplace)
+        return coded(x, self.smooth, self.bits, self.inplace)
 
     def extra_repr(self) -> str:
         """The parameters."""
-        return f"{self.smooth.name}, inplace={self.inplace}"
+        return f"{self.smooth.name}, bits={self.bits}, inplace={self.inplace}"
 
 
 class MaxPool(nn.Module):
