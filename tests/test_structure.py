@@ -10,8 +10,9 @@ PACKAGE = Path(__file__).parents[1] / "lightning_da3"
 
 # a file or folder may import what stands before it
 ORDER = (
-    "errors config ops memory checkpointing metrics plotting nn registry tracing planning passes "
-    "rewriting state domains converting exporting attaching loggers callbacks strategies"
+    "errors config ops memory checkpointing metrics plotting nn registry functions tracing "
+    "planning passes rewriting state domains converting exporting attaching "
+    "loggers callbacks strategies"
 ).split()
 # the only ones that may import these
 DOORS = {

@@ -62,9 +62,16 @@ def _walk_to_head(gm: fx.GraphModule, node: Any) -> str | None:
 
 def _is_shape(node: fx.Node) -> bool:
     """A size, or something computed from sizes alone."""
-    if node.op == "call_function" and node.target is getattr:
-        return True
-    if node.op == "call_method" and node.target == "size":
-        return True
-    inputs = node.all_input_nodes
-    return bool(inputs) and all(_is_shape(i) for i in inputs)
+    waiting, seen = [node], {node}
+    while waiting:
+        node = waiting.pop()
+        if node.op == "call_function" and node.target in (getattr, len):
+            continue
+        if node.op == "call_method" and node.target == "size":
+            continue
+        inputs = node.all_input_nodes
+        if not inputs or node.op == "call_module":
+            return False
+        waiting += [i for i in inputs if i not in seen]
+        seen.update(inputs)
+    return True
