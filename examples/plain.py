@@ -15,12 +15,12 @@ from torch import Tensor, fx, nn
 
 from lightning_da3 import DA3Model
 from lightning_da3.nn.gate import Executed, annealed_target, budget_loss
-from lightning_da3.ops.host import coarse_grid, upsample
+from lightning_da3.ops.host import coarse_grid, pool, upsample
 from lightning_da3.ops.tokens import Place
 from lightning_da3.planning import HostPlan, PartPlan
-from lightning_da3.tracing import trace
+from lightning_da3.planning.sizes import mutable
+from lightning_da3.tracing import Part, trace
 
-_POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -33,18 +33,23 @@ class PlainPyTorch:
     Args:
         backbone: The network that `model` was converted from.
         model: With an active domain.
+        folded: Batch norms go into the convolutions before them, with the very weights of `model`,
+            and every convolution has the value that it has there: then no ReLU, no gate and no
+            matching of boxes decides otherwise than there for a last bit.
     """
 
-    def __init__(self, backbone: nn.Module, model: DA3Model) -> None:
+    def __init__(self, backbone: nn.Module, model: DA3Model, *, folded: bool = False) -> None:
         self.model, self.domain = model, model.domain(str(model.active_domain))
         self.executed: list[Executed] = []
         traced = trace(backbone)
         self.root = traced.root
         if model.plan.head is not None and self.domain.head is not None:
             self.root.set_submodule(model.plan.head, self.domain.head)
-        for module in self.root.modules():  # what stays Python follows the mode, layers do not
-            module.training = model.training and not _is_layer(module)
+        for path in traced.python:  # follows the mode, layers do not
+            self.root.get_submodule(path).training = model.training
         for part, planned in zip(traced.parts, model.plan.parts, strict=True):
+            if folded:
+                _fold_(part, planned, model.backbone)
             # a graph may be called more than once: every call is a run of its own
             part.gm.forward = functools.partial(_run, part.gm, planned, self)
 
@@ -73,13 +78,13 @@ class PlainPyTorch:
         if place is None:
             size = [-(-n // s) for n, s in zip(x.shape[2:], host.stride or (), strict=True)]
             grid = coarse_grid(size, self.model.config.adapter.max_cells)
-            pooled = _POOL[len(grid)](x, grid)
+            pooled = pool(x, grid)
         else:
-            pooled = place.in_row(x, _POOL[len(place.grid)](place.maps(x), place.grid))
+            pooled = place.in_row(x, pool(place.maps(x), place.grid))
         norm, weight = adapter.norm, adapter.squeeze.weight
         hidden = _CONV[host.axes](pooled, weight, padding=weight.shape[-1] // 2)
-        hidden = F.group_norm(hidden, 1, norm.weight, norm.bias, norm.eps).relu()
-        cells = hidden.flatten(2).transpose(1, 2)
+        hidden = F.group_norm(hidden, 1, norm.weight, norm.bias, norm.eps)
+        cells = hidden.flatten(2).transpose(1, 2).contiguous().relu()
         logits = F.linear(cells, adapter.attend.weight, adapter.attend.bias)
         soft = torch.sigmoid(logits)
         addend = F.linear(soft * cells, adapter.value.weight, adapter.value.bias)
@@ -98,9 +103,9 @@ class PlainPyTorch:
             return f + _spread(addend, f, place)
         self.executed.append(Executed(gate, host.macs_per_output * size.numel()))
         if place is None:
-            means = _POOL[len(gate.shape) - 2](f, gate.shape[2:])
+            means = pool(f, gate.shape[2:])
         else:
-            means = place.in_row(f, _POOL[len(place.grid)](place.maps(f), place.grid))
+            means = place.in_row(f, pool(place.maps(f), place.grid))
         estimate = _spread((gate - gate.detach()) * means.detach(), f, place)
         return _spread(gate.detach(), f, place) * f + _spread(addend, f, place) + estimate
 
@@ -125,6 +130,10 @@ class _Interpreter(fx.Interpreter):
         defaults = {n.target: n.args[0] for n in names if n.args}
         return self.run(*[values.get(n.target, defaults.get(n.target)) for n in names])
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return mutable(args), mutable(kwargs)
+
     def run_node(self, n: fx.Node) -> Any:
         if n.name in self.first:
             host = self.first[n.name]
@@ -148,6 +157,45 @@ def _spread(cells: Tensor, f: Tensor, place: Place | None) -> Tensor:
     return rows.transpose(1, 2)
 
 
-def _is_layer(module: nn.Module) -> bool:
-    inside = isinstance(module, fx.GraphModule)
-    return inside or type(module).__module__.startswith("torch.nn")
+class _SameValue(nn.Module):
+    """A layer with PyTorch's gradient, and the value of its twin to the last bit."""
+
+    def __init__(self, layer: nn.Module, twin: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.twin = layer, twin
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        with torch.no_grad():
+            difference = self.twin(x) - y  # exact, as both are close; so is the sum
+        return y + difference
+
+
+class _Affine(nn.Module):
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.scale, self.shift = scale, shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (-1, *[1] * (x.dim() - 2))
+        return torch.addcmul(self.shift.view(shape), x, self.scale.view(shape))
+
+
+def _fold_(part: Part, planned: PartPlan, backbone: nn.Module) -> None:
+    """Give a traced network the folded weights of its converted twin."""
+    frozen: Any = backbone.get_submodule(part.path)
+    nodes = {node.name: node for node in part.gm.graph.nodes}
+    for step in planned.nodes:
+        target = str(nodes[step.name].target)
+        if step.action == "freeze":
+            conv, twin = part.gm.get_submodule(target), frozen.get_submodule(target)
+            if not isinstance(conv, _SameValue):  # else an earlier call did it
+                conv.weight, conv.bias = twin.weight, twin.bias
+                part.gm.set_submodule(target, _SameValue(conv, twin))
+        elif step.action == "fold":
+            part.gm.set_submodule(target, nn.Identity())
+        elif step.action == "affine":
+            twin = frozen.get_submodule(f"frozen_{step.name}")
+            place = f"affine_{step.name}"
+            part.gm.add_submodule(place, _Affine(twin.scale, twin.shift))
+            nodes[step.name].target = place

@@ -9,6 +9,7 @@ Without a Trainer: ``model = convert(network)``, ``model.add_domain("flowers", n
 ``model.set_domain("flowers")``.
 """
 
+from lightning_da3.attaching import load_from_checkpoint
 from lightning_da3.callbacks import DA3Callback
 from lightning_da3.config import AdapterConfig, DA3Config, GateConfig, MemoryConfig
 from lightning_da3.converting import convert
@@ -21,6 +22,11 @@ from lightning_da3.errors import (
     DomainError,
     InputError,
 )
+from lightning_da3.folder import DomainFolder
+from lightning_da3.hub import pull_domain, push_domain
+from lightning_da3.loaders import DomainLoader
+from lightning_da3.sequence import DomainTask, fit_sequence
+from lightning_da3.strategies import DA3DDPStrategy, DA3Strategy
 
 __version__ = "0.1.0"
 
@@ -31,11 +37,20 @@ __all__ = [
     "ConversionError",
     "DA3Callback",
     "DA3Config",
+    "DA3DDPStrategy",
     "DA3Error",
     "DA3Model",
+    "DA3Strategy",
     "DomainError",
+    "DomainFolder",
+    "DomainLoader",
+    "DomainTask",
     "GateConfig",
     "InputError",
     "MemoryConfig",
     "convert",
+    "fit_sequence",
+    "load_from_checkpoint",
+    "pull_domain",
+    "push_domain",
 ]

@@ -3,51 +3,57 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from typing_extensions import override
 
-from lightning_da3.attaching import attach_
+from lightning_da3.binding import DomainRun, state_key
 from lightning_da3.config import DA3Config
 from lightning_da3.domains import DA3Model
-from lightning_da3.errors import CheckpointError, DA3Error
+from lightning_da3.errors import CheckpointError, ConfigError, DA3Error
 from lightning_da3.memory import PeakBytes, SavedActivations
-from lightning_da3.state import domain_state
+from lightning_da3.refusals import builds_later, check_converted_before, starts_processes
 
 
 class DA3Callback(L.Callback):
-    """Learn one domain with the network inside any LightningModule.
+    """Learn one domain, or several, with the network inside any LightningModule.
 
     Before the optimizers are made, the network is converted (once, in place of the original) and
     the domain is added or selected. Only the domain's parameters train; Lightning's checkpoints
     hold the domains alone. The LightningModule needs no change.
 
+    Several domains in one run take turns, batch by batch: give their numbers of classes by name,
+    and a `DomainLoader` of their loaders. Loaders to validate, test or predict with may be a dict
+    by domain in any run; each is computed with its own.
+
     Logged, with every logger of the Trainer:
 
-    * ``da3/saved_activation_bytes``: kept for the backward pass after the first forward pass.
+    * ``da3/saved_activation_bytes``: kept for the backward pass after the first forward pass; not
+      of a LightningModule that `torch.compile` compiled.
     * ``da3/peak_bytes``: peak of the second training step above its start (1 process, CPU or CUDA).
     * ``da3/executed_flops_fraction``: share of the hosts' FLOPs that the gates let run, by epoch.
 
     Args:
-        domain: Its name.
-        num_classes: Of the domain; needed when it is new.
+        domain: Its name; or, to learn several, numbers of classes by name.
+        num_classes: Of the one domain; needed when it is new.
         config: For the conversion; the same for every domain of one network.
-        backbone: Name of the network inside the LightningModule, such as ``"net"``; by default the
+        backbone: Name of the network inside the LightningModule, such as ``net``; by default the
             one child that has convolutions.
         save_dir: Folder in which ``<domain>.safetensors`` is kept up to date after every epoch.
+
+    Raises:
+        ConfigError: `num_classes` is given beside a dict of domains, or that is empty.
     """
 
     def __init__(
         self,
-        domain: str,
+        domain: str | dict[str, int],
         num_classes: int | None = None,
         config: DA3Config | None = None,
         backbone: str | None = None,
@@ -59,32 +65,61 @@ class DA3Callback(L.Callback):
         self.config = config or DA3Config()
         self.backbone = backbone
         self.save_dir = save_dir
-        self.model: DA3Model | None = None
+        self.run = DomainRun(_domains(domain, num_classes), self.config, backbone)
         self._watching: SavedActivations | PeakBytes | None = None
         self._batches_measured = 0
+        self._before_evaluation: str | None = None
+
+    @property
+    def model(self) -> DA3Model | None:
+        """The converted network, or None before the first run."""
+        return self.run.model
 
     @property
     @override
     def state_key(self) -> str:
-        return f"{type(self).__name__}[{self.domain}]"
+        return state_key(self.run.domains)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"domains": list(self.run.domains)}  # without a state there is no key in checkpoints
 
     @property
     def path(self) -> Path | None:
-        """Where the domain is saved, or None without `save_dir`."""
-        return None if self.save_dir is None else Path(self.save_dir) / f"{self.domain}.safetensors"
+        """Where the domain is saved, the first of several; None without `save_dir`."""
+        return self._path(next(iter(self.run.domains)))
+
+    def _path(self, domain: str) -> Path | None:
+        return None if self.save_dir is None else Path(self.save_dir) / f"{domain}.safetensors"
 
     # --- conversion -------------------------------------------------------------------------------
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        trainer.strategy.lightning_module_state_dict = partial(domain_state, pl_module)  # type: ignore[method-assign]
-        if _builds_later(pl_module):
-            pl_module.configure_model = _Then(pl_module, self._attach)  # type: ignore[method-assign]
-        else:
-            self._attach(pl_module)
+        others = [c for c in trainer.callbacks if isinstance(c, DA3Callback) and c is not self]  # type: ignore[attr-defined]
+        if others:
+            domains = dict.fromkeys(
+                [*self.run.domains, *(d for c in others for d in c.run.domains)], 10
+            )
+            raise ConfigError(
+                "The Trainer has several DA3Callbacks, of which each would undo the others. Give "
+                f"it one for all their domains: DA3Callback({domains}), numbers of classes by name."
+            )
+        if stage == "fit" and starts_processes(trainer.strategy):
+            check_converted_before(trainer.strategy, pl_module, self.backbone)
+        self.run.bind(trainer)
+        if not builds_later(pl_module):
+            self.run.attach(pl_module, trainer)
 
-    def _attach(self, pl_module: L.LightningModule) -> None:
-        self.model = attach_(pl_module, self.backbone, self.config, self.domain, self.num_classes)
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.ckpt_path is None and trainer.global_step > 0 and trainer.fit_loop.done:
+            raise DA3Error(
+                f"This fit would train {list(self.run.domains)} for 0 steps: the Trainer has "
+                f"reached max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps} in an "
+                "earlier fit. Make a new Trainer for every fit, or raise "
+                "`trainer.fit_loop.max_epochs`."
+            )
 
     # --- training ---------------------------------------------------------------------------------
 
@@ -92,8 +127,17 @@ class DA3Callback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self.model is not None
         self.model.train()  # Lightning leaves a module in eval that came in eval
-        self.model.gate_loss_scale = 1.0 / trainer.accumulate_grad_batches
+        self.model.gates_over_ranks = trainer.world_size > 1
         self._batches_measured = 0
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self.model is not None
+        self.model.gates_over_ranks = False
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.run.check_frozen()  # the last of a fit's hooks
 
     @override
     def on_train_batch_start(
@@ -101,9 +145,11 @@ class DA3Callback(L.Callback):
     ) -> None:
         assert self.model is not None
         self.model.set_progress(_progress(trainer))
-        if self._batches_measured == 0:
+        self.model.gate_loss_scale = _loss_scale(trainer) / trainer.accumulate_grad_batches
+        if self._batches_measured == 0 and getattr(pl_module, "_compiler_ctx", None) is None:
+            # the hooks of a compiled step would be compiled with it, and gradients be lost
             self._watching = SavedActivations(pl_module, inputs=batch).__enter__()
-        elif self._batches_measured == 1 and _can_measure_peak(pl_module.device):
+        elif self._batches_measured == 1 and _can_measure_peak(trainer, pl_module.device):
             # the second step is the first with optimizer state
             self._watching = PeakBytes(pl_module.device).__enter__()
         self._batches_measured += 1
@@ -132,12 +178,12 @@ class DA3Callback(L.Callback):
         self._stop_watching()  # a step that never told Lightning of its backward
         fraction = self.model.executed_flops_fraction
         if fraction is not None:
-            pl_module.log("da3/executed_flops_fraction", fraction, on_step=False, on_epoch=True)
+            _log(pl_module, "da3/executed_flops_fraction", fraction)
 
     def _log_watched(self, pl_module: L.LightningModule, key: str) -> None:
         watching = self._stop_watching()
         assert watching is not None
-        pl_module.log(key, float(watching.bytes), on_step=False, on_epoch=True)
+        _log(pl_module, key, float(watching.bytes))
 
     def _stop_watching(self) -> SavedActivations | PeakBytes | None:
         watching, self._watching = self._watching, None
@@ -150,64 +196,149 @@ class DA3Callback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         self._stop_watching()
+        if self.model is not None:
+            self.model.gates_over_ranks = False  # the other ranks may be gone
+
+    # --- evaluation -------------------------------------------------------------------------------
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._remember()
+
+    @override
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._remember()
+
+    @override
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._remember()
+
+    @override
+    def on_validation_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._activate(trainer.val_dataloaders, dataloader_idx)
+
+    @override
+    def on_test_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._activate(trainer.test_dataloaders, dataloader_idx)
+
+    @override
+    def on_predict_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._activate(trainer.predict_dataloaders, dataloader_idx)
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._return()
+
+    @override
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._return()
+
+    @override
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._return()
+
+    def _remember(self) -> None:
+        assert self.model is not None
+        self._before_evaluation = self.model.active_domain
+
+    def _return(self) -> None:
+        assert self.model is not None
+        self.model.set_domain(self._before_evaluation)
+
+    def _activate(self, loaders: Any, dataloader_idx: int) -> None:
+        """The domain that a loader is of, if loaders are named by domain."""
+        assert self.model is not None
+        if isinstance(loaders, Mapping) and {*loaders} <= {*self.model.domains}:
+            self.model.set_domain(list(loaders)[dataloader_idx])
+        elif len(self.run.domains) > 1:
+            raise ConfigError(
+                f"This run is of {list(self.run.domains)}, so its loaders must say of which domain "
+                "they are: give a dict of loaders by name of the domain."
+            )
 
     # --- files ------------------------------------------------------------------------------------
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._save(trainer)
+        if self.save_dir is not None and trainer.is_global_zero:
+            self._save(Path(self.save_dir), _finite(trainer.callback_metrics))
 
-    @rank_zero_only
-    def _save(self, trainer: L.Trainer) -> None:
+    def _save(self, folder: Path, metrics: dict[str, float]) -> None:
         assert self.model is not None
-        if self.path is None:
-            return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CheckpointError(
-                f"Cannot make the folder {str(self.path.parent)!r}: {error}."
-            ) from error
-        self.model.save_domain(self.domain, self.path, metrics=_finite(trainer.callback_metrics))
+            raise CheckpointError(f"Cannot make the folder {str(folder)!r}: {error}.") from error
+        for domain in self.run.domains:
+            self.model.save_domain(domain, folder / f"{domain}.safetensors", metrics=metrics)
 
     def _not_finite(self, loss: Tensor) -> str:
-        if self.path is None:
+        assert self.model is not None
+        domain = self.model.active_domain or ""
+        path = self._path(domain)
+        if path is None:
             kept = "No state was saved: give DA3Callback a `save_dir`."
-        elif self.path.exists():
-            kept = f"The last good state is {str(self.path)!r}."
+        elif path.exists():
+            kept = f"The last good state is {str(path)!r}."
         else:
             kept = "No epoch was finished yet, so no state was saved."
         return (
-            f"The loss of domain {self.domain!r} is {loss.item()}; the step was not taken. {kept} "
+            f"The loss of domain {domain!r} is {loss.item()}; the step was not taken. {kept} "
             "Lower the learning rate, clip gradients (Trainer(gradient_clip_val=1.0)), or look "
             "for NaN in the data."
         )
 
 
-class _Then:
-    """A LightningModule's `configure_model` with something to do behind it; gone once it ran."""
-
-    def __init__(self, pl_module: L.LightningModule, then: Callable[[Any], None]) -> None:
-        self.pl_module, self.then = pl_module, then
-        self.__code__ = None  # by which Lightning tells that the hook is overridden
-
-    def __call__(self) -> None:
-        del self.pl_module.configure_model  # the instance's own: what the class says is back
-        self.pl_module.configure_model()
-        self.then(self.pl_module)
-
-
-def _builds_later(pl_module: L.LightningModule) -> bool:
-    """Whether the network may be made, or made anew, after `Callback.setup`."""
-    kind = type(pl_module)
-    return (
-        kind.setup is not L.LightningModule.setup
-        or kind.configure_model is not L.LightningModule.configure_model
-    )
+def _domains(domain: str | Mapping[str, int], num_classes: int | None) -> Mapping[str, int | None]:
+    if isinstance(domain, str):
+        return {domain: num_classes}
+    if not isinstance(domain, Mapping) or not domain:
+        raise ConfigError(
+            f"`domain` must be a name or a dict of numbers of classes by name, got {domain!r}."
+        )
+    if num_classes is not None:
+        raise ConfigError(
+            f"`num_classes` is {num_classes!r} beside {domain!r}, which holds every domain's own. "
+            "Leave it out."
+        )
+    return dict(domain)
 
 
-def _can_measure_peak(device: torch.device) -> bool:
+def _log(pl_module: L.LightningModule, key: str, value: float | Tensor) -> None:
+    pl_module.log(key, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+
+
+def _loss_scale(trainer: L.Trainer) -> float:
+    """By which float16 training multiplies the loss, so that small gradients do not vanish."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def _can_measure_peak(trainer: L.Trainer, device: torch.device) -> bool:
     """Known kinds of device, and on CPU no other profiler: only one can run at a time."""
+    if trainer.world_size > 1:
+        return False
     return device.type == "cuda" or (device.type == "cpu" and not _profiler_enabled())
 
 

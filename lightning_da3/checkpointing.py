@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import stat
 import uuid
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -27,6 +27,23 @@ FORMAT = "lightning_da3"
 FORMAT_VERSION = 1
 
 _LENGTH_BYTES = 8  # a safetensors file opens with the length of its JSON header
+_MOST_AXES = 64
+_MOST_HEADER_BYTES = 2**23  # parsed JSON is larger than its text
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
 _REMEDY = "Restore the file from a copy, or train and save the domain again."
 
 
@@ -92,13 +109,16 @@ def write_domain(
         strings = _string_metadata(plain, metadata)
         with _as_checkpoint_error("safetensors cannot hold these tensors", "Give other tensors."):
             content = save(plain, strings)
-        _replace(target, content)
+        _check_header_bytes(int.from_bytes(content[:_LENGTH_BYTES], "little"))
+        with replacing(target) as temporary:
+            temporary.write_bytes(content)
 
 
 def read_domain(path: str | os.PathLike[str]) -> DomainFile:
     """Reads a domain file and checks all of it.
 
-    Takes no more memory for tensors than the file is long, whatever the file declares.
+    The file is read once, into memory that the tensors then share: no more than it is long,
+    whatever it declares. It is not mapped: reading a map of a file that shrinks kills the process.
 
     Args:
         path: A file that `write_domain` wrote.
@@ -119,9 +139,7 @@ def read_domain(path: str | os.PathLike[str]) -> DomainFile:
             metadata = json.loads(text)
         if not isinstance(metadata, dict):
             raise CheckpointError(f"its metadata is not a JSON object. {_REMEDY}")
-        # copies: the originals are a map of the file, and reading one of a file that shrank kills
-        # the process
-        return DomainFile({k: t.clone() for k, t in tensors.items()}, metadata, version)
+        return DomainFile(tensors, metadata, version)
 
 
 @contextlib.contextmanager
@@ -195,10 +213,43 @@ def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    _check_length(path)
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, file.metadata() or {}
+    content, data_start = _content(path)
+    header = json.loads(content[_LENGTH_BYTES:data_start])
+    strings = header.pop("__metadata__", {})
+    if not all(isinstance(value, str) for value in strings.values()):
+        raise CheckpointError(f"its metadata are not strings. {_REMEDY}")
+    tensors, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape = _DTYPES[entry["dtype"]], [int(n) for n in entry["shape"][:_MOST_AXES]]
+        start, end_before = entry["data_offsets"][0], end
+        end = start + math.prod(shape) * dtype.itemsize
+        if (
+            start != end_before
+            or entry["data_offsets"] != [start, end]
+            or min(shape, default=0) < 0
+        ):
+            raise CheckpointError(f"tensor {name!r} is not where it should be. {_REMEDY}")
+        if data_start + end > len(content):
+            raise CheckpointError(f"tensor {name!r} ends behind the file. {_REMEDY}")
+        tensors[name] = _view(content, data_start + start, dtype, shape)
+    if data_start + end != len(content):
+        raise CheckpointError(f"it is longer than its tensors. {_REMEDY}")
+    return tensors, strings
+
+
+def _check_header_bytes(count: int) -> None:
+    if count > _MOST_HEADER_BYTES:
+        raise CheckpointError(
+            f"its header, with the metadata, has {count} bytes; at most {_MOST_HEADER_BYTES} are "
+            "allowed. Give less metadata."
+        )
+
+
+def _view(content: bytearray, start: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
+    count = math.prod(shape)
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(content, dtype=dtype, count=count, offset=start).reshape(shape)
 
 
 def _format_version(strings: Mapping[str, str]) -> int:
@@ -222,8 +273,8 @@ def _format_version(strings: Mapping[str, str]) -> int:
     return version
 
 
-def _check_length(path: Path) -> None:
-    """Refuses what safetensors would wait for, or explain badly."""
+def _content(path: Path) -> tuple[bytearray, int]:
+    """All of a file, and where its tensors begin; what is no such file is not read."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
@@ -231,21 +282,41 @@ def _check_length(path: Path) -> None:
     if status.st_size == 0:
         raise CheckpointError(f"it is empty. {_REMEDY}")
     with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-    if header_bytes > status.st_size - _LENGTH_BYTES:
-        raise CheckpointError(
-            f"it is {status.st_size} bytes long and declares a header of {header_bytes} bytes: it "
-            f"is truncated or no domain file. {_REMEDY}"
-        )
+        length = file.read(_LENGTH_BYTES)
+        data_start = _LENGTH_BYTES + int.from_bytes(length, "little")
+        if data_start > status.st_size:
+            raise CheckpointError(
+                f"it is {status.st_size} bytes long and declares a header of "
+                f"{data_start - _LENGTH_BYTES} bytes: it is truncated or no domain file. {_REMEDY}"
+            )
+        _check_header_bytes(data_start - _LENGTH_BYTES)
+        content = bytearray(status.st_size)
+        content[:_LENGTH_BYTES] = length
+        read = file.readinto(memoryview(content)[_LENGTH_BYTES:])
+    if read != status.st_size - _LENGTH_BYTES:
+        raise CheckpointError(f"it shrank while it was read. {_REMEDY}")
+    return content, data_start
 
 
-def _replace(target: Path, content: bytes) -> None:
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A file to write in a ``with`` block that takes the place of `target` at its end, or never.
+
+    Args:
+        target: Where the file goes; its folder must exist.
+
+    Yields:
+        Path of a file beside it, which the block makes. An error in the block removes it; a process
+        that is killed leaves it behind, as ``.<name>.<32 hexadecimal digits>.tmp``.
+
+    Raises:
+        OSError: The system could not write it; what was at `target` is still there.
+    """
     # in the same folder: a rename is atomic only inside one file system
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())  # or a power cut could leave the new name on empty blocks
         os.replace(temporary, target)  # noqa: PTH105 - the one call that tests make fail
     finally:

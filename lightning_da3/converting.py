@@ -13,7 +13,7 @@ from lightning_da3.domains import DA3Model
 from lightning_da3.errors import ConfigError, ConversionError, DA3Error
 from lightning_da3.planning import plan
 from lightning_da3.rewriting import rewrite
-from lightning_da3.state import backbone_state
+from lightning_da3.state import architecture, backbone_state
 from lightning_da3.tracing import trace
 
 
@@ -46,7 +46,8 @@ def convert(
     traced = trace(backbone)
     decided = plan(traced, config)
     mark = fingerprint(backbone_state(backbone.state_dict(), decided.head))
-    model = DA3Model(rewrite(traced, decided, config), decided, config, mark)
+    layers = architecture(backbone, decided.head)
+    model = DA3Model(rewrite(traced, decided, config), decided, config, mark, layers)
     if example_inputs is not None:
         inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
         _verify(backbone, model, inputs)

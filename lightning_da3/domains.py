@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_da3.checkpointing import read_domain, write_domain
 from lightning_da3.config import DA3Config
-from lightning_da3.errors import CheckpointError, ConfigError, DomainError
+from lightning_da3.errors import CheckpointError, ConfigError, DA3Error, DomainError
 from lightning_da3.nn.adapter import Adapter, HostInput
 from lightning_da3.nn.gate import (
     Executed,
@@ -28,7 +28,13 @@ from lightning_da3.nn.gate import (
 from lightning_da3.nn.head import HeadSlot, new_head
 from lightning_da3.passes.hosts import INPUTS, host_key
 from lightning_da3.planning import INERT_LAYERS, HostPlan, Plan
-from lightning_da3.state import check_identity, check_input, complete_state, identity
+from lightning_da3.state import (
+    check_identity,
+    check_input,
+    check_tensors,
+    complete_state,
+    identity,
+)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 NOISE_UNTIL = 0.8  # of training; the gates settle without noise
@@ -41,15 +47,21 @@ class Domain(nn.Module):
         adapters: By host key, in the order of the plan.
         head: Its classifier, or None if it uses the backbone's own.
         num_classes: Scores that the head gives.
+        class_names: One for every score, or None.
     """
 
     def __init__(
-        self, adapters: Mapping[str, Adapter], head: nn.Module | None, num_classes: int | None
+        self,
+        adapters: Mapping[str, Adapter],
+        head: nn.Module | None,
+        num_classes: int | None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.adapters = nn.ModuleDict(dict(adapters))
         self.head = head
         self.num_classes = num_classes
+        self.class_names = checked_class_names(class_names, num_classes)
 
 
 class DA3Model(nn.Module):
@@ -63,17 +75,25 @@ class DA3Model(nn.Module):
         plan: By which it was rewritten.
         config: The user's choices.
         fingerprint: Of the user's backbone (see `lightning_da3.state.backbone_state`).
+        architecture: Of the user's backbone (see `lightning_da3.state.architecture`).
     """
 
     def __init__(
-        self, backbone: nn.Module, plan: Plan, config: DA3Config, fingerprint: str
+        self,
+        backbone: nn.Module,
+        plan: Plan,
+        config: DA3Config,
+        fingerprint: str,
+        architecture: str,
     ) -> None:
         super().__init__()
+        self.architecture = architecture
         self.backbone = backbone
         self.bank = nn.ModuleDict()
         self.plan, self.config, self.fingerprint = plan, config, fingerprint
         self.progress = 1.0
         self.gate_loss_scale = 1.0
+        self.gates_over_ranks = False  # True: every training batch is a rank's part of a global one
         self.executed_flops_fraction: Tensor | None = None
         self._active: str | None = None
         self._ledger: list[tuple[str, Executed]] = []  # of one forward pass
@@ -108,33 +128,30 @@ class DA3Model(nn.Module):
             )
         return cast(Domain, self.bank[name])
 
-    def add_domain(self, name: str, num_classes: int | None = None) -> None:
+    def add_domain(
+        self,
+        name: str,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
         """Make a fresh domain, which adds exactly zero to the backbone's features.
 
         Args:
             name: Letters, digits, ``-`` and ``_``, at most 100.
             num_classes: Scores of its head, at least 1. None exactly if the config has no head.
+            class_names: What the scores stand for, one each; saved with the domain.
 
         Raises:
             DomainError: The name is taken or ill-formed.
-            ConfigError: `num_classes` is missing or wrong.
+            ConfigError: `num_classes` is missing or wrong, or `class_names` are not as many.
         """
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise DomainError(
-                f"{name!r} cannot name a domain: use 1 to 100 letters, digits, '-' and '_', "
-                "beginning with a letter or digit."
-            )
+        check_name(name)
         if name in self.bank:
             raise DomainError(
                 f"There is a domain {name!r} already. Choose another name, or make room with "
                 f"`delete_domain({name!r})`."
             )
-        head = self._new_head(num_classes)
-        place = self._place()
-        adapters = {
-            host_key(host.name): self._new_adapter(host).to(**place) for host in self.plan.hosts
-        }
-        domain = Domain(adapters, head, num_classes)
+        domain = self._new_domain(num_classes, class_names)
         domain.requires_grad_(False)
         self.bank[name] = domain.train(self.training)
 
@@ -215,7 +232,8 @@ class DA3Model(nn.Module):
         """The weighted budget loss of one forward pass, a scalar."""
         assert self.config.gate is not None
         target = annealed_target(self.config.gate.target, self.progress)
-        return budget_loss(executed, target) * self.config.gate.weight
+        loss = budget_loss(executed, target, over_ranks=self.gates_over_ranks)
+        return loss * self.config.gate.weight
 
     @torch.no_grad()
     def gate_maps(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -235,12 +253,15 @@ class DA3Model(nn.Module):
         """Domains follow `mode`; the backbone is held in eval whatever it says.
 
         Frozen layers compute the same either way and show `mode`; only layers that could tell the
-        difference show eval, so that Lightning warns of them and not of every other layer.
+        difference show eval, so that Lightning warns of them and not of every other layer. What
+        stays Python follows `mode` (a detector returns its losses only in train mode).
         """
         super().train(mode)
         for layer in self.backbone.modules():
             if _has_modes(layer):
                 layer.eval()
+        for path, _ in self.plan.python:
+            self.backbone.get_submodule(path).training = mode
         return self
 
     def set_progress(self, progress: float) -> None:
@@ -266,7 +287,13 @@ class DA3Model(nn.Module):
             CheckpointError: It cannot be written, or holds NaN; a file that was there stays.
         """
         domain = self.domain(name)
-        about = {"domain": name, "num_classes": domain.num_classes, "extra": metadata}
+        about: dict[str, Any] = {
+            "domain": name,
+            "num_classes": domain.num_classes,
+            "extra": metadata,
+        }
+        if domain.class_names is not None:
+            about["class_names"] = domain.class_names
         write_domain(path, domain.state_dict(), {**about, **identity(self)})
 
     def load_domain(self, path: str | os.PathLike[str], name: str | None = None) -> str:
@@ -286,21 +313,32 @@ class DA3Model(nn.Module):
         """
         file = read_domain(path)
         check_identity(self, file.metadata, str(path))
-        name = str(file.metadata["domain"]) if name is None else name
-        self.add_domain(name, file.metadata["num_classes"])
+        about = file.metadata
+        classes = (about["num_classes"], about.get("class_names"))
         try:
-            self.domain(name).load_state_dict(file.tensors)
-        except RuntimeError as error:
-            self.delete_domain(name)
+            check_name(about["domain"])
+            # nothing is allocated before it is known that the file has as much to put there
+            expected = self._new_domain(*classes, device="meta")
+            check_tensors(file.tensors, expected.state_dict())
+        except (DA3Error, RuntimeError, TypeError) as error:  # PyTorch's own, of absurd sizes
             raise CheckpointError(
                 f"The domain file {str(path)!r} does not fit this model: {error}"
             ) from error
+        name = about["domain"] if name is None else name
+        self.add_domain(name, *classes)
+        self.domain(name).load_state_dict(file.tensors)
         return name
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a state dict must say beside its tensors; plain types only."""
-        classes = {name: self.domain(name).num_classes for name in self.domains}
-        return {"backbone": self.fingerprint, "num_classes": classes}
+        domains = {name: self.domain(name) for name in self.domains}
+        return {
+            "backbone": self.fingerprint,
+            "config": self.config.to_dict(),
+            "num_classes": {name: domain.num_classes for name, domain in domains.items()},
+            "class_names": {name: domain.class_names for name, domain in domains.items()},
+            "active": self._active,
+        }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Everything in it was used before the tensors were loaded (`complete_state`)."""
@@ -332,6 +370,22 @@ class DA3Model(nn.Module):
         weight = next(self.backbone.parameters())
         return {"device": weight.device, "dtype": weight.dtype}
 
+    def _new_domain(
+        self,
+        num_classes: int | None,
+        class_names: Sequence[str] | None,
+        device: torch.device | str | None = None,
+    ) -> Domain:
+        place = self._place()
+        if device is not None:
+            place["device"] = torch.device(device)
+        head = self._new_head(num_classes, place["device"])
+        with place["device"]:
+            adapters = {
+                host_key(host.name): self._new_adapter(host).to(**place) for host in self.plan.hosts
+            }
+        return Domain(adapters, head, num_classes, class_names)
+
     def _new_adapter(self, host: HostPlan) -> Adapter:
         choice = self.config.adapter
         return Adapter(
@@ -344,7 +398,7 @@ class DA3Model(nn.Module):
             exact=self.config.memory.exact,
         )
 
-    def _new_head(self, num_classes: int | None) -> nn.Module | None:
+    def _new_head(self, num_classes: int | None, device: torch.device) -> nn.Module | None:
         slot = self._head_slot
         if slot is None:
             if num_classes is not None:
@@ -361,7 +415,38 @@ class DA3Model(nn.Module):
             )
         if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
             raise ConfigError(f"`num_classes` must be an int of at least 1, got {num_classes!r}.")
-        return new_head(slot.original, num_classes)
+        return new_head(slot.original, num_classes, device)
+
+
+def check_name(name: object) -> None:
+    """Refuse what cannot name a domain; what can is a file name everywhere.
+
+    Raises:
+        DomainError: It is ill-formed.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise DomainError(
+            f"{name!r} cannot name a domain: use 1 to 100 letters, digits, '-' and '_', "
+            "beginning with a letter or digit."
+        )
+
+
+def checked_class_names(names: Sequence[str] | None, num_classes: int | None) -> list[str] | None:
+    """The names as a list.
+
+    Raises:
+        ConfigError: They are no strings, or not as many as there are classes.
+    """
+    if names is None:
+        return None
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"`class_names` must be a sequence of str, got {names!r}.")
+    if len(names) != num_classes:
+        raise ConfigError(
+            f"`class_names` must have one name for each of the {num_classes} classes, got "
+            f"{len(names)}."
+        )
+    return list(names)
 
 
 def _has_modes(layer: nn.Module) -> bool:

@@ -17,11 +17,12 @@ from typing import Any
 from unittest import mock
 
 import torch.fx
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._pytree import tree_leaves
 
 from lightning_da3.errors import ConversionError, InputError
 from lightning_da3.functions import DERIVED, call_layers_
@@ -174,8 +175,8 @@ class _Islands:
         return result
 
     def _convert(self, module: nn.Module, path: str) -> nn.Module:
-        container = type(module) in (nn.ModuleList, nn.ModuleDict)
-        if path and not container and Tracer().is_leaf_module(module, path):
+        holder = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        if path and not holder and Tracer().is_leaf_module(module, path):
             if not has_frozen_form(module):
                 return module
             gm = _single(module)
@@ -190,7 +191,7 @@ class _Islands:
             else:
                 self.parts.append(Part(path, gm))
                 return gm
-        if not container:
+        if not holder:
             self.python[path] = f"{type(module).__name__}: {reason}"
         for name, child in module.named_children():
             prefix = f"{path}.{name}" if path else name
@@ -394,9 +395,13 @@ def _float_twin(model: nn.Module) -> str:
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    # what a forward left behind belongs to a graph of autograd's, and that cannot be copied
-    left = (v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor))
-    memo = {id(tensor): tensor.detach().clone() for tensor in left if not tensor.is_leaf}
+    results = [leaf for m in model.modules() for leaf in tree_leaves(dict(vars(m)))]
+    # what a forward left behind belongs to a graph, and refuses to be copied
+    memo = {
+        id(t): t.detach().clone()
+        for t in results
+        if isinstance(t, torch.Tensor) and t.grad_fn is not None
+    }
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:  # the user's own __deepcopy__ or state

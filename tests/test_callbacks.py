@@ -1,17 +1,16 @@
 """DA3Callback in real Trainers, on tiny networks made at every point where users make them."""
 
+import pickle
 import warnings
 
-import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lit import CONFIG, KINDS, Lit, callback, data, lit, logits, network, parameters, trainer
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_da3 import (
-    AdapterConfig,
     CheckpointError,
     ConfigError,
     ConversionError,
@@ -21,105 +20,6 @@ from lightning_da3 import (
     DA3Model,
     convert,
 )
-
-CONFIG = DA3Config(adapter=AdapterConfig(hidden_channels=4, min_stride=1))
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 5),
-    )
-
-
-class Lit(L.LightningModule):
-    """Knows nothing of DA3. `made` says where the network is made."""
-
-    def __init__(self, made="init", lr=1e-2):
-        super().__init__()
-        self.made, self.lr = made, lr
-        if made == "init":
-            self.net = network()
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        loss = F.cross_entropy(self.net(x), y)
-        self.log("loss", loss)
-        return loss
-
-    def test_step(self, batch, batch_idx):
-        x, y = batch
-        self.log("accuracy", (self.net(x).argmax(1) == y).float().mean())
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), self.lr)
-
-
-class LitSetup(Lit):
-    def setup(self, stage):
-        if not hasattr(self, "net"):
-            self.net = network()
-
-
-class LitConfigure(Lit):
-    def configure_model(self):
-        if not hasattr(self, "net"):
-            self.net = network()
-
-
-KINDS = {"init": Lit, "setup": LitSetup, "configure_model": LitConfigure}
-
-
-def lit(made="init"):
-    return KINDS[made](made)
-
-
-def data(seed=0, nan=False):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(12, 3, 16, 16, generator=generator)
-    y = (x.mean(dim=(1, 2, 3)) > 0).long()
-    if nan:
-        x[9] = float("nan")
-    return DataLoader(TensorDataset(x, y), batch_size=4)
-
-
-def trainer(tmp_path, callback, epochs=2, **kwargs):
-    kwargs = {"logger": False, "enable_checkpointing": False, **kwargs}
-    callbacks = [callback, *kwargs.pop("callbacks", [])]
-    return L.Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        default_root_dir=tmp_path,
-        callbacks=callbacks,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **kwargs,
-    )
-
-
-def callback(domain="a", num_classes=2, **kwargs):
-    return DA3Callback(domain, num_classes, config=CONFIG, **kwargs)
-
-
-def logits(module, domain):
-    module.net.set_domain(domain)
-    module.eval()
-    with torch.no_grad():
-        scores = module.net(torch.ones(2, 3, 16, 16))
-    module.train()
-    return scores
-
-
-def parameters(module, domain):
-    return {k: v.clone() for k, v in module.net.domain(domain).state_dict().items()}
 
 
 @pytest.mark.parametrize("made", KINDS)
@@ -298,9 +198,9 @@ def test_bad_arguments_leave_the_module_as_it_was(tmp_path):
     original = module.net
     with pytest.raises(ConfigError, match="`num_classes` is missing"):
         trainer(tmp_path, DA3Callback("a", config=CONFIG)).fit(module, data())
-    far = DA3Config(adapter=AdapterConfig(min_stride=64))
-    with pytest.raises(ConversionError, match="min_stride=64"):
-        trainer(tmp_path, DA3Callback("a", 2, config=far)).fit(module, data())
+    headless = DA3Config(head="fc")
+    with pytest.raises(ConversionError, match="no Linear or convolution named 'fc'"):
+        trainer(tmp_path, DA3Callback("a", 2, config=headless)).fit(module, data())
     assert module.net is original
     assert all(p.requires_grad for p in module.parameters())
 
@@ -327,6 +227,17 @@ def test_a_module_that_comes_in_eval_trains_its_domain_all_the_same(tmp_path):
         warnings.filterwarnings("ignore", "Found .* in eval mode")  # Lightning's, and right
         trainer(tmp_path, callback()).fit(module, data())
     assert module.net.domain("a").training
+
+
+def test_a_pickled_callback_leaves_the_network_to_the_module(tmp_path):
+    used = callback()
+    trainer(tmp_path, used).fit(lit(), data())
+    assert used.model is not None
+    again = pickle.loads(pickle.dumps(used))
+    assert again.model is None
+    module = lit()
+    trainer(tmp_path, again).fit(module, data())
+    assert again.model is module.net
 
 
 def test_state_key_tells_domains_apart():

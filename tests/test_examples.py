@@ -1,5 +1,6 @@
 """The examples' parts, quickly; the whole scripts are slow tests."""
 
+import contextlib
 import json
 import os
 import signal
@@ -131,12 +132,59 @@ def test_resuming_nothing_starts_anew(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
+@pytest.mark.parametrize("part", ["kills", "damage", "domains", "checkpoints", "disk"])
+def test_durability(part, tmp_path):
+    process = start("durability.py", "--quick", part, folder=tmp_path)
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, printed
+    assert "  yes  " in printed
+    assert "  NO   " not in printed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
+def test_durability_counts_what_goes_wrong(tmp_path, monkeypatch, capfd):
+    """On purpose: a writer that is not atomic, a reader that believes what it reads."""
+    import durability
+
+    from lightning_da3 import checkpointing, domains
+
+    scale = durability.Scale(damaged=13, races=20)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointing, "_checksum", lambda *_: "")
+        assert not durability.damage(scale, tmp_path / "damage")
+    with monkeypatch.context() as patch:
+        patch.setattr(domains, "check_tensors", lambda *_: None)
+        assert not durability.damage(scale, tmp_path / "shapes")
+
+    @contextlib.contextmanager
+    def in_place(target):
+        yield target
+
+    monkeypatch.setattr(checkpointing, "replacing", in_place)
+    (tmp_path / "disk").mkdir()
+    assert not durability.disk(scale, tmp_path / "disk")
+    assert "  NO   " in capfd.readouterr().out
+
+
+@pytest.mark.slow
 def test_quickstart(tmp_path):
     process = start("quickstart.py", folder=tmp_path)
     printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0, printed
     assert "kept for the backward pass" in printed
     assert (tmp_path / "outputs" / "quickstart" / "digits.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_cli(tmp_path):
+    pytest.importorskip("jsonargparse")
+    process = start("cli.py", "fit", "--trainer.limit_train_batches", "3", folder=tmp_path)
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, printed
+    assert (tmp_path / "outputs" / "cli" / "digits.safetensors").exists()
+    assert "hidden_channels: 12" in (tmp_path / "outputs" / "cli" / "config.yaml").read_text()
 
 
 @pytest.mark.slow

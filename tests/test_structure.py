@@ -11,12 +11,12 @@ PACKAGE = Path(__file__).parents[1] / "lightning_da3"
 # a file or folder may import what stands before it
 ORDER = (
     "errors config ops memory checkpointing metrics plotting nn registry functions tracing "
-    "planning passes rewriting state domains converting exporting attaching "
-    "loggers callbacks strategies"
+    "planning passes rewriting state domains converting exporting folder hub attaching refusals "
+    "binding loaders loggers callbacks strategies sequence"
 ).split()
 # the only ones that may import these
 DOORS = {
-    "lightning": ("callbacks", "strategies", "loggers"),
+    "lightning": ("callbacks", "strategies", "loggers", "loaders", "sequence"),
     "wandb": ("loggers",),
     "matplotlib": ("plotting", "loggers"),
     "torchmetrics": ("metrics",),

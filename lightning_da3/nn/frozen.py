@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_da3.errors import CheckpointError
-from lightning_da3.ops.activation import two_slopes
+from lightning_da3.ops.activation import hard_sigmoid, two_slopes
 from lightning_da3.ops.convolution import frozen_conv, frozen_conv_transpose, pad_mode
 from lightning_da3.ops.normalization import frozen_affine
 from lightning_da3.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
@@ -281,7 +281,7 @@ class HardSigmoid(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same."""
-        return two_slopes(x + 3.0, 0.0, 6.0, inplace=True) / 6.0
+        return hard_sigmoid(x)
 
 
 class Coded(nn.Module):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -97,7 +98,23 @@ def annealed_target(target: float, progress: float) -> float:
     return 1.0 - done * (1.0 - target)
 
 
-def budget_loss(executed: Sequence[Executed], target: float) -> Tensor:
+def averaged_over_ranks(fraction: Tensor) -> Tensor:
+    """The mean of all ranks' values, with the gradient of this rank's own.
+
+    The budget is a loss ``(e - target)^2`` of the whole global batch, whose e is the mean of the
+    ranks' e_r. Its gradient ``2 (e - target) de`` is the mean over ranks of
+    ``2 (e - target) de_r``: each rank needs the common value and its own gradient, and the average
+    that DistributedDataParallel takes does the rest. A collective: every rank must call it.
+
+    Args:
+        fraction: Of this rank's part of the batch, a scalar.
+    """
+    mean = fraction.detach().clone()
+    dist.all_reduce(mean)
+    return fraction + (mean / dist.get_world_size() - fraction.detach())
+
+
+def budget_loss(executed: Sequence[Executed], target: float, *, over_ranks: bool = False) -> Tensor:
     """``(executed / total - target)^2``: what moves the executed share of FLOPs to `target`.
 
     DynConv's bounds on every single layer are left out: they force gates shut before adapters have
@@ -106,11 +123,15 @@ def budget_loss(executed: Sequence[Executed], target: float) -> Tensor:
     Args:
         executed: Of every host.
         target: Share to execute, in (0, 1].
+        over_ranks: The batch is one rank's part of a global batch (`averaged_over_ranks`).
 
     Returns:
         A scalar.
     """
-    return (executed_fraction(executed) - target).square()
+    fraction = executed_fraction(executed)
+    if over_ranks:
+        fraction = averaged_over_ranks(fraction)
+    return (fraction - target).square()
 
 
 class _WithLoss(torch.autograd.Function):

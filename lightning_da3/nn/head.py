@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 Head = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-def new_head(original: Head, num_classes: int) -> Head:
+def new_head(original: Head, num_classes: int, device: torch.device) -> Head:
     """A fresh classifier that reads what `original` reads and gives `num_classes` scores."""
-    place: dict[str, Any] = {"device": original.weight.device, "dtype": original.weight.dtype}
+    place: dict[str, Any] = {"device": device, "dtype": original.weight.dtype}
     has_bias = original.bias is not None
     if isinstance(original, nn.Linear):
         return nn.Linear(original.in_features, num_classes, bias=has_bias, **place)

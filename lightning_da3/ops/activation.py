@@ -75,3 +75,30 @@ def two_slopes(
         return _evaluate(x, low, high, slope, inplace)
     result: Tensor = _TwoSlopes.apply(x, low, high, slope, inplace)
     return result
+
+
+class _HardSigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x_dense = dense(x)
+        ctx.save_for_backward(pack_between(x_dense, -3.0, 3.0))
+        ctx.size, ctx.stride = x.size(), x_dense.stride()
+        return F.hardsigmoid(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (bits,) = ctx.saved_tensors
+        return unpack(bits, ctx.size, ctx.stride) * grad / 6.0
+
+
+def hard_sigmoid(x: Tensor) -> Tensor:
+    """``relu6(x + 3) / 6``; keeps 1 bit an element if a gradient is needed.
+
+    Args:
+        x: Any shape.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return F.hardsigmoid(x)
+    result: Tensor = _HardSigmoid.apply(x)
+    return result

@@ -42,7 +42,7 @@ class _Recomputed(torch.autograd.Function):
             x_dense = dense(x.detach())
             ctx.size, ctx.stride, ctx.dtype = x.size(), x_dense.stride(), x.dtype
             ctx.save_for_backward(*encode(x_dense, how.group), *tensors)
-        outputs = piece(x.view_as(x), *rest[how.trained :])
+        outputs = tuple(_owner(y, x) for y in piece(x.view_as(x), *rest[how.trained :]))
         ctx.mark_non_differentiable(
             *[y for y in outputs if isinstance(y, Tensor) and not y.is_floating_point()]
         )
@@ -83,6 +83,16 @@ class _Recomputed(torch.autograd.Function):
             else [None] * len(sources)
         )
         return None, None, *[None if t is None else next(found) for t in leaves]
+
+
+def _owner(y: Any, x: Tensor) -> Any:
+    """`y` as a tensor that is no view: autograd forbids to write into views of a Function."""
+    if not isinstance(y, Tensor) or not y._is_view():
+        return y
+    storage = y.untyped_storage()
+    if storage.data_ptr() == x.untyped_storage().data_ptr():
+        return y.clone()
+    return y.new_empty(0).set_(storage, y.storage_offset(), y.size(), y.stride())
 
 
 class _Random:

@@ -66,7 +66,7 @@ def plan(traced: Traced, config: DA3Config) -> Plan:
         raise ConversionError(_nothing_message(traced))
     least = min(config.adapter.min_stride, max(found))
     parts = tuple(_plan_part(draft, least, config) for draft in drafts)
-    python = tuple(f"{path or 'the network'} ({why})" for path, why in traced.python.items())
+    python = tuple(traced.python.items())
     return Plan(traced.network, parts, head, _input_channels(traced), python)
 
 
@@ -86,12 +86,14 @@ def _targets(gm: fx.GraphModule) -> list[str]:
 def _plan_part(draft: _Draft, least: float, config: DA3Config) -> PartPlan:
     gm, exact = draft.part.gm, config.memory.exact
     hosts = tuple(host for reduction, host in draft.candidates if reduction >= least)
-    trained = trained_through(gm, hosts)
-    if not hosts and draft.part.path:  # what comes before it may be trained
-        trained = {node.name for node in draft.flow.activations}
+    # what an island reads may come from one that is trained
+    inputs = [n for n in draft.flow.activations if n.op == "placeholder" and draft.part.path]
+    trained = trained_through(gm, hosts, inputs)
     nodes = tuple(plan_nodes(gm, draft.head, draft.folds, trained, exact))
     size = sizes(gm, draft.shapes)
-    finder = SegmentFinder(gm, draft.flow, size, draft.shapes, nodes, hosts, draft.head, exact)
+    finder = SegmentFinder(
+        gm, draft.flow, size, draft.shapes, nodes, hosts, inputs, draft.head, exact
+    )
     segments = tuple(finder.find())
     if exact and draft.shapes:
         cells = config.adapter.max_cells

@@ -20,21 +20,22 @@ class Flow:
         position: Of every node.
         activations: Nodes whose value is computed from the network's input: neither constants,
             such as parameters, nor numbers, such as sizes.
+        numbers: Nodes whose value is computed from sizes alone.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.nodes = list(graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.activations: Nodes = {}
-        numbers: set[fx.Node] = set()
+        self.numbers: set[fx.Node] = set()
         for node in self.nodes:
             inputs = node.all_input_nodes
             if node.op == "placeholder":
                 # others, such as masks, matter where a layer reads them
                 if not self.activations or any(u.op == "call_module" for u in node.users):
                     self.activations[node] = None
-            elif _is_number(node) or (inputs and all(i in numbers for i in inputs)):
-                numbers.add(node)
+            elif _is_number(node) or (inputs and all(i in self.numbers for i in inputs)):
+                self.numbers.add(node)
             elif any(i in self.activations for i in inputs):
                 self.activations[node] = None
 
@@ -69,6 +70,11 @@ class Flow:
             if node in upstream:
                 upstream.update(node.all_input_nodes)
         inside = (downstream & upstream) - {first}
+        for node in self.nodes[self.position[first] + 1 : end + 1]:
+            # nobody reads it: it is there for what it writes into values of the stretch
+            read = self.inputs(node)
+            if not node.users and read and node.op != "output" and set(read) <= inside:
+                inside.add(node)
         return dict.fromkeys(sorted(inside, key=self.position.__getitem__))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx, nn
 
 from lightning_da3.errors import ConversionError
+from lightning_da3.planning.flow import Flow
 from lightning_da3.planning.layers import CONVS
 from lightning_da3.tracing import Traced, module_of, output_node
 
@@ -47,31 +48,15 @@ def _walk_to_head(gm: fx.GraphModule, node: Any) -> str | None:
 
     Of an output with several values, the first counts: ``{"out": .., "aux": ..}``.
     """
+    flow = Flow(gm.graph)
     while isinstance(node, (dict, list, tuple)) and node:
         node = next(iter(node.values() if isinstance(node, dict) else node))
     while isinstance(node, fx.Node):
         layer = module_of(gm, node)
         if isinstance(layer, nn.Linear) or (isinstance(layer, CONVS) and layer.groups == 1):
             return str(node.target)
-        tensors = [i for i in node.all_input_nodes if not _is_shape(i)]
+        tensors = [i for i in node.all_input_nodes if i not in flow.numbers]
         if len(tensors) != 1 or (layer is not None and any(True for _ in layer.parameters())):
             return None
         node = tensors[0]
     return None
-
-
-def _is_shape(node: fx.Node) -> bool:
-    """A size, or something computed from sizes alone."""
-    waiting, seen = [node], {node}
-    while waiting:
-        node = waiting.pop()
-        if node.op == "call_function" and node.target in (getattr, len):
-            continue
-        if node.op == "call_method" and node.target == "size":
-            continue
-        inputs = node.all_input_nodes
-        if not inputs or node.op == "call_module":
-            return False
-        waiting += [i for i in inputs if i not in seen]
-        seen.update(inputs)
-    return True

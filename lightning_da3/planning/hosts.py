@@ -63,6 +63,7 @@ class HostFinder:
                 if host is not None:
                     covered |= set(inside)
                     found.append((self.flow.position[x], self._reduction(x, host), host))
+        lone: list[tuple[int, float, HostPlan]] = []
         for node in self.flow.activations:
             conv = module_of(self.gm, node)
             if node in covered or not is_spatial(conv) or str(node.target) == self.head:
@@ -72,8 +73,10 @@ class HostFinder:
                 first = self._neighbour(node, backwards=True) or node
                 last = self._neighbour(node, backwards=False) or node
             x = self.flow.inputs(first)[0]
-            found.append((self.flow.position[x], self.reduction[node], self._conv(first, last)))
-        for _, reduction, host in sorted(found, key=lambda item: item[0]):
+            kind = lone if is_depthwise(conv) and first is last else found
+            kind.append((self.flow.position[x], self.reduction[node], self._conv(first, last)))
+        # one that mixes channels nowhere has little to adapt: only for want of others
+        for _, reduction, host in sorted(found or lone, key=lambda item: item[0]):
             yield reduction, host
 
     def any_layers(self) -> Iterator[HostPlan]:
@@ -102,7 +105,7 @@ class HostFinder:
         if host.stride is not None or not whole or here is None:
             return self.reduction[x]
         area = max(1, math.prod(here[1:-1]) - host.own_tokens)
-        return float((math.prod(whole) / area) ** (1 / len(whole)))
+        return float(round((math.prod(whole) / area) ** (1 / len(whole)), 6))
 
     def _name(self, target: str) -> str:
         name = self.part.user_name(target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -169,10 +169,18 @@ def _keeps_nothing(node: fx.Node, called: nn.Module | None, trained: set[str]) -
     return label in _KEEP_NOTHING_NAMES
 
 
-def trained_through(gm: fx.GraphModule, hosts: tuple[HostPlan, ...]) -> set[str]:
-    """Nodes that something trainable is upstream of; the others build no graph, keep nothing."""
+def trained_through(
+    gm: fx.GraphModule, hosts: tuple[HostPlan, ...], inputs: Sequence[fx.Node]
+) -> set[str]:
+    """Nodes that something trainable is upstream of; the others build no graph, keep nothing.
+
+    Args:
+        gm: A traced network.
+        hosts: Of it.
+        inputs: Placeholders whose value may be trained already.
+    """
     last = {host.last for host in hosts}
-    trained: set[str] = set()
+    trained = {node.name for node in inputs}
     for node in gm.graph.nodes:
         if any(i.name in trained or i.name in last for i in node.all_input_nodes):
             trained.add(node.name)

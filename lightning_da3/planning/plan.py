@@ -104,14 +104,14 @@ class Plan:
         parts: One for every graph.
         head: Module name of the classifier that domains replace, or None.
         input_channels: (spatial axes, channels) of the first argument, where a convolution tells.
-        python: What could not be traced and stays Python, with the reason.
+        python: Modules that could not be traced and stay Python: path and reason.
     """
 
     network: str
     parts: tuple[PartPlan, ...]
     head: str | None
     input_channels: tuple[int, int] | None = None
-    python: tuple[str, ...] = ()
+    python: tuple[tuple[str, str], ...] = ()
 
     @property
     def nodes(self) -> tuple[NodePlan, ...]:
@@ -138,7 +138,7 @@ class Plan:
         lines = [
             f"{self.network}: {len(self.hosts)} hosts, head: {self.head or 'the backbone own'}"
         ]
-        lines += [f"stays Python: {line}" for line in self.python]
+        lines += [f"stays Python: {path or 'the network'}, {why}" for path, why in self.python]
         for part in self.parts:
             lines += _table(part)
         if self.left_to_pytorch:

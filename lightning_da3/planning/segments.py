@@ -8,8 +8,7 @@ is smaller, or that other such operations can start from as well: that one is ke
 from __future__ import annotations
 
 import dataclasses
-import operator
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 
 from torch import fx, nn
 
@@ -42,6 +41,7 @@ class SegmentFinder:
         tensors: Nodes whose value is one tensor; empty if nothing is known.
         nodes: What becomes of every node.
         hosts: Of the graph.
+        inputs: Placeholders whose value may be trained already.
         head: Module name of the classifier.
         exact: Values are kept as they are, not as codes.
     """
@@ -54,19 +54,27 @@ class SegmentFinder:
         tensors: Container[fx.Node],
         nodes: tuple[NodePlan, ...],
         hosts: tuple[HostPlan, ...],
+        inputs: Sequence[fx.Node],
         head: str | None,
         exact: bool,
     ) -> None:
         self.gm, self.flow, self.size, self.head, self.exact = gm, flow, size, head, exact
-        self.tensors = tensors or {node for node in flow.nodes if not _is_unpacked(node)}
+        self.tensors = tensors or {node for node in flow.nodes if self._gives_one_tensor(node)}
         self.plan = {node.name: node for node in nodes}
         self.written = {host.last for host in hosts}
         self.readers = {host.source: host.readers for host in hosts}
         self.trained: Nodes = {}
         for node in flow.activations:
-            if node.name in self.written or self._sources(node):
+            if node in inputs or node.name in self.written or self._sources(node):
                 self.trained[node] = None
         self.before = dominators(self.trained, self._sources)
+
+    def _gives_one_tensor(self, node: fx.Node) -> bool:
+        """Without shapes: layers do, but those that return tuples; inputs may be anything."""
+        layer = module_of(self.gm, node)
+        if layer is not None:
+            return not isinstance(layer, (nn.MultiheadAttention, nn.RNNBase))
+        return getattr(node.target, "__name__", "") in ("add", "iadd", "sub", "mul", "cat")
 
     def find(self) -> Iterator[SegmentPlan]:
         """Every segment, in order."""
@@ -191,9 +199,3 @@ class SegmentFinder:
     def _worth_it(self, segment: _Segment) -> bool:
         alone = sum(self._alone(k) for k in segment.keepers)
         return self._cost(segment.source) < alone
-
-
-def _is_unpacked(node: fx.Node) -> bool:
-    """Whether what `node` returns may be a tuple."""
-    items = [user for user in node.users if user.target is operator.getitem]
-    return any(isinstance(item.args[1], int) for item in items)

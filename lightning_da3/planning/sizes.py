@@ -32,6 +32,11 @@ class _Recorder(fx.Interpreter):
         super().__init__(gm)
         self.shapes: Shapes = {}
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        # the graph's own code passes new lists, which functions may write into
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return mutable(args), mutable(kwargs)
+
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):
@@ -47,6 +52,15 @@ class _Recorder(fx.Interpreter):
         size[axis] = args[0].shape[axis]
         y, state = layer(args[0].narrow(axis, 0, 1), *args[1:], **kwargs)
         return y.expand(size), state
+
+
+def mutable(value: Any) -> Any:
+    """`value` with plain lists and dictionaries in the place of those of `torch.fx`."""
+    if isinstance(value, list):
+        return [mutable(v) for v in value]
+    if isinstance(value, dict):
+        return {k: mutable(v) for k, v in value.items()}
+    return tuple(mutable(v) for v in value) if type(value) is tuple else value
 
 
 def guess_shapes(gm: fx.GraphModule) -> Shapes:

@@ -60,6 +60,12 @@ class SpanFinder:
         self.plan = {node.name: node for node in nodes}
         self.hosts, self.tensors = hosts, tensors
         self.named = {node.name: node for node in flow.nodes}
+        # there, what flows through the adapter flows past
+        self.in_hosts = {
+            node
+            for host in hosts
+            for node in flow.between(self.named[host.source], [self.named[host.last]])
+        }
 
     def find(self) -> list[SegmentPlan]:
         """The spans that keep the least, in order."""
@@ -107,7 +113,7 @@ class SpanFinder:
 
     def _stays(self, node: fx.Node) -> bool:
         """Whether the node's value is still there when its backward comes."""
-        if node not in self.tensors or node.name in {host.last for host in self.hosts}:
+        if node not in self.tensors or node in self.in_hosts:
             return False
         planned = self.plan.get(node.name)
         if planned is not None and planned.action in ("freeze", "fold", "remove"):
