@@ -25,6 +25,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves
 
 from lightning_da3.errors import ConversionError, InputError
+from lightning_da3.functions import DERIVED, call_layers_
 from lightning_da3.registry import has_frozen_form, is_registered
 
 LAYER = "layer"  # name of the one layer in the graph of a single layer
@@ -200,6 +201,7 @@ class _Islands:
 
 def _graph(module: nn.Module, *, whole: bool) -> torch.fx.GraphModule:
     graph = _traced(module, whole=whole)
+    call_layers_(graph, module)
     _first_by_position_(graph)
     _drop_unread_items_(graph)
     _name_what_was_overwritten_(graph, module)
@@ -219,20 +221,35 @@ def _traced(module: nn.Module, *, whole: bool) -> torch.fx.Graph:
         if isinstance(parameter.default, (type(None), bool, int, float, str))
     }
     absent = {name for name, default in options.items() if default is None}
+    free = _attempt(module, ())
+    if isinstance(free, Exception) and not (whole and options):
+        raise free
+    if not absent and not isinstance(free, Exception):
+        return free
+    fixed = _attempt(module, absent)
+    if isinstance(fixed, Exception):
+        fixed = _attempt(module, options)
+    if isinstance(free, Exception):
+        if isinstance(fixed, Exception):
+            raise fixed
+        return fixed
+    # a proxy is never None: a forward that asks for None was not told the truth
+    if isinstance(fixed, Exception) or _operations(fixed) == _operations(free):
+        return free
+    if not whole:
+        raise ConversionError(f"it asks whether {sorted(absent)} are None")
+    return fixed
+
+
+def _operations(graph: torch.fx.Graph) -> int:
+    return sum(node.target is not must_be_default for node in graph.nodes)
+
+
+def _attempt(module: nn.Module, defaults: Container[str]) -> torch.fx.Graph | Exception:
     try:
-        graph = _trace_once(module, ())
-    except Exception:  # the user's own forward: anything can come
-        if not whole or not options:
-            raise
-        return _trace_once(module, options)
-    if absent:  # a proxy is never None, so a forward that asks for None was not told the truth
-        without = _trace_once(module, absent)
-        checks = [node for node in without.nodes if node.target is must_be_default]
-        if len(without.nodes) - len(checks) != len(graph.nodes):
-            if not whole:
-                raise ConversionError(f"it asks whether {sorted(absent)} are None")
-            return without
-    return graph
+        return _trace_once(module, defaults)
+    except Exception as error:  # noqa: BLE001  # the user's own forward: anything can come
+        return error
 
 
 def _trace_once(module: nn.Module, defaults: Container[str]) -> torch.fx.Graph:
@@ -404,10 +421,12 @@ def _plain(model: nn.Module) -> nn.Module:
             kind = type(module)  # the caller's, too, and removing edits it
             own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
             module.__class__ = type(kind.__name__, kind.__bases__, own)
+            setattr(module, DERIVED, True)
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
         for key, hook in list(module._forward_pre_hooks.items()):  # before parametrisations
             if isinstance(hook, (WeightNorm, SpectralNorm)):
+                setattr(module, DERIVED, True)
                 hook.remove(module)
                 del module._forward_pre_hooks[key]
         base = _same_layer(type(module))

@@ -10,9 +10,9 @@ PACKAGE = Path(__file__).parents[1] / "lightning_da3"
 
 # a file or folder may import what stands before it
 ORDER = (
-    "errors config ops memory checkpointing metrics plotting nn registry tracing planning passes "
-    "rewriting state mixing domains converting exporting folder hub attaching refusals binding "
-    "loaders loggers callbacks strategies sequence"
+    "errors config ops memory checkpointing metrics plotting nn registry functions tracing "
+    "planning passes rewriting state mixing domains converting exporting folder hub attaching "
+    "refusals binding loaders loggers callbacks strategies sequence"
 ).split()
 # the only ones that may import these
 DOORS = {

@@ -1,5 +1,6 @@
 """Networks as users write them: each converts, computes the same and has the right gradients."""
 
+import models
 import pytest
 import torch
 import zoo
@@ -16,6 +17,7 @@ from torch import nn
 
 from lightning_da3 import (
     AdapterConfig,
+    CheckpointError,
     ConversionError,
     DA3Config,
     GateConfig,
@@ -90,11 +92,71 @@ def test_gradients_are_those_of_plain_pytorch(name, gate):
 
 
 def test_functions_of_constant_weights_keep_nothing():
-    for name in ("FunctionsWithOwnWeights", "StandardisedWeights"):
-        steps = convert(zoo.network(name), CONFIG).plan.nodes
-        functions = [step for step in steps if step.layer in ("conv1d", "conv2d")]
-        assert len(functions) >= 2
-        assert {(step.action, step.keeps) for step in functions} == {("freeze", "nothing")}
+    steps = convert(zoo.network("FunctionsWithOwnWeights"), CONFIG).plan.nodes
+    functions = [step for step in steps if step.layer in ("conv1d", "conv2d")]
+    assert len(functions) == 3
+    assert {(step.action, step.keeps) for step in functions} == {("freeze", "nothing")}
+
+
+def test_a_layer_that_computes_its_weight_is_that_layer():
+    net = zoo.network("StandardisedWeights")
+    model = convert(net, CONFIG)
+    assert [host.name for host in model.plan.hosts] == ["stem", "conv", "last"]
+    with pytest.raises(CheckpointError, match="'conv' is computed from other tensors"):
+        model.load_state_dict(net.state_dict())
+
+
+class NormAndActivation(nn.BatchNorm2d):
+    """As networks of others fuse them: the function, and what follows."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        weight, bias = self.weight, self.bias
+        x = nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, weight, bias, self.training, 0.1, self.eps
+        )
+        return self.act(x)
+
+
+class CastingLinear(nn.Linear):
+    def forward(self, input):  # noqa: A002
+        return nn.functional.linear(input, self.weight, bias=self.bias)
+
+
+class NormOfOtherWeights(nn.LayerNorm):
+    def forward(self, x):
+        return nn.functional.layer_norm(x, self.normalized_shape, self.weight + 1.0, self.bias)
+
+
+class OwnLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1), NormAndActivation(4)
+        self.mix, self.scale = CastingLinear(4, 4), NormOfOtherWeights(4, eps=1e-3)
+        self.fc = CastingLinear(4, 5)
+
+    def forward(self, x):
+        x = self.mix(self.norm(self.conv(x)).movedim(1, -1))
+        return self.fc(self.scale(x).mean((1, 2)))
+
+
+def test_functions_of_a_layer_s_own_weights_are_that_layer():
+    net = models.randomise_(OwnLayers()).double().eval()
+    model = convert(net, DA3Config(adapter=ADAPTER))
+    step = {step.name: step for step in model.plan.nodes}
+    assert step["batch_norm"].action == "fold"
+    assert [s.layer for s in model.plan.nodes].count("Linear") == 2
+    assert model.plan.head == "fc"
+    assert step["layer_norm"].layer == "layer_norm"  # of another eps than the layer's own
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    assert_relatively_close(model(x), net(x), 1e-9)
+    assert type(net.norm) is NormAndActivation
+    other = models.randomise_(OwnLayers(), 5).double().eval()
+    model.load_state_dict(other.state_dict())
+    assert_relatively_close(model(x), other(x), 1e-9)
 
 
 def test_a_function_of_weights_that_depend_on_the_input_stays():
@@ -148,6 +210,42 @@ def test_the_plan_is_the_same_for_every_type(name, dtype):
     plans = [convert(zoo.network(name).to(d), CONFIG).plan for d in (torch.float32, dtype)]
     assert plans[0] == plans[1]
     assert plans[0].segments
+
+
+def test_a_list_of_blocks_in_an_untraceable_network_is_looked_into():
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(zoo.SqueezeExcite() for _ in range(2))
+
+        def forward(self, x):
+            return sum(block(x) for block in self.blocks) if float(x.sum()) > -1e9 else x
+
+    net, x = Blocks().eval(), torch.randn(2, 3, 8, 8)
+    model = convert(net, CONFIG)
+    assert {part.path[:8] for part in model.plan.parts} == {"blocks.0", "blocks.1"}
+    assert_relatively_close(model(x), net(x), 1e-5)
+
+
+def test_a_segment_begins_behind_what_is_removed():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+            self.drop, self.norm = nn.Dropout(), nn.GroupNorm(1, 4)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.last(nn.functional.silu(x) * self.norm(self.drop(x)).sigmoid())
+
+    net, x = Branch().eval(), torch.randn(2, 3, 8, 8)
+    model = add(convert(net, CONFIG), "a")
+    (segment,) = model.plan.segments
+    assert (segment.source, segment.nodes[0]) == ("conv", "drop")
+    assert_relatively_close(model(x), net(x), 1e-5)
+    model.set_domain("a")
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in trained(model))
 
 
 # --- arguments

@@ -12,6 +12,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_da3.errors import CheckpointError
 from lightning_da3.ops.activation import hard_sigmoid, two_slopes
 from lightning_da3.ops.convolution import frozen_conv, frozen_conv_transpose, pad_mode
 from lightning_da3.ops.normalization import frozen_affine
@@ -103,6 +104,7 @@ class FrozenConv(nn.Module):
         super().__init__()
         axes = conv.weight.dim() - 2
         self.name, self.norm_name, self.eps = name, norm_name, 0.0 if norm is None else norm.eps
+        self.derived = bool(getattr(conv, "weights_are_derived", False))
         self.stride = numbers(conv.stride, axes)
         self.dilation = numbers(conv.dilation, axes)
         self.groups = conv.groups
@@ -122,7 +124,13 @@ class FrozenConv(nn.Module):
 
         Raises:
             KeyError: A tensor is missing.
+            CheckpointError: The network computes this weight from others.
         """
+        if self.derived:
+            raise CheckpointError(
+                f"The weight of {self.name!r} is computed from other tensors, so it is not in the "
+                "network's own state. Load that state into the network, and convert it again."
+            )
         norm = None if self.norm_name is None else Statistics.read(state, self.norm_name, self.eps)
         weight, bias = fold(state[f"{self.name}.weight"], state.get(f"{self.name}.bias"), norm)
         return {"weight": weight} if self.bias is None else {"weight": weight, "bias": bias}

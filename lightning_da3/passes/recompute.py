@@ -10,6 +10,7 @@ from torch import fx
 from lightning_da3.config import DA3Config
 from lightning_da3.nn.recomputed import Recomputed
 from lightning_da3.passes.freeze import STANDS_FOR, stands_for
+from lightning_da3.passes.hosts import INPUTS, OUTPUTS
 from lightning_da3.planning import PartPlan, SegmentPlan
 from lightning_da3.planning.flow import Flow
 from lightning_da3.tracing import Part, module_of
@@ -56,7 +57,11 @@ def _recompute(gm: fx.GraphModule, segment: SegmentPlan, place: str, exact: bool
 def _inside(graph: fx.Graph, segment: SegmentPlan) -> list[fx.Node]:
     """The segment's nodes, what was put between them, and the items of what they return."""
     names = set(segment.nodes)
-    planned = [node for node in graph.nodes if names & stands_for(node)]
+    planned = [  # what is gone may have come right behind the source, which now stands for it
+        node
+        for node in graph.nodes
+        if names & stands_for(node) and not _hands_on(node, segment.source)
+    ]
     inside = set(planned)
     if segment.with_hosts:
         source = next(n for n in graph.nodes if segment.source in stands_for(n))
@@ -80,15 +85,15 @@ def _leave_input_alone_(gm: fx.GraphModule, node: fx.Node, name: str) -> None:
 
 
 def _hands_on(node: fx.Node, source: str) -> bool:
-    """Whether `node` is the source, or what a host's input hands on of it."""
+    """Whether `node` is the source, or what a host's input or output hands on of it."""
     if source in stands_for(node):
         return True
     if node.target is not operator.getitem or node.args[1] != 0:
         return False
-    entry = node.args[0]
-    return isinstance(entry, fx.Node) and any(
-        source in stands_for(i) for i in entry.all_input_nodes
-    )
+    door = node.args[0]
+    if not isinstance(door, fx.Node) or not str(door.target).startswith((INPUTS, OUTPUTS)):
+        return False
+    return any(source in stands_for(i) for i in door.all_input_nodes)
 
 
 def _before(graph: fx.Graph, node: fx.Node, place: fx.Node) -> None:

@@ -101,10 +101,16 @@ def _is_conv_of_constants(node: fx.Node) -> bool:
 
 def _is_constant(node: Any) -> bool:
     """Computed from the network's own tensors alone."""
-    if not isinstance(node, fx.Node) or node.op == "get_attr":
-        return True
-    inputs = node.all_input_nodes
-    return node.op != "placeholder" and bool(inputs) and all(_is_constant(i) for i in inputs)
+    waiting, seen = [node], set()
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, fx.Node) or node.op == "get_attr" or node in seen:
+            continue
+        seen.add(node)
+        if node.op in ("placeholder", "call_module") or not node.all_input_nodes:
+            return False
+        waiting += node.all_input_nodes
+    return True
 
 
 def _overwrites(replacement: Replacement, free: bool) -> bool:

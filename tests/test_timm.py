@@ -1,0 +1,121 @@
+"""timm's families: each converts, computes the same, has the right gradients and keeps far less."""
+
+import pytest
+import torch
+from comparing import add, assert_relatively_close, mix_gates_, score
+from plain import PlainPyTorch
+from torch import nn
+
+from lightning_da3 import AdapterConfig, DA3Config, MemoryConfig, convert
+from lightning_da3.memory import saved_activation_bytes
+
+timm = pytest.importorskip("timm")
+pytestmark = pytest.mark.filterwarnings("ignore:Overwriting .* in registry:UserWarning")
+
+ADAPTER = AdapterConfig(hidden_channels=4, max_cells=16)
+QUICK = {"resnet10t": 64, "mobilenetv3_small_050": 96, "convnext_atto": 64, "regnety_002": 64}
+SLOW = {
+    "vit_tiny_patch16_224": 64,
+    "efficientnet_b0": 64,
+    "mobilenetv4_conv_small_035": 96,
+    "deit_tiny_distilled_patch16_224": 64,
+    "eva02_tiny_patch14_224": 56,
+    "swin_tiny_patch4_window7_224": 64,
+    "swinv2_tiny_window8_256": 64,
+    "maxvit_pico_rw_256": 64,
+    "coatnet_pico_rw_224": 64,
+    "densenet121": 64,
+    "mixer_s32_224": 224,
+    "gmlp_ti16_224": 224,
+    "poolformer_s12": 64,
+    "caformer_s18": 64,
+    "edgenext_xx_small": 64,
+    "fastvit_t8": 64,
+    "ghostnet_050": 96,
+    "mobileone_s0": 64,
+    "repvgg_a0": 64,
+    "hrnet_w18_small": 64,
+    "dla46_c": 96,
+    "nf_regnet_b0": 64,
+    "resmlp_12_224": 224,
+    "xcit_nano_12_p16_224": 64,
+    "pvt_v2_b0": 64,
+    "cs3darknet_focus_s": 64,
+    "res2net50_14w_8s": 64,
+    "skresnet18": 64,
+    "ese_vovnet19b_slim_dw": 64,
+    "xception41": 64,
+    "inception_v4": 96,
+    "visformer_tiny": 224,
+    "davit_tiny": 64,
+    "hiera_tiny_224": 224,
+    "nextvit_small": 64,
+    "repghostnet_050": 96,
+    "convmixer_768_32": 64,
+    "mobilevit_xxs": 64,
+    "coat_lite_tiny": 64,
+    "efficientvit_b0": 64,
+}
+SIZES = {**QUICK, **SLOW}
+NAMES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+# of those that keep large kernels' maps as PyTorch does, or are nothing but pools of bits
+RATIO = 5
+
+
+def network(name):
+    """The smallest of its family, with weights as training leaves them."""
+    torch.manual_seed(0)
+    try:
+        net = timm.create_model(name, num_classes=5, img_size=SIZES[name])
+    except TypeError:  # takes images of any size
+        net = timm.create_model(name, num_classes=5)
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.running_mean.normal_(0.0, 0.1)
+                module.running_var.uniform_(0.7, 1.5)
+        for parameter in net.parameters():
+            if parameter.abs().max() < 1e-3:  # layer scale, and what begins as zero
+                parameter.uniform_(0.2, 0.6)
+    return net.eval()
+
+
+def converted(net, x, **choices):
+    model = add(convert(net, DA3Config(adapter=ADAPTER, **choices)), "a")
+    model.set_domain("a")
+    mix_gates_(model, (x,))
+    with torch.no_grad():
+        for adapter in model.domain("a").adapters.values():
+            adapter.attend.bias += 1e-4  # no gate is on the edge, where rounding decides
+    return model.train()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_family(name):
+    net = network(name)
+    x = torch.randn(2, 3, SIZES[name], SIZES[name])
+    model = convert(net, DA3Config(adapter=ADAPTER))
+    assert model.plan.hosts
+    assert model.plan.python == ()
+    with torch.no_grad():
+        assert_relatively_close(model(x), net(x), 2e-4)
+    model = converted(net, x)
+    fine_tuning = saved_activation_bytes(net.train(), x)
+    assert fine_tuning > RATIO * saved_activation_bytes(model, x)
+
+    net, x = net.eval().double(), x.double()
+    exact, coded = converted(net, x, memory=MemoryConfig(exact=True)), converted(net, x)
+    plain = PlainPyTorch(net, exact)
+    got, want, close = (
+        torch.autograd.grad(loss, [p for p in m.parameters() if p.requires_grad])
+        for m, loss in (
+            (exact, score(exact(x))),
+            (exact, score(plain(x)) + plain.loss()),
+            (coded, score(coded(x))),
+        )
+    )
+    largest = max(gradient.norm() for gradient in want)
+    for one, other, code in zip(got, want, close, strict=True):
+        assert (one - other).norm() <= 1e-9 * max(other.norm(), 1e-6 * largest)
+        if other.norm() > 1e-3 * largest:
+            assert torch.cosine_similarity(code.flatten(), other.flatten(), dim=0) >= 0.998
