@@ -236,7 +236,7 @@ def test_a_segment_begins_behind_what_is_removed():
 
         def forward(self, x):
             x = self.conv(x)
-            return self.last(nn.functional.silu(x) * self.norm(self.drop(x)).sigmoid())
+            return self.last(self.norm(self.drop(x)).sigmoid() * nn.functional.silu(x))
 
     net, x = Branch().eval(), torch.randn(2, 3, 8, 8)
     model = add(convert(net, CONFIG), "a")
