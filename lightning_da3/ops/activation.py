@@ -77,6 +77,9 @@ def two_slopes(
     return result
 
 
+_SIXTH = torch.tensor(1.0 / 6.0, dtype=torch.float32).item()  # as PyTorch's, in every type
+
+
 class _HardSigmoid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -89,7 +92,7 @@ class _HardSigmoid(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (bits,) = ctx.saved_tensors
-        return unpack(bits, ctx.size, ctx.stride) * grad / 6.0
+        return unpack(bits, ctx.size, ctx.stride) * grad * _SIXTH
 
 
 def hard_sigmoid(x: Tensor) -> Tensor:
