@@ -75,6 +75,7 @@ def test_compiled_whole(name, memory):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_a_compiled_segment_keeps_codes():
     compiled_is_right("LayerScale", MemoryConfig(), "aot_eager", 1e-4)
 
@@ -228,8 +229,8 @@ def test_a_derivative_of_a_gradient_is_refused(name):
     model = converted(name)
     loss = score(model(*zoo.batch(name)))
     found = torch.autograd.grad(loss, trained(model), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
-        torch.autograd.grad(sum(gradient.square().sum() for gradient in found), trained(model))
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(gradient.square().sum() for gradient in found).backward()
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -240,5 +241,5 @@ def test_transforms_of_functions_are_refused(name):
     def loss(parameters):
         return score(torch.func.functional_call(model, parameters, zoo.batch(name)))
 
-    with pytest.raises(RuntimeError, match="torch.func|functorch|setup_context"):
+    with pytest.raises(RuntimeError, match=r"torch.func|functorch|setup_context"):
         torch.func.grad(loss)(parameters)
