@@ -29,7 +29,7 @@ from lightning_da3.nn.gate import (
 from lightning_da3.nn.head import HeadSlot, MixedHeads, class_axis, classes_of, new_head
 from lightning_da3.nn.statistics import Statistics
 from lightning_da3.passes.hosts import INPUTS, host_key
-from lightning_da3.planning import INERT_LAYERS, HostPlan, Plan
+from lightning_da3.planning import HostPlan, Plan
 from lightning_da3.state import (
     HAS_STATISTICS,
     check_identity,
@@ -633,11 +633,23 @@ def checked_class_names(names: Sequence[str] | None, num_classes: int | None) ->
     return list(names)
 
 
+_MODAL = (
+    nn.modules.batchnorm._NormBase,
+    nn.modules.dropout._DropoutNd,
+    nn.RReLU,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.TransformerEncoderLayer,
+    nn.TransformerEncoder,
+)
+
+
 def _has_modes(layer: nn.Module) -> bool:
     """Whether a layer of the rewritten backbone may compute differently in train mode."""
-    kind = type(layer)
-    inert = kind is nn.Module or kind in INERT_LAYERS or isinstance(layer, fx.GraphModule)
-    return not inert and not kind.__module__.startswith("lightning_da3.")
+    home = type(layer).__module__
+    if home.startswith("torch.nn."):
+        return isinstance(layer, _MODAL)
+    return not isinstance(layer, fx.GraphModule) and not home.startswith("lightning_da3.")
 
 
 def _carry(output: Any, loss: Tensor, scale: float) -> Any:

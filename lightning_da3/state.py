@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_da3.checkpointing import fingerprint
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import CheckpointError, ConfigError, InputError
-from lightning_da3.nn.frozen import FrozenAffine, FrozenConv
+from lightning_da3.nn.frozen import FrozenAffine, FrozenConv, FrozenConvTranspose
 from lightning_da3.nn.head import HeadSlot
 from lightning_da3.planning import Plan
 
@@ -288,7 +288,7 @@ def _from_network_(model: DA3Model, state: dict[str, Any], prefix: str) -> None:
     if not theirs:
         return
     for path, layer in model.backbone.named_modules():
-        if isinstance(layer, (FrozenConv, FrozenAffine)):
+        if isinstance(layer, (FrozenConv, FrozenConvTranspose, FrozenAffine)):
             try:
                 translated = layer.translate(theirs)
             except KeyError:

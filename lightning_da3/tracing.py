@@ -11,7 +11,7 @@ import builtins
 import copy
 import inspect
 import operator
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -69,8 +69,14 @@ class Tracer(torch.fx.Tracer):
         proxy = super().create_proxy(kind, target, args, kwargs, *others, **named)
         if kind != "placeholder" or target not in self.defaults or not args:
             return proxy
-        super().create_proxy("call_function", must_be_default, (proxy, target, args[0]), {})
+        self._noted(must_be_default, (proxy, target, args[0]))
         return args[0]
+
+    def _noted(self, function: Callable[..., Any], args: tuple[Any, ...]) -> torch.fx.Proxy:
+        """A call of what only copies know how to trace if they are told (`torch.fx.wrap`)."""
+        proxy = super().create_proxy("call_function", function, args, {})
+        proxy.node.meta["is_wrapped"] = True
+        return proxy
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> torch.fx.Graph:
         """The graph of `root`, which may take the `len` of a tensor."""
@@ -78,7 +84,7 @@ class Tracer(torch.fx.Tracer):
 
         def proxy_length(value: Any) -> Any:
             if isinstance(value, torch.fx.Proxy):
-                return value.tracer.create_proxy("call_function", length, (value,), {})
+                return self._noted(length, (value,))
             return length(value)
 
         with mock.patch.object(builtins, "len", proxy_length):

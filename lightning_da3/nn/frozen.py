@@ -203,11 +203,20 @@ class FrozenConvTranspose(nn.Module):
     def __init__(self, conv: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) -> None:
         super().__init__()
         axes = conv.weight.dim() - 2
+        self.name = ""  # of the layer in the user's network
         self.stride, self.padding = numbers(conv.stride, axes), numbers(conv.padding, axes)  # type: ignore[arg-type]
         self.output_padding = numbers(conv.output_padding, axes)
         self.dilation, self.groups = numbers(conv.dilation, axes), conv.groups
         self.weight = frozen(conv.weight)
         self.bias = None if conv.bias is None else frozen(conv.bias)
+
+    def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This layer's own state from that of the user's network.
+
+        Raises:
+            KeyError: A tensor is missing.
+        """
+        return {key: state[f"{self.name}.{key}"] for key in self.state_dict()}
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, *in) to (N, O, *out)."""

@@ -119,6 +119,46 @@ def _autocast_of(device: str) -> Callable[[], contextlib.AbstractContextManager[
     return lambda: torch.autocast(device, dtype=dtype)
 
 
+class _Instead(torch.autograd.Function):
+    """The first argument, with the gradient of the second."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, carrier: Tensor) -> Tensor:
+        del ctx, carrier
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        del ctx
+        return None, grad
+
+
+def _compiled(piece: Piece, x: Tensor, *rest: Any, exact: bool) -> tuple[Any, ...]:
+    """In words that a compiler understands: it keeps what a checkpoint reads.
+
+    The piece stands there twice, but what comes from the codes matters for the backward alone, so
+    that the compiler leaves it out of the forward.
+    """
+    if exact:
+        return checkpoint(piece, x, *rest, use_reentrant=False)
+    with torch.no_grad():
+        outputs = piece(x, *rest)
+    group = sample_group(x)
+    dense_x = dense(x.detach())
+    codes = encode(dense_x, group)
+    size, stride, dtype = x.size(), dense_x.stride(), x.dtype
+
+    def from_codes(codes: Tensor, low: Tensor, step: Tensor, x: Tensor) -> tuple[Any, ...]:
+        again = decode(codes, low, step, size, stride, dtype, group)
+        return piece(_Instead.apply(again, x), *rest)
+
+    carriers = checkpoint(from_codes, *codes, x, use_reentrant=False)
+    return tuple(
+        _Instead.apply(y, carrier) if isinstance(carrier, Tensor) and carrier.requires_grad else y
+        for y, carrier in zip(outputs, carriers, strict=True)
+    )
+
+
 def recomputed(
     piece: Piece,
     x: Tensor,
@@ -144,8 +184,8 @@ def recomputed(
     wanted = any(tensor.requires_grad for tensor in tensors)
     if not (torch.is_grad_enabled() and wanted):
         return piece(x, *rest)
-    if torch.compiler.is_compiling():  # the compiler keeps by rules of its own
-        return checkpoint(piece, x, *rest, use_reentrant=False)
+    if torch.compiler.is_compiling():
+        return _compiled(piece, x, *rest, exact=exact)
     how = _How(exact, random, 0 if exact else sample_group(x), len(parameters))
     result: tuple[Any, ...] = _Recomputed.apply(piece, how, x, *parameters, *rest)
     return result

@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import fx
 
 from lightning_da3.config import DA3Config
-from lightning_da3.nn.frozen import Coded, FrozenAffine, FrozenConv
+from lightning_da3.nn.frozen import Coded, FrozenAffine, FrozenConv, FrozenConvTranspose
 from lightning_da3.planning import NodePlan, PartPlan, layer_called
 from lightning_da3.registry import convolution_of, replacement_for
 from lightning_da3.tracing import Part, module_of
@@ -41,7 +41,7 @@ def freeze_(part: Part, plan: PartPlan, config: DA3Config) -> None:
             affine = FrozenAffine(cast(Any, originals[name]), step.inplace, part.user_name(name))
             _call(gm, node, affine)
         elif step.action == "replace":
-            _replace(gm, node, step, config.memory.derivative_bits)
+            _replace(part, node, step, config.memory.derivative_bits)
     for step in plan.nodes:
         if step.action in ("fold", "remove"):
             _bypass(gm, nodes[step.name])
@@ -56,14 +56,16 @@ def _frozen_conv(
     return FrozenConv(originals[name], norm, part.user_name(name), norm_name)
 
 
-def _replace(gm: fx.GraphModule, node: fx.Node, step: NodePlan, bits: int) -> None:
-    layer = layer_called(gm, node)
+def _replace(part: Part, node: fx.Node, step: NodePlan, bits: int) -> None:
+    layer = layer_called(part.gm, node)
     replacement = None if layer is None else replacement_for(layer)
     assert replacement is not None and replacement.build is not None  # the plan looked
-    layer = replacement.build(step.inplace)
-    if isinstance(layer, Coded):
-        layer.bits = bits
-    _call(gm, node, layer)
+    built = replacement.build(step.inplace)
+    if isinstance(built, FrozenConvTranspose):
+        built.name = part.user_name(str(node.target))
+    if isinstance(built, Coded):
+        built.bits = bits
+    _call(part.gm, node, built)
 
 
 def _call(

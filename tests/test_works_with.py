@@ -1,0 +1,245 @@
+"""What PyTorch and Lightning do with any network works with a converted one, of every kind."""
+
+import copy
+import io
+import pickle
+
+import lightning as L
+import pytest
+import torch
+import torch._dynamo
+import zoo
+from comparing import add, assert_identical, assert_relatively_close, leaves, mix_gates_, score
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_da3 import AdapterConfig, CheckpointError, DA3Config, MemoryConfig, convert
+from lightning_da3.memory import saved_activation_bytes
+
+EXACT = MemoryConfig(exact=True)
+ADAPTER = AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1)
+CONFIG = DA3Config(adapter=ADAPTER, head=None)
+# convolutions, segments, tokens; what stays Python with graphs inside
+WHOLE = ["Transposed", "SqueezeExcite", "VisionTransformer"]
+KINDS = [*WHOLE, "Detector"]
+MODES = pytest.mark.parametrize("memory", [MemoryConfig(), EXACT], ids=["coded", "exact"])
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def converted(name, **choices):
+    config = DA3Config(**{"adapter": ADAPTER, "head": None, **choices})
+    model = add(convert(zoo.network(name), config), "a")
+    model.set_domain("a")
+    mix_gates_(model, zoo.batch(name))
+    return model.train()
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def gradients(model, name):
+    return torch.autograd.grad(score(model(*zoo.batch(name))), trained(model))
+
+
+def assert_close(got, want, tolerance):
+    largest = max(other.norm() for other in want)
+    for one, other in zip(got, want, strict=True):
+        assert (one - other).norm() <= tolerance * max(other.norm(), 0.05 * largest)
+
+
+# --- the compiler
+
+
+def compiled_is_right(name, memory, backend, tolerance):
+    torch._dynamo.reset()
+    model = converted(name, memory=memory)
+    want, kept = gradients(model, name), saved_activation_bytes(model, *zoo.batch(name))
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    assert_relatively_close(compiled(*zoo.batch(name)), model(*zoo.batch(name)), 1e-4)
+    assert_close(gradients(compiled, name), want, tolerance)
+    assert saved_activation_bytes(compiled, *zoo.batch(name)) <= 1.1 * kept
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler about itself
+@pytest.mark.slow
+@MODES
+@pytest.mark.parametrize("name", WHOLE)
+def test_compiled_whole(name, memory):
+    compiled_is_right(name, memory, "aot_eager", 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+def test_a_compiled_segment_keeps_codes():
+    compiled_is_right("LayerScale", MemoryConfig(), "aot_eager", 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+def test_compiled_by_inductor():
+    compiled_is_right("SqueezeExcite", MemoryConfig(), "inductor", 1e-2)
+
+
+# --- types
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_autocast(name, dtype):
+    model = converted(name, gate=None)
+    want = gradients(model, name)
+    with torch.autocast("cpu", dtype):
+        outputs = model(*zoo.batch(name))
+    got = torch.autograd.grad(score([leaf.float() for leaf in leaves(outputs)]), trained(model))
+    assert {gradient.dtype for gradient in got} == {torch.float32}
+    assert_close(got, want, 0.2)
+
+
+class Learner(L.LightningModule):
+    def __init__(self, name, **choices):
+        super().__init__()
+        self.model = converted(name, **choices)
+
+    def training_step(self, batch):
+        return nn.functional.cross_entropy(self.model(batch[0]).float(), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(trained(self.model), 0.05)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("name", ["SqueezeExcite", "VisionTransformer"])
+def test_trainers_of_lower_precision(name, precision, tmp_path):
+    learner = Learner(name)
+    before = copy.deepcopy(learner.state_dict())
+    data = TensorDataset(torch.randn(8, 3, 12, 12), torch.randint(5, (8,)))
+    trainer = L.Trainer(
+        max_epochs=2,
+        precision=precision,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(learner, DataLoader(data, batch_size=4))
+    after = learner.state_dict()
+    moved = {
+        k for k, v in before.items() if torch.is_tensor(v) and not torch.equal(v, after[k].to(v))
+    }
+    frozen = {k for k in moved if ".backbone." in k}
+    assert any(".bank.a." in k for k in moved)
+    assert precision == "bf16-true" or not frozen
+
+
+# --- copies
+
+
+def _saved(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), _saved],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+@MODES
+@pytest.mark.parametrize("name", [*KINDS, "FunctionsWithOwnWeights", "Pair"])
+def test_a_copy_is_the_same_and_its_own(name, memory, duplicate):
+    model = converted(name, memory=memory)
+    twin = duplicate(model)
+    want = gradients(model, name)
+    assert_identical(gradients(twin, name), want)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1.0)
+    assert_identical(gradients(model, name), want)
+    twin.set_domain(None)
+    assert model.active_domain == "a"
+
+
+# --- the backbone's own state
+
+
+@pytest.mark.parametrize(
+    "name", [*KINDS, "ControlFlowOnShapes", "ControlFlowOnData", "CountsCalls", "Norms", "Hooks"]
+)
+def test_the_state_of_another_training_of_the_network_comes_in(name):
+    model, other = convert(zoo.network(name), CONFIG), zoo.network(name).eval()
+    with torch.no_grad():
+        for tensor in other.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.mul_(1.25).add_(0.01)
+    model.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        assert_relatively_close(model(*zoo.batch(name)), other(*zoo.batch(name)), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["Parametrised", "OldWeightNorm", "StandardisedWeights"])
+def test_the_state_of_a_network_that_computes_its_weights_is_refused(name):
+    model = convert(zoo.network(name), CONFIG)
+    with pytest.raises(CheckpointError, match=r"is computed from other tensors.*convert it again"):
+        model.load_state_dict(zoo.network(name).state_dict())
+
+
+# --- autograd
+
+
+@MODES
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_checkpoint_around_the_model(name, memory):
+    model = converted(name, memory=memory)
+    x = zoo.batch(name)
+    outputs = checkpoint(model, *x, use_reentrant=False)
+    got = torch.autograd.grad(score(outputs), trained(model))
+    assert_close(got, gradients(model, name), 1e-5)
+
+
+@MODES
+@pytest.mark.parametrize("name", KINDS)
+def test_a_second_backward_through_a_retained_graph(name, memory):
+    model = converted(name, memory=memory)
+    loss = score(model(*zoo.batch(name)))
+    first = torch.autograd.grad(loss, trained(model), retain_graph=True)
+    assert_identical(torch.autograd.grad(loss, trained(model)), first)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_gradients_accumulate(name):
+    model = converted(name, gate=None)
+    for _ in range(2):
+        score(model(*zoo.batch(name))).backward()
+    twice = [p.grad / 2 for p in trained(model)]
+    assert_close(twice, gradients(model, name), 1e-5)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_derivative_of_a_gradient_is_refused(name):
+    model = converted(name)
+    loss = score(model(*zoo.batch(name)))
+    found = torch.autograd.grad(loss, trained(model), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(gradient.square().sum() for gradient in found).backward()
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_transforms_of_functions_are_refused(name):
+    model = converted(name)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters):
+        return score(torch.func.functional_call(model, parameters, zoo.batch(name)))
+
+    with pytest.raises(RuntimeError, match=r"torch.func|functorch|setup_context"):
+        torch.func.grad(loss)(parameters)
