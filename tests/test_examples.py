@@ -229,8 +229,11 @@ def test_an_interrupted_demonstration_goes_on_where_it_was(tmp_path):
     deadline = time.monotonic() + 300
     while not finished.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=300)
+    for patience in (8, 300):  # one may come while Python runs a destructor, which swallows it
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            printed, _ = process.communicate(timeout=patience)
+            break
     assert process.returncode != 0
     assert "Interrupted. Finished and kept" in printed, printed
     assert "digits" in json.loads(finished.read_text())["accuracy"]["DA3"]
