@@ -377,7 +377,7 @@ def _check(model: nn.Module) -> None:
             f"{type(model).__name__} has layers that were never called, so they have no weights: "
             f"{lazy[:4]}. Run the network once on a batch, then convert it."
         )
-    quantized = sorted(_quantized(model))
+    quantized = sorted(set(_quantized(model)))
     if quantized:
         raise ConversionError(
             f"{type(model).__name__} is quantized ({', '.join(quantized[:4])}): its int8 layers "

@@ -8,6 +8,7 @@ import pickle
 import models
 import pytest
 import torch
+import torchvision
 from comparing import (
     add,
     assert_identical,
@@ -600,6 +601,13 @@ class Uncopyable(nn.Module):
 def test_a_network_that_cannot_be_copied_or_has_no_layers_is_refused():
     refused(BranchesOnValues(), "nothing to adapt", "control flow")
     refused(Uncopyable(), "Uncopyable cannot be copied", "one of a kind")
+
+
+@pytest.mark.filterwarnings("ignore")  # of PyTorch about its own quantization
+def test_a_quantized_network_is_refused_with_its_float_twin():
+    torch.backends.quantized.engine = torch.backends.quantized.supported_engines[-1]
+    net = torchvision.models.get_model("quantized_shufflenet_v2_x0_5", quantize=True)
+    refused(net, "is quantized", "pass no gradient back", "torchvision.models.shufflenetv2.Shuffle")
 
 
 def test_a_head_that_cannot_be_found_is_the_networks_own():
