@@ -506,8 +506,12 @@ def disk(scale: Scale, work: Path) -> bool:
         return path.read_bytes() == good and sorted(folder.path.iterdir()) == files
 
     def on_a_full_disk() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2,) * 2)
-        folder.save(model, "a", note="larger")
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, hard))
+        try:
+            folder.save(model, "a", note="larger")
+        finally:  # what is printed may go into a larger file
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     def without_permission() -> None:
         if os.geteuid() == 0:
