@@ -464,7 +464,10 @@ class _ByNode(fx.Interpreter):
                 values.append(kwargs[name])
             elif node.args:
                 values.append(node.args[0])
-        return super().run(*values)
+        try:
+            return super().run(*values)
+        finally:
+            self.env = {}  # it holds the results
 
     def run_node(self, n: fx.Node) -> Any:
         """One node, under its name."""
