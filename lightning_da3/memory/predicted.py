@@ -467,7 +467,7 @@ class _ByNode(fx.Interpreter):
         try:
             return super().run(*values)
         finally:
-            self.env = {}  # it holds the results
+            self.env, self.args_iter = {}, iter(())  # they hold the results and the arguments
 
     def run_node(self, n: fx.Node) -> Any:
         """One node, under its name."""
