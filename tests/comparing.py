@@ -32,13 +32,13 @@ def add(model, name, seed=1):
 def mix_gates_(model, x):
     """Shift every gate of the active domain: open for some cells, closed for others."""
 
-    def centre_(attend, _, logits):
-        shift = (logits.amax() + logits.amin()) / 2
-        attend.bias -= shift
-        return logits - shift
+    def centre_(adapter, args):
+        hidden = adapter.norm(adapter.squeeze(*args)).relu()
+        logits = adapter.attend(hidden.movedim(1, -1))
+        adapter.attend.bias -= (logits.amax() + logits.amin()) / 2
 
     adapters = model.domain(model.active_domain).adapters.values()
-    hooks = [adapter.attend.register_forward_hook(centre_) for adapter in adapters]
+    hooks = [adapter.register_forward_pre_hook(centre_) for adapter in adapters]
     with torch.no_grad():
         model(*x)
     for hook in hooks:

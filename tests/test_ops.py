@@ -9,9 +9,9 @@ from torch import nn
 
 from lightning_da3.memory import saved_activation_bytes
 from lightning_da3.nn.frozen import FrozenConvTranspose, frozen
-from lightning_da3.nn.gate import hard_gate
 from lightning_da3.ops import activation, bits, convolution
 from lightning_da3.ops.activation import two_slopes
+from lightning_da3.ops.adapter import How, Weights, adapt
 from lightning_da3.ops.bits import dense, pack_between, unpack
 from lightning_da3.ops.convolution import frozen_conv, pad_mode
 from lightning_da3.ops.host import coarse_grid, divides, read, upsample, write
@@ -161,7 +161,7 @@ def test_convolutions_where_autocast_lowers_the_output(monkeypatch):
     def lowered(x, weight, bias, stride, padding, dilation, groups):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
-    monkeypatch.setattr(convolution, "_conv", lowered)
+    monkeypatch.setattr(convolution, "conv", lowered)
     x, weight = leaf(randn(2, 3, 6, 6).float()), leaf(randn(4, 3, 3, 3).float())
     with torch.autocast("cpu", torch.bfloat16):
         y = frozen_conv(x, weight.detach(), None, padding=(1, 1))
@@ -891,10 +891,74 @@ def test_write_builds_no_graph_without_need():
     assert_no_graph(lambda t: write(t.clone(), addend, gate), f)
 
 
-def test_the_hard_gate_is_straight_through():
-    logits = leaf(torch.tensor([-2.0, 0.0, 0.5, 3.0]))
-    gate = hard_gate(logits)
-    assert torch.equal(gate, torch.tensor([0.0, 0.0, 1.0, 1.0]))
-    gate.backward(torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    soft = torch.sigmoid(logits.detach())
-    torch.testing.assert_close(logits.grad, torch.tensor([1.0, 2.0, 3.0, 4.0]) * soft * (1 - soft))
+def plain_adapter(p, noise, weights, eps=1e-5):
+    """The adapter in plain PyTorch, its gate straight-through."""
+    pad = weights.squeeze.shape[2] // 2
+    conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[p.dim() - 2]
+    hidden = conv(p, weights.squeeze, padding=pad)
+    normal = F.group_norm(hidden, 1, weights.scale, weights.shift, eps)
+    cells = normal.relu().flatten(2).transpose(1, 2)
+    logits = F.linear(cells, weights.attend, weights.attend_bias)
+    addend = F.linear(torch.sigmoid(logits) * cells, weights.value, weights.value_bias)
+    logits = logits if noise is None else logits + noise
+    soft = torch.sigmoid(logits)
+    gate = (logits > 0).to(p.dtype) + soft - soft.detach()
+
+    def on_grid(rows):
+        return rows.transpose(1, 2).unflatten(2, p.shape[2:])
+
+    return on_grid(addend), on_grid(gate)
+
+
+@pytest.mark.parametrize("reads", ["both", "addend", "gate"])
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "last"),
+    [
+        ((2, 6, 5), False),
+        ((2, 6, 4, 3), False),
+        ((2, 6, 4, 3), True),
+        ((1, 6, 1, 1), True),
+        ((2, 6, 2, 3, 2), False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_the_adapter_is_that_of_plain_pytorch(kernel, shape, last, noisy, reads):
+    torch.manual_seed(1)
+    axes, m, o = len(shape) - 2, 4, 5
+    sizes = [(m, 6, *[kernel] * axes), (m,), (m,), (1, m), (1,), (o, m), (o,)]
+    weights = Weights(*[leaf(torch.randn(size, dtype=torch.float64)) for size in sizes])
+    p = torch.randn(shape, dtype=torch.float64)
+    p = leaf(p.contiguous(memory_format=torch.channels_last) if last else p)
+    noise = torch.randn(shape[0], p[0, 0].numel(), 1, dtype=torch.float64) if noisy else None
+    said = adapt(p, noise, weights, How(1e-5, gated=True, exact=True))
+    expected = plain_adapter(p, noise, weights)
+    torch.testing.assert_close(said, expected)
+    pick = {"both": slice(None), "addend": slice(1), "gate": slice(1, None)}[reads]
+    others = [torch.randn_like(y) for y in expected[pick]]
+    sources = [p, *weights[: 5 if reads == "gate" else None]]
+    got = torch.autograd.grad(said[pick], sources, others)
+    want = torch.autograd.grad(expected[pick], sources, others)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+
+def test_the_adapter_keeps_codes_and_few_channels():
+    weights = Weights(
+        *[leaf(torch.randn(s)) for s in [(4, 64, 3, 3), (4,), (4,), (1, 4), (1,), (32, 4), (32,)]]
+    )
+    p = leaf(torch.randn(2, 64, 7, 7))
+    for exact, cell in ((False, 1), (True, FLOAT)):
+        kept = kept_bytes(lambda *t, e=exact: adapt(t[0], None, weights, How(1e-5, True, e)), p)
+        assert kept <= p.numel() * cell * (1 + 8 / 49) + 2 * 4 * 49 * FLOAT
+
+
+def test_the_adapter_without_a_trained_convolution():
+    weights = Weights(
+        *[torch.randn(s) for s in [(4, 6, 3, 3), (4,), (4,), (1, 4), (1,), (5, 4), (5,)]]
+    )
+    p = leaf(torch.randn(2, 6, 4, 4))
+    got = torch.autograd.grad(adapt(p, None, weights, How(1e-5, True, False))[0].sum(), p)
+    want = torch.autograd.grad(plain_adapter(p, None, weights)[0].sum(), p)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+    assert_no_graph(lambda t: adapt(t, None, weights, How(1e-5, True, False))[0], p)

@@ -12,14 +12,11 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_da3.errors import InputError
-from lightning_da3.nn.gate import hard_gate
-from lightning_da3.ops.convolution import coded_conv
+from lightning_da3.ops.adapter import How, Weights, adapt
 from lightning_da3.ops.host import coarse_grid, read, write
-from lightning_da3.ops.recomputed import recomputed
 from lightning_da3.ops.tokens import Place, read_tokens, write_tokens
 
 CONV_OF = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -85,42 +82,26 @@ class Adapter(nn.Module):
 
     def forward(self, p: Tensor) -> Adapted:
         """(N, C, *grid) to the addend (N, O, *grid) and the gate (N, 1, *grid)."""
-        squeeze = self.squeeze
-        if self.exact or not (torch.is_grad_enabled() and squeeze.weight.requires_grad):
-            hidden = squeeze(p)
-        else:
-            hidden = coded_conv(p, squeeze.weight, None, int(squeeze.padding[0]))
         noise = None
         if self.gated and self.noisy and self.training:
-            cells = (len(p), hidden[0, 0].numel(), 1)
-            uniform = torch.rand(cells, dtype=hidden.dtype, device=hidden.device)
+            cells = (len(p), p.shape[2:].numel(), 1)
+            uniform = torch.rand(cells, dtype=p.dtype, device=p.device)
             noise = torch.logit(uniform.clamp_(1e-6, 1 - 1e-6))
-        layers = (self.norm, self.attend, self.value)
-        addend, *gate = recomputed(
-            self._from_hidden,
-            hidden,
-            noise,
-            exact=True,
-            parameters=tuple(p for layer in layers for p in layer.parameters()),
+        how = How(self.norm.eps, self.gated, self.exact)
+        return Adapted(*adapt(p, noise, self.weights, how))
+
+    @property
+    def weights(self) -> Weights:
+        """The parameters, as the op takes them."""
+        return Weights(
+            self.squeeze.weight,
+            self.norm.weight,
+            self.norm.bias,
+            self.attend.weight,
+            self.attend.bias,
+            self.value.weight,
+            self.value.bias,
         )
-        return Adapted(addend, gate[0] if gate else None)
-
-    def _from_hidden(self, hidden: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
-        """So little to compute, from so few channels, that it is computed again in the backward."""
-        grid = hidden.shape[2:]
-        rows = self.norm(hidden).flatten(2).transpose(1, 2)  # (N, G, m)
-        cells = F.relu(rows.contiguous())  # in the order in which both products keep it: once
-        logits = self.attend(cells)  # (N, G, 1)
-        addend = _on_grid(self.value(torch.sigmoid(logits) * cells), grid)
-        if not self.gated:
-            return (addend,)
-        return addend, _on_grid(hard_gate(logits if noise is None else logits + noise), grid)
-
-
-def _on_grid(cells: Tensor, grid: torch.Size) -> Tensor:
-    """(N, G, O) to (N, O, *grid), a view that lies in memory as channels_last does."""
-    maps = cells.transpose(1, 2)
-    return maps.reshape(*maps.shape[:2], *grid)
 
 
 class MixedAdapters(nn.Module):

@@ -49,33 +49,6 @@ class Recorder(nn.Module):
             self.ledger.append((self.host, Executed(gate, macs)))
 
 
-class _HardGate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
-        ctx.save_for_backward(logits)
-        return (logits > 0).to(logits.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (logits,) = ctx.saved_tensors
-        soft = torch.sigmoid(logits)
-        return grad * soft * (1.0 - soft)
-
-
-def hard_gate(logits: Tensor) -> Tensor:
-    """``1[s > 0]`` forward, the gradient of ``sigmoid(s)`` backward (straight-through).
-
-    Args:
-        logits: Any shape.
-
-    Returns:
-        Zeros and ones of the same shape and type.
-    """
-    result: Tensor = _HardGate.apply(logits)
-    return result
-
-
 def executed_fraction(executed: Sequence[Executed]) -> Tensor:
     """Share of the hosts' FLOPs that ran, a scalar in [0, 1]."""
     total = sum(host.macs for host in executed)

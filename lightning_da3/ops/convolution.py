@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_da3.ops.codes import Rows
-
 
 class _FrozenConv(torch.autograd.Function):
     @staticmethod
@@ -32,7 +30,7 @@ class _FrozenConv(torch.autograd.Function):
         ctx.save_for_backward(weight)
         ctx.size, ctx.dtype = x.size(), x.dtype
         ctx.geometry = (stride, padding, dilation, groups)
-        return _conv(x, weight, bias, stride, padding, dilation, groups)
+        return conv(x, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -43,7 +41,7 @@ class _FrozenConv(torch.autograd.Function):
         return grad_x.to(ctx.dtype), None, None, None, None, None, None
 
 
-def _conv(
+def conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -52,10 +50,11 @@ def _conv(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
+    """The convolution alone, as fast as PyTorch can; arguments as `frozen_conv`."""
     if _is_pointwise(weight, padding, groups) and _fast_matmul(x, weight):
         return _pointwise(_every(x, stride), weight.flatten(1), bias)
-    conv = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[len(stride)]  # autocast knows these
-    return conv(x, weight, bias, list(stride), list(padding), list(dilation), groups)
+    plain = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[len(stride)]  # autocast knows these
+    return plain(x, weight, bias, list(stride), list(padding), list(dilation), groups)
 
 
 def conv_input_gradient(
@@ -158,7 +157,7 @@ def frozen_conv(
     """
     geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return _conv(x, weight, bias, *geometry)
+        return conv(x, weight, bias, *geometry)
     result: Tensor = _FrozenConv.apply(x, weight, bias, *geometry)
     return result
 
@@ -175,8 +174,8 @@ class _FrozenConvTranspose(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         stride, padding, _, groups, dilation = ctx.geometry
-        conv = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[len(stride)]
-        grad_x = conv(grad, weight.to(grad.dtype), None, stride, padding, dilation, groups)
+        plain = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[len(stride)]
+        grad_x = plain(grad, weight.to(grad.dtype), None, stride, padding, dilation, groups)
         return grad_x.to(ctx.dtype), *[None] * 7
 
 
@@ -215,57 +214,6 @@ def frozen_conv_transpose(
     if not (torch.is_grad_enabled() and x.requires_grad):
         return _conv_transpose(x, weight, bias, *geometry)
     result: Tensor = _FrozenConvTranspose.apply(x, weight, bias, *geometry)
-    return result
-
-
-class _CodedConv(torch.autograd.Function):
-    """A trainable convolution that keeps 8-bit codes of its input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
-        ctx.rows, ctx.padding = Rows.of(x), padding
-        ctx.save_for_backward(weight, *ctx.rows.encode(x))
-        axes = x.dim() - 2
-        return _conv(x, weight, bias, [1] * axes, [padding] * axes, [1] * axes, 1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, codes, low, step = ctx.saved_tensors
-        x = ctx.rows.decode(codes, low, step).to(grad.dtype)
-        axes = grad.dim() - 2
-        grads = torch.ops.aten.convolution_backward(
-            grad,
-            x,
-            weight.to(grad.dtype),  # autocast may have lowered the output alone
-            [weight.shape[0]],
-            [1] * axes,
-            [ctx.padding] * axes,
-            [1] * axes,
-            False,
-            [0] * axes,
-            1,
-            list(ctx.needs_input_grad[:3]),
-        )
-        return *grads, None
-
-
-def coded_conv(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
-    """Trainable stride-1 convolution that keeps one byte an input element instead of four.
-
-    The input and bias gradients are exact; the weight gradient sees the input with an error of at
-    most 1/510 of each row's range (see `lightning_da3.ops.codes.Rows`).
-
-    Args:
-        x: (N, C, *in).
-        weight: (O, C, *kernel).
-        bias: (O,) or None.
-        padding: Zeros on both sides of every axis.
-
-    Returns:
-        (N, O, *out).
-    """
-    result: Tensor = _CodedConv.apply(x, weight, bias, padding)
     return result
 
 

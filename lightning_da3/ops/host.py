@@ -43,18 +43,13 @@ def divides(size: Sequence[int], grid: Sequence[int]) -> bool:
 
 def split(x: Tensor, grid: Sequence[int]) -> Tensor:
     """View of (N, C, *in) as (N, C, G1, r1, G2, r2, ..); needs cells of one size."""
-    axes = len(grid)
-    for axis in reversed(range(axes)):
-        cells = (grid[axis], x.shape[2 + axis] // grid[axis])
-        x = x.unflatten(2 + axis, cells)  # type: ignore[no-untyped-call]
-    return x
+    cells = [n for size, g in zip(x.shape[2:], grid, strict=True) for n in (g, size // g)]
+    return x.view(*x.shape[:2], *cells)
 
 
 def spread(coarse: Tensor) -> Tensor:
     """View of (N, C, *grid) as (N, C, G1, 1, G2, 1, ..), to broadcast over `split`."""
-    for axis in reversed(range(coarse.dim() - 2)):
-        coarse = coarse.unsqueeze(3 + axis)
-    return coarse
+    return coarse.view(*coarse.shape[:2], *[n for g in coarse.shape[2:] for n in (g, 1)])
 
 
 def upsample(coarse: Tensor, size: Sequence[int]) -> Tensor:
@@ -169,15 +164,14 @@ class _Write(torch.autograd.Function):
     def forward(ctx: Any, f: Tensor, addend: Tensor, gate: Tensor | None, exact: bool) -> Tensor:
         grid = addend.shape[2:]
         ctx.grid, ctx.gated = tuple(grid), gate is not None
-        ctx.rows = None
+        ctx.rows, ctx.exact = None, exact
         saved: tuple[Tensor, ...] = ()
         if gate is not None:
             saved = (gate,)
             if ctx.needs_input_grad[2]:
                 means = pool(f, grid)
                 ctx.rows = Rows.of(means)
-                kept = (means,) if exact else ctx.rows.encode(means)
-                saved = (gate, *kept)
+                saved = (gate, means if exact else ctx.rows.encode(means))
         ctx.save_for_backward(*saved)
         ctx.mark_dirty(f)
         write_(f, addend, gate)
@@ -192,10 +186,7 @@ class _Write(torch.autograd.Function):
         gate, *kept = ctx.saved_tensors
         grad_f = grad_gate = None
         if ctx.rows is not None:
-            means = kept[0]
-            if len(kept) == 3:
-                codes, low, step = kept
-                means = ctx.rows.decode(codes, low, step).to(grad.dtype)
+            means = kept[0] if ctx.exact else ctx.rows.decode(kept[0]).to(grad.dtype)
             grad_gate = (sums * means).sum(dim=1, keepdim=True)
         if ctx.needs_input_grad[0]:
             grad_f = gated(grad, gate)
@@ -207,10 +198,7 @@ def gated(x: Tensor, gate: Tensor) -> Tensor:
     size, grid = x.shape[2:], gate.shape[2:]
     if not divides(size, grid):
         return x * upsample(gate, size)
-    cells = split(x, grid) * spread(gate)
-    for axis in range(len(grid)):
-        cells = cells.flatten(2 + axis, 3 + axis)  # views: the product has the strides of x
-    return cells
+    return (split(x, grid) * spread(gate)).view(x.shape)  # the product has the strides of x
 
 
 def write_(f: Tensor, addend: Tensor, gate: Tensor | None) -> Tensor:

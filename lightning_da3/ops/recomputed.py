@@ -42,7 +42,7 @@ class _Recomputed(torch.autograd.Function):
         else:
             x_dense = dense(x.detach())
             ctx.size, ctx.stride, ctx.dtype = x.size(), x_dense.stride(), x.dtype
-            ctx.save_for_backward(*encode(x_dense, how.group), *tensors)
+            ctx.save_for_backward(encode(x_dense, how.group), *tensors)
         outputs = tuple(_owner(y, x) for y in piece(x.view_as(x), *rest[how.trained :]))
         ctx.mark_non_differentiable(
             *[y for y in outputs if isinstance(y, Tensor) and not y.is_floating_point()]
@@ -55,8 +55,8 @@ class _Recomputed(torch.autograd.Function):
         if ctx.how.exact:
             x, *tensors = ctx.saved_tensors
         else:
-            codes, low, step, *tensors = ctx.saved_tensors
-            x = decode(codes, low, step, ctx.size, ctx.stride, ctx.dtype, ctx.how.group)
+            codes, *tensors = ctx.saved_tensors
+            x = decode(codes, ctx.size, ctx.stride, ctx.dtype, ctx.how.group)
         waiting = iter(tensors)
         rest = [r if r is not None else next(waiting, None) for r in ctx.rest]
         x = x.detach().requires_grad_(ctx.needs_input_grad[2])
@@ -148,11 +148,11 @@ def _compiled(piece: Piece, x: Tensor, *rest: Any, exact: bool) -> tuple[Any, ..
     codes = encode(dense_x, group)
     size, stride, dtype = x.size(), dense_x.stride(), x.dtype
 
-    def from_codes(codes: Tensor, low: Tensor, step: Tensor, x: Tensor) -> tuple[Any, ...]:
-        again = decode(codes, low, step, size, stride, dtype, group)
+    def from_codes(codes: Tensor, x: Tensor) -> tuple[Any, ...]:
+        again = decode(codes, size, stride, dtype, group)
         return piece(_Instead.apply(again, x), *rest)
 
-    carriers = checkpoint(from_codes, *codes, x, use_reentrant=False)
+    carriers = checkpoint(from_codes, codes, x, use_reentrant=False)
     return tuple(
         _Instead.apply(y, carrier) if isinstance(carrier, Tensor) and carrier.requires_grad else y
         for y, carrier in zip(outputs, carriers, strict=True)

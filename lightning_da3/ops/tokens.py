@@ -125,15 +125,14 @@ class _WriteTokens(torch.autograd.Function):
     def forward(
         ctx: Any, f: Tensor, addend: Tensor, gate: Tensor | None, place: Place, exact: bool
     ) -> Tensor:
-        ctx.place, ctx.gated, ctx.rows = place, gate is not None, None
+        ctx.place, ctx.gated, ctx.rows, ctx.exact = place, gate is not None, None, exact
         saved: tuple[Tensor, ...] = ()
         if gate is not None:
             saved = (gate,)
             if ctx.needs_input_grad[2]:
                 means = _cells(f, place)
                 ctx.rows = Rows.of(means)
-                kept = (means.contiguous(),) if exact else ctx.rows.encode(means)
-                saved = (gate, *kept)
+                saved = (gate, means.contiguous() if exact else ctx.rows.encode(means))
         ctx.save_for_backward(*saved)
         return _written(f, addend, gate, place)
 
@@ -147,10 +146,7 @@ class _WriteTokens(torch.autograd.Function):
         gate, *kept = ctx.saved_tensors
         grad_f = grad_gate = None
         if ctx.rows is not None:
-            means = kept[0]
-            if len(kept) == 3:
-                codes, low, step = kept
-                means = ctx.rows.decode(codes, low, step).to(grad.dtype)
+            means = kept[0] if ctx.exact else ctx.rows.decode(kept[0]).to(grad.dtype)
             grad_gate = (sums * means).sum(dim=1, keepdim=True)
         if ctx.needs_input_grad[0]:
             grad_f = torch.empty_like(grad)

@@ -1,0 +1,215 @@
+"""An adapter's whole computation as one op, so that a handful of cells costs a handful of calls.
+
+Shapes: p (N, C, *grid) of G cells, m hidden channels, O outputs; ``h = conv(p)`` (N, m, *grid),
+``r = relu(norm(h))``, ``s = w . r + b`` (N * G, 1), ``u = sigmoid(s) r``, addend ``V u + v`` and
+gate ``1[s + noise > 0]``.
+Kept: the 8-bit codes of p (p itself if exact) for the gradient of the convolution's weight, and h,
+of few channels; everything behind h is computed again in the backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_da3.ops.codes import Rows
+from lightning_da3.ops.convolution import conv
+
+_aten = torch.ops.aten
+
+
+class Weights(NamedTuple):
+    """An adapter's parameters.
+
+    Attributes:
+        squeeze: (m, C, *kernel), kernel sides odd.
+        scale: Of the group norm, (m,).
+        shift: Likewise.
+        attend: (1, m).
+        attend_bias: (1,).
+        value: (O, m).
+        value_bias: (O,).
+    """
+
+    squeeze: Tensor
+    scale: Tensor
+    shift: Tensor
+    attend: Tensor
+    attend_bias: Tensor
+    value: Tensor
+    value_bias: Tensor
+
+
+class How(NamedTuple):
+    """What is no tensor.
+
+    Attributes:
+        eps: Of the group norm.
+        gated: Make a gate.
+        exact: Keep p itself.
+    """
+
+    eps: float
+    gated: bool
+    exact: bool
+
+
+class _Adapt(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, p: Tensor, noise: Tensor | None, how: How, *weights: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        w = Weights(*weights)
+        hidden = _squeezed(p, w.squeeze)
+        trained = ctx.needs_input_grad[3]
+        ctx.how, ctx.rows, ctx.like = how, Rows.of(p), (p.size(), p.dtype)
+        kept = (p if how.exact else ctx.rows.encode(p)) if trained else None
+        ctx.save_for_backward(kept, hidden, noise, *weights)
+        ctx.set_materialize_grads(False)
+        return _said(hidden, noise, w, how)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad_addend: Tensor | None, grad_gate: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        kept, hidden, noise, *weights = ctx.saved_tensors
+        dtype = weights[0].dtype  # autocast may have lowered what lies between
+        hidden, w = hidden.to(dtype), Weights(*weights)
+        norm, cells, logits = _attention(hidden, w, ctx.how.eps)
+        soft = torch.sigmoid(logits)
+        grads: list[Tensor | None] = [None] * len(w)
+        grad_cells, grad_logits = torch.zeros_like(cells), torch.zeros_like(logits)
+        if grad_addend is not None:
+            rows = _rows(grad_addend).to(dtype)
+            grads[5], grads[6] = rows.t() @ (soft * cells), rows.sum(0)
+            grad_cells = rows @ w.value  # of u, so far
+            grad_logits = _aten.sigmoid_backward((grad_cells * cells).sum(1, keepdim=True), soft)
+            grad_cells.mul_(soft)
+        if grad_gate is not None:  # straight through: as if it were the sigmoid
+            chance = soft if noise is None else torch.sigmoid(logits + noise.view(-1, 1))
+            grad_logits = grad_logits + _aten.sigmoid_backward(_rows(grad_gate).to(dtype), chance)
+        grads[3], grads[4] = grad_logits.t() @ cells, grad_logits.sum(0)
+        grad_cells.addmm_(grad_logits, w.attend)
+        grad_normal = _maps(_aten.threshold_backward(grad_cells, cells, 0), hidden.shape)
+        grad_hidden, grads[1], grads[2] = norm.backward(grad_normal, w.scale)
+        size, p_dtype = ctx.like
+        wants_p, wants_squeeze = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        grad_p = None
+        if wants_p or wants_squeeze:
+            if kept is None:
+                p = hidden.new_empty(1).expand(size)  # its shape alone is read
+            else:
+                p = (kept if ctx.how.exact else ctx.rows.decode(kept)).to(dtype)
+            axes = len(size) - 2
+            grad_p, grads[0], _ = _aten.convolution_backward(
+                grad_hidden,
+                p,
+                w.squeeze,
+                None,
+                [1] * axes,
+                _padding(w.squeeze),
+                [1] * axes,
+                False,
+                [0] * axes,
+                1,
+                [wants_p, wants_squeeze, False],
+            )
+            grad_p = None if grad_p is None else grad_p.to(p_dtype)
+        return grad_p, None, None, *grads
+
+
+def _squeezed(p: Tensor, weight: Tensor) -> Tensor:
+    ones = [1] * (p.dim() - 2)
+    return conv(p, weight, None, ones, _padding(weight), ones, 1)
+
+
+def _padding(weight: Tensor) -> list[int]:
+    return [side // 2 for side in weight.shape[2:]]
+
+
+class _Norm(NamedTuple):
+    """A group norm of one group, and what its backward reads."""
+
+    x: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+    def sizes(self) -> tuple[int, int, int, int]:
+        n, m = self.x.shape[:2]
+        return n, m, self.x.shape[2:].numel(), 1
+
+    def backward(self, grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x, scale and shift."""
+        grad = grad.contiguous(memory_format=_layout(self.x))
+        statistics = (self.x, self.mean, self.rstd, scale)
+        return _aten.native_group_norm_backward(  # type: ignore[no-any-return]
+            grad, *statistics, *self.sizes(), [True, True, True]
+        )
+
+
+def _attention(hidden: Tensor, w: Weights, eps: float) -> tuple[_Norm, Tensor, Tensor]:
+    """The norm, r (N * G, m) and s (N * G, 1)."""
+    x = hidden.contiguous(memory_format=_layout(hidden))
+    n, m = x.shape[:2]
+    normal, mean, rstd = torch.native_group_norm(
+        x, w.scale, w.shift, n, m, x.shape[2:].numel(), 1, eps
+    )
+    cells = _rows(normal).relu()
+    return _Norm(x, mean, rstd), cells, torch.addmm(w.attend_bias, cells, w.attend.t())
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, C, *grid) as (N * G, C), a view if the channels lie last in memory."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def _maps(rows: Tensor, size: torch.Size) -> Tensor:
+    """(N * G, O) as (N, O, *grid), a view that lies in memory as channels_last does."""
+    return rows.view(size[0], *size[2:], rows.shape[1]).movedim(-1, 1)
+
+
+def _said(
+    hidden: Tensor, noise: Tensor | None, w: Weights, how: How
+) -> tuple[Tensor, Tensor | None]:
+    """Addend and gate."""
+    with torch.autocast(hidden.device.type, enabled=False):  # few cells: as precise as the weights
+        hidden = hidden.to(w.value.dtype)
+        _, cells, logits = _attention(hidden, w, how.eps)
+        scaled = torch.sigmoid(logits).mul(cells)
+        addend = _maps(torch.addmm(w.value_bias, scaled, w.value.t()), hidden.shape)
+        if not how.gated:
+            return addend, None
+        if noise is not None:
+            logits = logits + noise.view(-1, 1)
+        return addend, _maps((logits > 0).to(addend.dtype), hidden.shape)
+
+
+def adapt(
+    p: Tensor, noise: Tensor | None, weights: Weights, how: How
+) -> tuple[Tensor, Tensor | None]:
+    """What an adapter adds, and where it lets the host run.
+
+    The gradient of the gate is that of ``sigmoid(s + noise)`` (straight-through).
+
+    Args:
+        p: (N, C, *grid).
+        noise: Added to s before the decision, (N, G, 1), or None.
+        weights: The adapter's parameters.
+        how: See `How`.
+
+    Returns:
+        The addend (N, O, *grid) and the gate (N, 1, *grid), zeros and ones, or None.
+    """
+    needed = p.requires_grad or any(weight.requires_grad for weight in weights)
+    if not (torch.is_grad_enabled() and needed):
+        return _said(_squeezed(p, weights.squeeze), noise, weights, how)
+    result: tuple[Tensor, Tensor | None] = _Adapt.apply(p, noise, how, *weights)
+    return result
