@@ -19,7 +19,9 @@ from lightning_da3.memory.predicted import (
     NodeCost,
     StepPrediction,
     StepPredictor,
+    fake_mode_of,
     predict_step,
+    without_values,
 )
 from lightning_da3.memory.saved import SavedActivations, saved_activation_bytes
 from lightning_da3.memory.step import PeakBytes, StepMeasurement, measure_step
@@ -32,7 +34,9 @@ __all__ = [
     "StepMeasurement",
     "StepPrediction",
     "StepPredictor",
+    "fake_mode_of",
     "measure_step",
     "predict_step",
     "saved_activation_bytes",
+    "without_values",
 ]

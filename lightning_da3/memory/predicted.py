@@ -107,6 +107,10 @@ class StepPredictor:
             every tensor that has one and requires a gradient, and the mean of others.
         optimizer: Makes one for the parameters that train; its state belongs to the resting model.
             By default plain SGD, which has none.
+        prepare: Edits the copy.
+
+    Attributes:
+        twin: The copy.
 
     Raises:
         DA3Error: The network cannot be copied.
@@ -118,10 +122,13 @@ class StepPredictor:
         *,
         loss: Loss | None = None,
         optimizer: MakeOptimizer | None = None,
+        prepare: Callable[[Any], None] | None = None,
     ) -> None:
         self._loss, self._make_optimizer = loss or default_loss, optimizer
         self._mode = fake_mode_of(network) or FakeTensorMode()
-        self._twin = _without_values(network, self._mode).train()
+        self.twin = without_values(network, self._mode).train()
+        if prepare is not None:
+            prepare(self.twin)
         self._name = type(network).__name__
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> StepPrediction:
@@ -136,7 +143,7 @@ class StepPredictor:
             DA3Error: Nothing requires a gradient, or the network asks for values of tensors.
         """
         inputs, kwargs = tree_map_only(Tensor, self._fake, (inputs, kwargs))
-        trained = [p for p in self._twin.parameters() if p.requires_grad]
+        trained = [p for p in self.twin.parameters() if p.requires_grad]
         if not trained:
             raise DA3Error(
                 f"Nothing of {self._name} requires a gradient, so there is no training step to "
@@ -173,12 +180,12 @@ class StepPredictor:
         names = _Names()
         state = [s for s in tree_leaves(list(optimizer.state.values())) if isinstance(s, Tensor)]
         given = [t for t in tree_leaves((inputs, kwargs)) if isinstance(t, Tensor)]
-        account = _Account(names, [*_tensors(self._twin), *state, *given])
-        with _quiet(), self._mode, names.of(self._twin), self._explained(given):
-            saved = _SavedByName(self._twin, (inputs, kwargs), names)
+        account = _Account(names, [*_tensors(self.twin), *state, *given])
+        with _quiet(), self._mode, names.of(self.twin), self._explained(given):
+            saved = _SavedByName(self.twin, (inputs, kwargs), names)
             with account:
                 with saved:
-                    loss = self._loss(self._twin(*inputs, **kwargs))
+                    loss = self._loss(self.twin(*inputs, **kwargs))
                 account.forward_end = len(account.timeline)
                 loss.backward()  # type: ignore[no-untyped-call]
                 del loss
@@ -206,7 +213,7 @@ class StepPredictor:
                 f"{self._name} cannot make a training step on inputs of shape {shapes}: {reason}"
             ) from error
         finally:
-            for parameter in self._twin.parameters():
+            for parameter in self.twin.parameters():
                 parameter.grad = None
 
 
@@ -316,7 +323,16 @@ def _tensors(network: nn.Module) -> Iterator[Tensor]:
     yield from network.buffers()
 
 
-def _without_values(network: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def without_values(network: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy of a network whose tensors have shapes, types and strides, and next to no memory.
+
+    Args:
+        network: Left unchanged; tensors of the meta device become such of the CPU.
+        mode: Of the copy's fake tensors.
+
+    Raises:
+        DA3Error: The network cannot be copied.
+    """
     memo: dict[int, Any] = {}
     for tensor in _tensors(network):
         if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
