@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_da3.config import DA3Config, MemoryConfig
 from lightning_da3.converting import convert
@@ -123,8 +125,19 @@ def _parameters_of(mode: FakeTensorMode) -> Iterator[None]:
             data = mode.from_tensor(data.detach())
         return make(cls, data, requires_grad)
 
-    with mock.patch.object(nn.Parameter, "__new__", new):
+    with mock.patch.object(nn.Parameter, "__new__", new), _AnswersZero():
         yield
+
+
+class _AnswersZero(TorchDispatchMode):
+    """Initialisers may ask for values, such as whether any drawn number lies too far out: none."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return torch.zeros((), dtype=args[0].dtype).item()
+        return func(*args, **(kwargs or {}))
 
 
 def _factory(name: str) -> Callable[[], Any]:

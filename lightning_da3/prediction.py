@@ -68,6 +68,7 @@ class PlanCosts:
         guessed: These were guessed.
         ours: The step of one domain.
         finetune: The step of the whole network; None if that is not known.
+        no_finetune: Why it is not.
         rows: Node by node, adapters and computed stretches where data meets them.
         domain_parameters: Numbers that one domain learns.
         domain_file_bytes: Size of its file.
@@ -85,6 +86,7 @@ class PlanCosts:
     domain_file_bytes: int
     finetune_parameters: int | None = None
     finetune_file_bytes: int | None = None
+    no_finetune: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for programs; bytes and counts."""
@@ -107,6 +109,7 @@ class PlanCosts:
             "python": [list(entry) for entry in self.plan.python],
             "nodes": [_row_dict(row) for row in self.rows],
             "finetune": finetune,
+            "no_finetune": self.no_finetune or None,
         }
 
     def __str__(self) -> str:
@@ -117,7 +120,12 @@ class PlanCosts:
         lines += _table([_HEADINGS, *[_cells(row) for row in self.rows]])
         if self.plan.left_to_pytorch:
             lines.append(f"left to PyTorch (more memory): {', '.join(self.plan.left_to_pytorch)}")
-        return "\n".join([*lines, "", *_table(list(self._summary()))])
+        lines += ["", *_table(list(self._summary())), f"peak of DA3 at {_where(self.ours)}"]
+        if self.finetune is not None:
+            lines.append(f"peak of fine-tuning at {_where(self.finetune)}")
+        if self.no_finetune:
+            lines.append(f"fine-tuning is not known: {self.no_finetune}")
+        return "\n".join(lines)
 
     def _summary(self) -> Iterator[tuple[str, ...]]:
         ours, theirs = self.ours, self.finetune
@@ -132,7 +140,6 @@ class PlanCosts:
             own = getattr(ours, field)
             other = None if theirs is None else getattr(theirs, field)
             yield (what, text(own), "-" if other is None else text(other), _ratio(other, own))
-        yield ("peak at", _where(ours), "-" if theirs is None else _where(theirs), "")
         for what, text, own, other in (
             ("parameters of a domain", count, self.domain_parameters, self.finetune_parameters),
             ("file of a domain", size, self.domain_file_bytes, self.finetune_file_bytes),
@@ -244,7 +251,7 @@ def _costs(
             last = error
             continue
         name = twin.active_domain
-        theirs, network = _fine_tuning(plan, model, twin, given, optimizer)
+        theirs, network, why = _fine_tuning(plan, model, twin, given, optimizer)
         domain = twin.domain(name)
         return PlanCosts(
             plan,
@@ -259,6 +266,7 @@ def _costs(
             None
             if network is None
             else sum(t.numel() * t.itemsize for t in network.state_dict().values()),
+            why,
         )
     if last is not None:
         raise last
@@ -291,10 +299,10 @@ def _fine_tuning(
     twin: Any,
     inputs: tuple[Any, ...],
     optimizer: MakeOptimizer | None,
-) -> tuple[StepPrediction | None, nn.Module | None]:
+) -> tuple[StepPrediction | None, nn.Module | None, str]:
     network = None if model.original is None else model.original.network
     if network is None:
-        return None, None
+        return None, None, "a model that was saved forgets the network it was made from"
     predictor = StepPredictor(network, optimizer=optimizer)
     head = twin.domain(twin.active_domain).head
     if head is not None and plan.head is not None:
@@ -304,9 +312,9 @@ def _fine_tuning(
                 plan.head, new_head(own, classes_of(head), own.weight.device)
             )
     try:
-        return predictor(*inputs), predictor.twin
-    except DA3Error:  # in train mode some networks return more, or need more samples
-        return None, predictor.twin
+        return predictor(*inputs), predictor.twin, ""
+    except DA3Error as error:  # in train mode some networks need more samples
+        return None, predictor.twin, str(error)
 
 
 def _inputs(
