@@ -7,6 +7,7 @@ import difflib
 import importlib
 import inspect
 import json
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ from lightning_da3.converting import convert
 from lightning_da3.errors import ConfigError, DA3Error
 from lightning_da3.memory import without_values
 from lightning_da3.plotting import plot_step
+
+LARGE = 2**20  # elements
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,19 +128,33 @@ def _parameters_of(mode: FakeTensorMode) -> Iterator[None]:
             data = mode.from_tensor(data.detach())
         return make(cls, data, requires_grad)
 
-    with mock.patch.object(nn.Parameter, "__new__", new), _AnswersZero():
+    with mock.patch.object(nn.Parameter, "__new__", new), _Constructing(mode):
         yield
 
 
-class _AnswersZero(TorchDispatchMode):
-    """Initialisers may ask for values, such as whether any drawn number lies too far out: none."""
+class _Constructing(TorchDispatchMode):
+    """Large memory is never asked for, and questions about values are answered with zero.
+
+    Initialisers ask, say, whether any number that they drew lies too far out.
+
+    Args:
+        mode: Of large tensors.
+    """
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.mode = mode
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return torch.zeros((), dtype=args[0].dtype).item()
-        return func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.empty.memory_format and math.prod(args[0]) >= LARGE:
+            with self.mode:
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def _factory(name: str) -> Callable[[], Any]:

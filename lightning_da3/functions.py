@@ -58,7 +58,7 @@ def call_layers_(graph: fx.Graph, root: nn.Module) -> None:
         if not all(_is_call_of(layer, root, call) for _, _, call in calls):
             continue
         weights = [_value(call["weight"], root) for _, _, call in calls]
-        if any(not _same(weight, weights[0]) for weight in weights):
+        if any(not _one_weight(weight, weights[0]) for weight in weights):
             continue
         if next(layer.children(), None) is not None and kind not in _BATCH_NORMS:
             continue
@@ -139,7 +139,7 @@ def _value(node: fx.Node, root: nn.Module) -> Tensor:
     return result
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _one_weight(one: Tensor, other: Tensor) -> bool:
     if is_fake(one) or is_fake(other):  # without values: tensors of one origin
         return one.shape == other.shape
     return torch.equal(one, other)

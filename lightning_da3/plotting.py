@@ -235,7 +235,9 @@ def plot_step(
     if finetune is not None:
         steps.insert(0, ("fine-tuning", finetune, BEFORE))
     top = max(step.peak_bytes for _, step, _ in steps)
-    unit, factor = ("GiB", 2**30) if top >= 2**30 else ("MiB", 2**20) if top >= 2**20 else ("KiB", 2**10)
+    unit, factor = (
+        ("GiB", 2**30) if top >= 2**30 else ("MiB", 2**20) if top >= 2**20 else ("KiB", 2**10)
+    )
     for name, step, colour in steps:
         x, y = _progress(step), [total / factor for total in step.timeline]
         kept, peak = _size(step.saved_activation_bytes), _size(step.peak_bytes)
@@ -252,8 +254,9 @@ def plot_step(
             ha="right" if x[at] > 1 else "left",
             fontsize=8,
             color=colour,
+            bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "linewidth": 0},
         )
-    axes.axvline(1.0, color="0.6", linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.axvline(1.0, color="0.6", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
     axes.set_xticks([0.5, 1.5], ["forward", "backward"])
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(0, 2)

@@ -12,7 +12,13 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_da3.errors import ConfigError, DA3Error, InputError
-from lightning_da3.memory import NodeCost, StepPrediction, StepPredictor, fake_mode_of, without_values
+from lightning_da3.memory import (
+    NodeCost,
+    StepPrediction,
+    StepPredictor,
+    fake_mode_of,
+    without_values,
+)
 from lightning_da3.memory.predicted import MakeOptimizer
 from lightning_da3.nn.head import classes_of, new_head
 from lightning_da3.passes.hosts import INPUTS, OUTPUTS, host_key
@@ -240,7 +246,7 @@ def _costs(
     inputs: Any,
     optimizer: MakeOptimizer | None,
 ) -> PlanCosts:
-    predictor = StepPredictor(model, optimizer=optimizer, prepare=_with_domain)
+    predictor = StepPredictor(model, optimizer=optimizer, prepare=_with_domain, name=plan.network)
     twin: Any = predictor.twin
     guessed = inputs is None and image_size is None
     last: DA3Error | None = None

@@ -108,6 +108,7 @@ class StepPredictor:
         optimizer: Makes one for the parameters that train; its state belongs to the resting model.
             By default plain SGD, which has none.
         prepare: Edits the copy.
+        name: Of the network, for errors; by default its class.
 
     Attributes:
         twin: The copy.
@@ -123,13 +124,14 @@ class StepPredictor:
         loss: Loss | None = None,
         optimizer: MakeOptimizer | None = None,
         prepare: Callable[[Any], None] | None = None,
+        name: str = "",
     ) -> None:
         self._loss, self._make_optimizer = loss or default_loss, optimizer
         self._mode = fake_mode_of(network) or FakeTensorMode()
         self.twin = without_values(network, self._mode).train()
         if prepare is not None:
             prepare(self.twin)
-        self._name = type(network).__name__
+        self._name = name or type(network).__name__
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> StepPrediction:
         """What a step on these inputs costs.
@@ -269,7 +271,9 @@ class BatchPrediction:
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self.at(middle).peak_bytes <= peak_bytes else (low, middle)
+            low, high = (
+                (middle, high) if self.at(middle).peak_bytes <= peak_bytes else (low, middle)
+            )
         return low
 
 
@@ -540,7 +544,11 @@ class _Account(TorchDispatchMode):
         self.forward_end = self.backward_end = 2**62
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
