@@ -1,10 +1,11 @@
-"""``python -m lightning_da3 plan resnet50``: what training will cost, before anything is trained."""
+"""``python -m lightning_da3 plan resnet50``: what training will cost, before it begins."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import importlib
+import importlib.util
 import inspect
 import json
 import math
@@ -12,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
@@ -132,7 +134,7 @@ def _parameters_of(mode: FakeTensorMode) -> Iterator[None]:
         yield
 
 
-class _Constructing(TorchDispatchMode):
+class _Constructing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Large memory is never asked for, and questions about values are answered with zero.
 
     Initialisers ask, say, whether any number that they drew lies too far out.
@@ -142,7 +144,7 @@ class _Constructing(TorchDispatchMode):
     """
 
     def __init__(self, mode: FakeTensorMode) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.mode = mode
 
     def __torch_dispatch__(
@@ -166,22 +168,18 @@ def _factory(name: str) -> Callable[[], Any]:
     if ":" in name:
         return _imported(name)
     known: dict[str, Callable[[], Any]] = {}
-    found = False
-    for source in (_torchvision, _timm):
-        try:
-            known = {**dict(source()), **known}
-            found = True
-        except ModuleNotFoundError:
-            continue
+    packages = [("timm", _timm), ("torchvision", _torchvision)]  # the latter's names go first
+    installed = [list_ for package, list_ in packages if importlib.util.find_spec(package)]
+    for list_ in installed:
+        known.update(list_())
     if name in known:
         return known[name]
-    if "." in name and "timm" in sys.modules:  # a tag of weights, as in resnet50.a1_in1k
-        base = name.split(".")[0]
-        if base in known:
-            return known[base]
+    base = name.split(".")[0]  # behind a point stands a tag of weights, as in resnet50.a1_in1k
+    if base in known:
+        return known[base]
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     hint = f" Near it: {', '.join(near)}." if near else ""
-    lacking = "" if found else " Neither torchvision nor timm is installed."
+    lacking = "" if installed else " Neither torchvision nor timm is installed."
     raise ConfigError(
         f"There is no network {name!r} in torchvision or timm.{lacking}{hint} For another network "
         "give `module:factory`."
@@ -199,14 +197,14 @@ def _torchvision() -> Iterator[tuple[str, Callable[[], Any]]]:
             options["weights_backbone"] = None
         if name in ("googlenet", "inception_v3"):
             options["init_weights"] = False
-        yield name, lambda builder=builder, options=options: builder(**options)
+        yield name, partial(builder, **options)
 
 
 def _timm() -> Iterator[tuple[str, Callable[[], Any]]]:
     import timm
 
     for name in timm.list_models():
-        yield name, lambda name=name: timm.create_model(name, pretrained=False)
+        yield name, partial(timm.create_model, name, pretrained=False)
 
 
 def _imported(name: str) -> Callable[[], Any]:

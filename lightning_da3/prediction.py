@@ -277,8 +277,8 @@ def _costs(
     if last is not None:
         raise last
     raise DA3Error(
-        f"What {plan.network} takes is not known. Give it: `plan.at(inputs=(x, y))`; tensors of the "
-        "meta device will do."
+        f"What {plan.network} takes is not known. Give it: `model.plan.at(inputs=(x, y))`; tensors "
+        "of the meta device will do."
     )
 
 
@@ -359,8 +359,8 @@ def _inputs(
             "of its input. Leave it out, or give `inputs`."
         )
     if isinstance(model.backbone, fx.GraphModule):
-        for guess in guesses(model.backbone):
-            yield tuple(x.new_empty(batch_size, *x.shape[1:]) for x in guess)
+        for sample in guesses(model.backbone):
+            yield tuple(x.new_empty(batch_size, *x.shape[1:]) for x in sample)
 
 
 # --- rows -----------------------------------------------------------------------------------------

@@ -255,8 +255,9 @@ class BatchPrediction:
 
         timeline = [line(a, b) for a, b in zip(small.timeline, large.timeline, strict=True)]
         peak = max(range(len(timeline)), key=timeline.__getitem__)
+        whole: StepPrediction = lines(small, large)
         return dataclasses.replace(
-            lines(small, large),
+            whole,
             peak_bytes=timeline[peak],
             peak_node=small.names[peak],
             peak_phase=small.phase_at(peak),
@@ -364,7 +365,8 @@ def _with_batch(x: Tensor, count: int) -> Tensor:
     """Without values, with so many samples, laid out as `x` is."""
     if x.dim() == 0:
         return x
-    order = sorted(range(x.dim()), key=lambda axis: (-x.stride(axis), axis))
+    strides = x.stride()
+    order = sorted(range(x.dim()), key=lambda axis: (-strides[axis], axis))
     size = [count, *x.shape[1:]]
     like = torch.empty([size[axis] for axis in order], dtype=x.dtype, device="meta")
     like = like.permute([order.index(axis) for axis in range(x.dim())])
@@ -398,7 +400,7 @@ class _Names:
         """The name at work."""
         if len(self.stack) > 1:
             return self.stack[-1]
-        node = torch._C._current_autograd_node()
+        node: Any = torch._C._current_autograd_node()
         if node is None:
             return ""
         place = bisect.bisect_right(self.timeline, node._sequence_nr(), key=lambda item: item[0])
@@ -474,7 +476,7 @@ class _ByNode(fx.Interpreter):
         super().__init__(gm)
         self.path, self.names = f"{path}." if path else "", names
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         """As the graph is called."""
         signature = [n for n in self.module.graph.nodes if n.op == "placeholder"]  # type: ignore[union-attr]
         values = list(args)
@@ -529,11 +531,11 @@ class _SavedByName(SavedActivations):
 # --- the account ----------------------------------------------------------------------------------
 
 
-class _Account(TorchDispatchMode):
+class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the storages that operations return, while they live, and counts FLOPs."""
 
     def __init__(self, names: _Names, resting: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names = names
         self.resting = {t.untyped_storage()._cdata: t for t in resting}  # held: keys stay theirs
         self.alive: dict[int, int] = {}
@@ -604,9 +606,9 @@ def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
         # PyTorch's own count of the weight's gradient leaves out groups
         grad, x, weight, transposed, wanted = *args[:3], args[7], args[10]
         positions = (x if transposed else grad).numel()
-        return 2 * positions * weight[0].numel() * sum(wanted[:2])
+        return int(2 * positions * weight[0].numel() * sum(wanted[:2]))
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=result))
     if str(packet) == "mkldnn._linear_pointwise":
-        return 2 * args[0].numel() * len(args[1])
+        return int(2 * args[0].numel() * len(args[1]))
     return 0
