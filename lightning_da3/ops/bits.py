@@ -34,6 +34,11 @@ def _is_dense(x: Tensor) -> bool:
     return True
 
 
+def has_no_values(x: Tensor) -> bool:
+    """Whether `x` only stands for a tensor of its shape, and is not about to be compiled."""
+    return not torch.compiler.is_compiling() and is_fake(x)
+
+
 def _memory_order(stride: Sequence[int]) -> list[int]:
     return sorted(range(len(stride)), key=lambda axis: -stride[axis])
 
@@ -54,7 +59,7 @@ def pack_between(x: Tensor, low: float, high: float) -> Tensor:
     Returns:
         uint8 of ``ceil(x.numel() / 8)`` bytes, in the memory order of `x`.
     """
-    if is_fake(x):
+    if has_no_values(x):
         return _pack_fake(x)
     if _use_numpy(x):
         return _pack_numpy(x, low, high)
@@ -79,7 +84,7 @@ def unpack(bits: Tensor, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
         uint8 of shape `size`, in the same memory order.
     """
     count = math.prod(size)
-    if is_fake(bits):
+    if has_no_values(bits):
         flat = bits.new_empty(count)
     elif _use_numpy(bits):
         flat = torch.from_numpy(np.unpackbits(bits.numpy(), count=count))

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 from torch.utils.checkpoint import checkpoint
 
-from lightning_da3.ops.bits import dense
+from lightning_da3.ops.bits import dense, has_no_values
 from lightning_da3.ops.codes import decode, encode, sample_group
 
 Piece = Callable[..., tuple[Any, ...]]
@@ -32,7 +31,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, piece: Piece, how: _How, x: Tensor, *rest: Any) -> tuple[Any, ...]:
         ctx.piece, ctx.how = piece, how
-        ctx.random = _Random(x.device) if how.random and not is_fake(x) else None
+        ctx.random = _Random(x.device) if how.random and not has_no_values(x) else None
         ctx.set_materialize_grads(False)
         ctx.autocast = _autocast_of(x.device.type)
         tensors = [r for r in rest if isinstance(r, Tensor)]
