@@ -114,6 +114,30 @@ def write_domain(
             temporary.write_bytes(content)
 
 
+def domain_file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> int:
+    """The size of the file that `write_domain` makes of these, in bytes; values are not read.
+
+    Args:
+        tensors: By name; they may have no values.
+        metadata: What JSON can hold.
+    """
+    text = json.dumps(dict(metadata), allow_nan=False, sort_keys=True)
+    strings = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "metadata": text,
+        "sha256": "0" * 64,
+    }
+    header: dict[str, Any] = {"__metadata__": strings}
+    codes, end = {dtype: code for code, dtype in _DTYPES.items()}, 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])):
+        start, end = end, end + tensor.numel() * tensor.itemsize
+        entry = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = {**entry, "data_offsets": [start, end]}
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return _LENGTH_BYTES + math.ceil(length / 8) * 8 + end  # tensors begin at multiples of 8
+
+
 def read_domain(path: str | os.PathLike[str]) -> DomainFile:
     """Reads a domain file and checks all of it.
 

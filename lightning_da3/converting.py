@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,10 +12,13 @@ from lightning_da3.checkpointing import fingerprint
 from lightning_da3.config import DA3Config
 from lightning_da3.domains import DA3Model
 from lightning_da3.errors import ConfigError, ConversionError, DA3Error
+from lightning_da3.memory import fake_mode_of
 from lightning_da3.planning import plan
 from lightning_da3.rewriting import rewrite
 from lightning_da3.state import architecture, backbone_state
 from lightning_da3.tracing import trace
+
+NO_FINGERPRINT = "0" * 64
 
 
 def convert(
@@ -43,11 +47,15 @@ def convert(
         ConfigError: An argument has a wrong type.
     """
     config = _checked(backbone, config)
-    traced = trace(backbone)
-    decided = plan(traced, config)
-    mark = fingerprint(backbone_state(backbone.state_dict(), decided.head))
-    layers = architecture(backbone, decided.head)
-    model = DA3Model(rewrite(traced, decided, config), decided, config, mark, layers)
+    mode = fake_mode_of(backbone)  # without values there is nothing to tell the backbone by
+    with mode or nullcontext():
+        traced = trace(backbone)
+        decided = plan(traced, config)
+        state = backbone_state(backbone.state_dict(), decided.head)
+        mark = NO_FINGERPRINT if mode else fingerprint(state)
+        layers = architecture(backbone, decided.head)
+        model = DA3Model(rewrite(traced, decided, config), decided, config, mark, layers)
+    model.remember(backbone)
     if example_inputs is not None:
         inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
         _verify(backbone, model, inputs)

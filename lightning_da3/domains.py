@@ -6,14 +6,14 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from lightning_da3.checkpointing import read_domain, write_domain
+from lightning_da3.checkpointing import domain_file_bytes, read_domain, write_domain
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import CheckpointError, ConfigError, DA3Error, DomainError, InputError
 from lightning_da3.mixing import NEAREST, Domains, by_sample, check_domains, samples_in
@@ -30,6 +30,7 @@ from lightning_da3.nn.head import HeadSlot, MixedHeads, class_axis, classes_of, 
 from lightning_da3.nn.statistics import Statistics
 from lightning_da3.passes.hosts import INPUTS, host_key
 from lightning_da3.planning import HostPlan, Plan
+from lightning_da3.prediction import ModelPlan, Original
 from lightning_da3.state import (
     HAS_STATISTICS,
     check_identity,
@@ -94,7 +95,8 @@ class DA3Model(nn.Module):
         self.architecture = architecture
         self.backbone = backbone
         self.bank = nn.ModuleDict()
-        self.plan, self.config, self.fingerprint = plan, config, fingerprint
+        self._plan, self.config, self.fingerprint = plan, config, fingerprint
+        self._original: Original | None = None
         self.progress = 1.0
         self.gate_loss_scale = 1.0
         self.gates_over_ranks = False  # True: every training batch is a rank's part of a global one
@@ -106,6 +108,21 @@ class DA3Model(nn.Module):
                 module.write_into(self._ledger)
         self.register_load_state_dict_pre_hook(complete_state)  # type: ignore[no-untyped-call]
         self.train(self.training)
+
+    @property
+    def plan(self) -> ModelPlan:
+        """By which the network was rewritten. Printed, it says what a training step costs."""
+        return ModelPlan.of(self._plan, self)
+
+    def remember(self, network: nn.Module) -> None:
+        """Keep a copy without values of the user's network, to tell what fine-tuning it costs."""
+        with suppress(DA3Error):  # then only the plan's figures of fine-tuning are missing
+            self._original = Original(network)
+
+    @property
+    def original(self) -> Original | None:
+        """What `remember` was given; a model that was pickled has forgotten it."""
+        return self._original
 
     # --- the domains ------------------------------------------------------------------------------
 
@@ -447,6 +464,18 @@ class DA3Model(nn.Module):
             DomainError: There is no such domain.
             CheckpointError: It cannot be written, or holds NaN; a file that was there stays.
         """
+        write_domain(path, self.domain(name).state_dict(), self._about(name, metadata))
+
+    def domain_file_bytes(self, name: str) -> int:
+        """The size of the file that `save_domain` makes of one domain, in bytes.
+
+        Raises:
+            DomainError: There is no such domain.
+        """
+        return domain_file_bytes(self.domain(name).state_dict(), self._about(name, {}))
+
+    def _about(self, name: str, metadata: dict[str, Any]) -> dict[str, Any]:
+        """What a domain's file says of it."""
         domain = self.domain(name)
         about: dict[str, Any] = {
             "domain": name,
@@ -455,7 +484,7 @@ class DA3Model(nn.Module):
         }
         if domain.class_names is not None:
             about["class_names"] = domain.class_names
-        write_domain(path, domain.state_dict(), {**about, **identity(self)})
+        return {**about, **identity(self)}
 
     def load_domain(self, path: str | os.PathLike[str], name: str | None = None) -> str:
         """Add the domain that `save_domain` wrote.

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from lightning_da3.registry import has_hooks
 
@@ -57,7 +58,7 @@ def call_layers_(graph: fx.Graph, root: nn.Module) -> None:
         if not all(_is_call_of(layer, root, call) for _, _, call in calls):
             continue
         weights = [_value(call["weight"], root) for _, _, call in calls]
-        if any(not torch.equal(weight, weights[0]) for weight in weights):
+        if any(not _one_weight(weight, weights[0]) for weight in weights):
             continue
         if next(layer.children(), None) is not None and kind not in _BATCH_NORMS:
             continue
@@ -136,3 +137,9 @@ def _value(node: fx.Node, root: nn.Module) -> Tensor:
 
     result: Tensor = value(node)
     return result
+
+
+def _one_weight(one: Tensor, other: Tensor) -> bool:
+    if is_fake(one) or is_fake(other):  # without values: tensors of one origin
+        return one.shape == other.shape
+    return torch.equal(one, other)

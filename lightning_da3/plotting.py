@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_da3.errors import ConfigError, DA3Error
+from lightning_da3.memory import StepPrediction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -210,6 +211,68 @@ def _size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1024
     return f"{count:.3g} GiB"
+
+
+# --- a step ---------------------------------------------------------------------------------------
+
+
+def plot_step(
+    ours: StepPrediction, finetune: StepPrediction | None = None, *, title: str | None = None
+) -> Figure:
+    """Memory over one training step: what operations hold above the resting model.
+
+    The forward and the backward pass are each stretched to one width, whatever their number of
+    operations, as the steps have different ones.
+
+    Args:
+        ours: Of a converted network.
+        finetune: Of the network as it was; None leaves it out.
+        title: Of the picture.
+    """
+    figure = _figure(9.0, 4.8)
+    axes = figure.add_subplot()
+    steps = [("DA3", ours, AFTER)]
+    if finetune is not None:
+        steps.insert(0, ("fine-tuning", finetune, BEFORE))
+    top = max(step.peak_bytes for _, step, _ in steps)
+    unit, factor = (
+        ("GiB", 2**30) if top >= 2**30 else ("MiB", 2**20) if top >= 2**20 else ("KiB", 2**10)
+    )
+    for name, step, colour in steps:
+        x, y = _progress(step), [total / factor for total in step.timeline]
+        kept, peak = _size(step.saved_activation_bytes), _size(step.peak_bytes)
+        axes.fill_between(x, y, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(x, y, color=colour, linewidth=1.1, label=f"{name}: peak {peak}, kept {kept}")
+        at = step.timeline.index(max(step.timeline))
+        axes.plot(x[at], y[at], "o", color=colour, markersize=4)
+        node = step.peak_node.removeprefix("backbone.") or "the loss"
+        axes.annotate(
+            node,
+            (x[at], y[at]),
+            xytext=(-6 if x[at] > 1 else 6, 6),
+            textcoords="offset points",
+            ha="right" if x[at] > 1 else "left",
+            fontsize=8,
+            color=colour,
+            bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "linewidth": 0},
+        )
+    axes.axvline(1.0, color="0.6", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+    axes.set_xticks([0.5, 1.5], ["forward", "backward"])
+    axes.tick_params(axis="x", length=0)
+    axes.set_xlim(0, 2)
+    axes.set_ylim(0, 1.12 * top / factor)
+    axes.set_ylabel(f"above the resting model, {unit}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, frameon=False, fontsize=9)
+    figure.suptitle(title or "Memory over one training step", fontsize=12)
+    return figure
+
+
+def _progress(step: StepPrediction) -> list[float]:
+    """Where in [0, 2] every operation lies: the forward pass in the first half."""
+    forward, count = step.forward_end, len(step.timeline)
+    behind = max(1, count - forward - 1)
+    return [i / forward if i < forward else 1 + (i - forward) / behind for i in range(count)]
 
 
 # --- gates ----------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 
 from lightning_da3.errors import ConfigError
 from lightning_da3.nn.frozen import (
@@ -140,7 +141,9 @@ def _threshold(layer: nn.Threshold) -> Replacement | None:
 
 @register(nn.PReLU)
 def _prelu(layer: nn.PReLU) -> Replacement | None:
-    slope = float(layer.weight[0]) if layer.weight.numel() == 1 else -1.0
+    if layer.weight.numel() != 1:
+        return None
+    slope = layer.init if is_fake(layer.weight) else float(layer.weight[0])
     return None if slope < 0.0 else _two_slopes(0.0, math.inf, slope, False)
 
 

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "lightning_da3"
 # a file or folder may import what stands before it
 ORDER = (
     "errors config ops memory checkpointing metrics plotting nn registry functions tracing "
-    "planning passes rewriting state mixing domains converting exporting folder hub attaching "
-    "refusals binding loaders loggers callbacks strategies sequence"
+    "planning passes rewriting prediction state mixing domains converting exporting folder hub "
+    "attaching refusals binding loaders loggers callbacks strategies sequence command __main__"
 ).split()
 # the only ones that may import these
 DOORS = {
@@ -20,7 +20,8 @@ DOORS = {
     "wandb": ("loggers",),
     "matplotlib": ("plotting", "loggers"),
     "torchmetrics": ("metrics",),
-    "torchvision": (),
+    "torchvision": ("command",),
+    "timm": ("command",),
     "sklearn": (),
 }
 NOT_IN = {"ops": ("torch.fx", "torch.nn.modules"), "nn": ("torch.fx",)}

@@ -1,4 +1,6 @@
-"""Measures what training keeps and what it peaks at. Nothing here logs or changes a network.
+"""Measures what training keeps and what it peaks at, or predicts it.
+
+Nothing here logs or changes a network.
 
 Saved activation bytes: the storages that autograd holds for the backward pass, each counted once
 and whole, without those of parameters and buffers. They are seen in two places: in what a node
@@ -12,13 +14,29 @@ that a custom Function hides in closures or in objects of its own, and a library
 memory that does not come from PyTorch's allocator.
 """
 
+from lightning_da3.memory.predicted import (
+    BatchPrediction,
+    NodeCost,
+    StepPrediction,
+    StepPredictor,
+    fake_mode_of,
+    predict_step,
+    without_values,
+)
 from lightning_da3.memory.saved import SavedActivations, saved_activation_bytes
 from lightning_da3.memory.step import PeakBytes, StepMeasurement, measure_step
 
 __all__ = [
+    "BatchPrediction",
+    "NodeCost",
     "PeakBytes",
     "SavedActivations",
     "StepMeasurement",
+    "StepPrediction",
+    "StepPredictor",
+    "fake_mode_of",
     "measure_step",
+    "predict_step",
     "saved_activation_bytes",
+    "without_values",
 ]

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 _NUMPY_DTYPES = (torch.float32, torch.float64, torch.float16)
 
@@ -31,6 +32,11 @@ def _is_dense(x: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def has_no_values(x: Tensor) -> bool:
+    """Whether `x` only stands for a tensor of its shape, and is not about to be compiled."""
+    return not torch.compiler.is_compiling() and is_fake(x)
 
 
 def _memory_order(stride: Sequence[int]) -> list[int]:
@@ -53,6 +59,8 @@ def pack_between(x: Tensor, low: float, high: float) -> Tensor:
     Returns:
         uint8 of ``ceil(x.numel() / 8)`` bytes, in the memory order of `x`.
     """
+    if has_no_values(x):
+        return _pack_fake(x)
     if _use_numpy(x):
         return _pack_numpy(x, low, high)
     inside = x > low if math.isinf(high) else (x > low) & (x < high)
@@ -76,7 +84,9 @@ def unpack(bits: Tensor, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
         uint8 of shape `size`, in the same memory order.
     """
     count = math.prod(size)
-    if _use_numpy(bits):
+    if has_no_values(bits):
+        flat = bits.new_empty(count)
+    elif _use_numpy(bits):
         flat = torch.from_numpy(np.unpackbits(bits.numpy(), count=count))
     else:
         planes = torch.arange(8, dtype=torch.uint8, device=bits.device).unsqueeze(1)
@@ -100,6 +110,15 @@ def _pack_numpy(x: Tensor, low: float, high: float) -> Tensor:
         if not math.isinf(high):
             inside &= values < high
     return torch.from_numpy(np.packbits(inside))
+
+
+def _pack_fake(x: Tensor) -> Tensor:
+    """A tensor without values takes the memory that `_pack_numpy` would take."""
+    count = x.numel()
+    inside = x.new_empty(count, dtype=torch.bool)
+    bits = x.new_empty((count + 7) // 8, dtype=torch.uint8)
+    del inside
+    return bits
 
 
 def pack_pairs(codes: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_da3.ops.bits import dense, flat
+from lightning_da3.ops.bits import dense, flat, has_no_values
 
 GROUP = 256  # elements that share one range
 EXTRA = 8  # bytes of a group's step and lowest value
@@ -48,6 +48,8 @@ def encode(x: Tensor, groups: int = GROUP) -> Tensor:
 def _encode_rows(rows: Tensor) -> Tensor:
     if not len(rows):
         return rows.new_empty(0, dtype=torch.uint8)
+    if has_no_values(rows):  # PyTorch's rule for the shape of FBGEMM's result has the wrong type
+        return rows.new_empty(len(rows) * (rows.shape[1] + EXTRA), dtype=torch.uint8)
     if rows.device.type == "cpu":  # FBGEMM's row-wise codes of embeddings: one vectorised pass
         return _quantized.embedding_bag_byte_prepack(rows).view(-1)  # type: ignore[no-any-return]
     low, high = rows.amin(dim=1, keepdim=True), rows.amax(dim=1, keepdim=True)

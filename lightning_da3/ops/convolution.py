@@ -127,10 +127,9 @@ def _pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     n, _, h, w = x.shape
     rows = x.permute(0, 2, 3, 1).reshape(n * h * w, -1)  # (N*H*W, C), a view if channels_last
     product = torch.ops.mkldnn._linear_pointwise(rows, matrix, bias, "none", [], "")
-    # autograd forbids to write into views that a custom Function made: an owner of the memory
-    o = len(matrix)
-    strides = (h * w * o, 1, w * o, o)
-    return product.new_empty(0).set_(product.untyped_storage(), 0, (n, o, h, w), strides)  # type: ignore[no-any-return]
+    maps = product.view(n, h, w, len(matrix)).permute(0, 3, 1, 2)
+    # autograd forbids to write into views that a custom Function made: this is none, of one memory
+    return torch.ops.aten._unsafe_view(maps, maps.shape)  # type: ignore[no-any-return]
 
 
 def frozen_conv(

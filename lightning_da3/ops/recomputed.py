@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_da3.ops.bits import dense
+from lightning_da3.ops.bits import dense, has_no_values
 from lightning_da3.ops.codes import decode, encode, sample_group
 
 Piece = Callable[..., tuple[Any, ...]]
@@ -31,7 +31,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, piece: Piece, how: _How, x: Tensor, *rest: Any) -> tuple[Any, ...]:
         ctx.piece, ctx.how = piece, how
-        ctx.random = _Random(x.device) if how.random else None
+        ctx.random = _Random(x.device) if how.random and not has_no_values(x) else None
         ctx.set_materialize_grads(False)
         ctx.autocast = _autocast_of(x.device.type)
         tensors = [r for r in rest if isinstance(r, Tensor)]
@@ -89,10 +89,9 @@ def _owner(y: Any, x: Tensor) -> Any:
     """`y` as a tensor that is no view: autograd forbids to write into views of a Function."""
     if not isinstance(y, Tensor) or not y._is_view():
         return y
-    storage = y.untyped_storage()
-    if storage.data_ptr() == x.untyped_storage().data_ptr():
+    if y.untyped_storage()._cdata == x.untyped_storage()._cdata:
         return y.clone()
-    return y.new_empty(0).set_(storage, y.storage_offset(), y.size(), y.stride())
+    return torch.ops.aten._unsafe_view(y, y.size())  # the same memory, and no view to autograd
 
 
 class _Random:

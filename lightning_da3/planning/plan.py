@@ -133,12 +133,16 @@ class Plan:
         """Kinds of layers whose backward keeps whatever PyTorch keeps."""
         return tuple(sorted({node.layer for node in self.nodes if node.keeps == "pytorch"}))
 
+    @property
+    def headline(self) -> str:
+        """What there is to adapt, and what stays Python; for people."""
+        lines = [f"{self.network}: {len(self.hosts)} hosts, head: {self.head or 'its own'}"]
+        lines += [f"stays Python: {path or 'the network'}, {why}" for path, why in self.python]
+        return "\n".join(lines)
+
     def __str__(self) -> str:
         """A table for people."""
-        lines = [
-            f"{self.network}: {len(self.hosts)} hosts, head: {self.head or 'the backbone own'}"
-        ]
-        lines += [f"stays Python: {path or 'the network'}, {why}" for path, why in self.python]
+        lines = [self.headline]
         for part in self.parts:
             lines += _table(part)
         if self.left_to_pytorch:

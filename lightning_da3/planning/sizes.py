@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lightning_da3.memory import fake_mode_of
 from lightning_da3.nn.frozen import numbers
 from lightning_da3.planning.layers import CONVS, layer_called
 from lightning_da3.tracing import module_of
@@ -19,7 +20,7 @@ from lightning_da3.tracing import module_of
 Shapes = dict[fx.Node, tuple[int, ...]]
 
 # tried in this order; networks with fixed positions take only their own
-_SIDES: dict[int, tuple[tuple[int, ...], ...]] = {
+SIDES: dict[int, tuple[tuple[int, ...], ...]] = {
     1: ((1024,), (256,), (128,), (64,)),
     2: ((224, 224), (256, 256), (384, 384), (32, 32), (28, 28), (64, 64), (96, 96), (512, 512)),
     3: ((16, 112, 112), (16, 224, 224), (32, 224, 224), (16, 16, 16), (32, 32, 32)),
@@ -65,9 +66,10 @@ def mutable(value: Any) -> Any:
 
 def guess_shapes(gm: fx.GraphModule) -> Shapes:
     """Shapes of one sample's values, by node; empty if no guess fits the network."""
-    for inputs in _guesses(gm):
+    mode = fake_mode_of(gm) or FakeTensorMode(allow_non_fake_inputs=True)
+    for inputs in guesses(gm):
         # the user's own forward on a guess: anything can go wrong, and then nothing is known
-        with _quiet(), contextlib.suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True):
+        with _quiet(), contextlib.suppress(Exception), mode:
             recorder = _Recorder(gm)
             with torch.no_grad():
                 recorder.run(*[torch.zeros(i.shape, dtype=i.dtype) for i in inputs])
@@ -86,13 +88,13 @@ def _quiet() -> Iterator[None]:
         log.disabled = before
 
 
-def _guesses(gm: fx.GraphModule) -> Iterator[list[Tensor]]:
-    """Inputs without memory: shapes and types."""
+def guesses(gm: fx.GraphModule) -> Iterator[list[Tensor]]:
+    """Inputs that a graph may take, most likely first: one sample, without memory."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     required = [node for node in placeholders if not node.args]
     readers = [_reader(gm, node) for node in required]
     side = getattr(gm, "image_size", None)
-    for i in range(max(len(sides) for sides in _SIDES.values())):
+    for i in range(max(len(sides) for sides in SIDES.values())):
         found = [_guess(layer, i) for layer in readers]
         guess = [g for g in found if g is not None]
         if len(guess) == len(found):
@@ -116,7 +118,7 @@ def _reader(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 
 def _guess(layer: nn.Module | None, i: int) -> Tensor | None:
     if isinstance(layer, CONVS):
-        sides = _SIDES[layer.weight.dim() - 2]
+        sides = SIDES[layer.weight.dim() - 2]
         shape = (1, layer.in_channels, *sides[i]) if i < len(sides) else None
     elif isinstance(layer, nn.Linear):
         shape = ((1, _TOKENS, layer.in_features), (1, layer.in_features), None)[min(i, 2)]

@@ -1,0 +1,232 @@
+"""``python -m lightning_da3 plan resnet50``: what training will cost, before it begins."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import importlib.util
+import inspect
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_da3.config import DA3Config, MemoryConfig
+from lightning_da3.converting import convert
+from lightning_da3.errors import ConfigError, DA3Error
+from lightning_da3.memory import without_values
+from lightning_da3.plotting import plot_step
+
+LARGE = 2**20  # elements
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: Behind the program's name; None: those of this process.
+
+    Returns:
+        0. What is wrong ends the process with the exit code 2, and a line on standard error.
+    """
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other packages, about weights that are not there
+            sys.stdout.write(_plan(given) + "\n")
+    except DA3Error as error:
+        _refuse(parser, str(error))
+    return 0
+
+
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    parser.exit(2, f"{parser.prog}: error: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lightning-da3", description="Learn domains in little.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    plan = commands.add_parser("plan", help="what training a domain will cost", description=__doc__)
+    plan.add_argument("network", help="a torchvision or timm name, or module:factory")
+    plan.add_argument("--image-size", type=int, nargs="+", help="of every spatial axis")
+    plan.add_argument("--batch-size", type=int, default=1)
+    plan.add_argument("--exact", action="store_true", help="MemoryConfig(exact=True)")
+    plan.add_argument("--head", default="auto", help="name of the classifier; 'none': keep it")
+    plan.add_argument("--format", choices=("text", "json"), default="text")
+    plan.add_argument("--plot", type=Path, help="picture of the memory over the step, to write")
+    return parser
+
+
+def _plan(given: argparse.Namespace) -> str:
+    folder = None if given.plot is None else given.plot.resolve().parent
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"--plot: there is no folder {str(folder)!r}.")
+    network = network_without_values(_factory(given.network), given.network)
+    head = None if given.head.lower() == "none" else given.head
+    model = convert(network, DA3Config(memory=MemoryConfig(exact=given.exact), head=head))
+    size = given.image_size
+    costs = model.plan.at(given.batch_size, size[0] if size and len(size) == 1 else size)
+    if given.plot is not None:
+        figure = plot_step(costs.ours, costs.finetune, title=_title(given.network, costs.inputs))
+        try:
+            figure.savefig(given.plot)
+        except (OSError, ValueError) as error:  # ValueError: an ending it has no format for
+            raise ConfigError(f"--plot: cannot write {str(given.plot)!r}: {error}") from error
+    return json.dumps(costs.to_dict(), indent=1) if given.format == "json" else str(costs)
+
+
+def _title(name: str, inputs: Sequence[Sequence[int]]) -> str:
+    shapes = ", ".join(" x ".join(map(str, shape)) for shape in inputs)
+    return f"Memory over one training step of {name}, {shapes}"
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+
+def network_without_values(factory: Callable[[], Any], name: str) -> nn.Module:
+    """What `factory` makes, with parameters that have shapes and types but take no memory.
+
+    Args:
+        factory: Makes a network.
+        name: Of it, for errors.
+
+    Raises:
+        ConfigError: It fails, or makes something else.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with _parameters_of(mode):
+            network = factory()
+    except DA3Error:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{name!r} cannot be made: {type(error).__name__}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"{name!r} makes a {type(network).__name__}, not a torch.nn.Module.")
+    return without_values(network, mode)
+
+
+@contextmanager
+def _parameters_of(mode: FakeTensorMode) -> Iterator[None]:
+    """Inside, new parameters are fake; all else is real, as constructors compute with it."""
+    make: Any = nn.Parameter.__new__
+
+    def new(cls: Any, data: Any = None, requires_grad: bool = True) -> Any:
+        plain = isinstance(data, Tensor) and not isinstance(data, FakeTensor)
+        if plain and data.device.type != "meta":
+            data = mode.from_tensor(data.detach())
+        return make(cls, data, requires_grad)
+
+    with mock.patch.object(nn.Parameter, "__new__", new), _Constructing(mode):
+        yield
+
+
+class _Constructing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Large memory is never asked for, and questions about values are answered with zero.
+
+    Initialisers ask, say, whether any number that they drew lies too far out.
+
+    Args:
+        mode: Of large tensors.
+    """
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.mode = mode
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return torch.zeros((), dtype=args[0].dtype).item()
+        if func is torch.ops.aten.empty.memory_format and math.prod(args[0]) >= LARGE:
+            with self.mode:
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _factory(name: str) -> Callable[[], Any]:
+    """How to make the network of a name.
+
+    Raises:
+        ConfigError: There is none; names that are near are told.
+    """
+    if ":" in name:
+        return _imported(name)
+    known: dict[str, Callable[[], Any]] = {}
+    packages = [("timm", _timm), ("torchvision", _torchvision)]  # the latter's names go first
+    installed = [list_ for package, list_ in packages if importlib.util.find_spec(package)]
+    for list_ in installed:
+        known.update(list_())
+    if name in known:
+        return known[name]
+    base = name.split(".")[0]  # behind a point stands a tag of weights, as in resnet50.a1_in1k
+    if base in known:
+        return known[base]
+    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    hint = f" Near it: {', '.join(near)}." if near else ""
+    lacking = "" if installed else " Neither torchvision nor timm is installed."
+    raise ConfigError(
+        f"There is no network {name!r} in torchvision or timm.{lacking}{hint} For another network "
+        "give `module:factory`."
+    )
+
+
+def _torchvision() -> Iterator[tuple[str, Callable[[], Any]]]:
+    import torchvision
+
+    for name in torchvision.models.list_models():
+        builder = torchvision.models.get_model_builder(name)
+        options: dict[str, Any] = {"weights": None}
+        takes = inspect.signature(builder).parameters
+        if "weights_backbone" in takes:
+            options["weights_backbone"] = None
+        if name in ("googlenet", "inception_v3"):
+            options["init_weights"] = False
+        yield name, partial(builder, **options)
+
+
+def _timm() -> Iterator[tuple[str, Callable[[], Any]]]:
+    import timm
+
+    for name in timm.list_models():
+        yield name, partial(timm.create_model, name, pretrained=False)
+
+
+def _imported(name: str) -> Callable[[], Any]:
+    module_name, _, path = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` does for its own
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # of the user's module: anything can come
+        raise ConfigError(
+            f"The module of {name!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    for attribute in path.split("."):
+        if not hasattr(found, attribute):
+            names = [n for n in dir(found) if not n.startswith("_")]
+            near = difflib.get_close_matches(attribute, names, n=4, cutoff=0.5)
+            hint = f" Near it: {', '.join(near)}." if near else ""
+            raise ConfigError(f"{module_name!r} has no {path!r}.{hint}")
+        found = getattr(found, attribute)
+    if isinstance(found, nn.Module):
+        return lambda: found
+    if not callable(found):
+        raise ConfigError(f"{name!r} is a {type(found).__name__}: it cannot make a network.")
+    return found  # type: ignore[no-any-return]

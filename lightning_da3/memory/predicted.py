@@ -1,0 +1,614 @@
+"""What a training step will cost, known before it runs.
+
+The step itself runs, forward, backward and optimizer, on fake tensors: shapes, types and layouts
+without values, so that it takes seconds at most and next to no memory. Bytes are those of every
+storage that PyTorch's operations return, from its first use to its last. Not seen, as in no such
+account: what a kernel allocates and frees inside of itself.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import copy
+import dataclasses
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._C._autograd import _get_sequence_nr
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from lightning_da3.errors import DA3Error, InputError
+from lightning_da3.memory.saved import SavedActivations
+
+Loss = Callable[[Any], Tensor]
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+OPTIMIZER = "optimizer"  # the name that stands for all of it
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeCost:
+    """What one node of a graph, or one module of a network that is no graph, costs.
+
+    Attributes:
+        name: The node's, with the path of its graph in front where that is not the whole network;
+            or the module's. Empty: what belongs to none, such as the loss.
+        saved_bytes: Kept for the backward pass.
+        flops_forward: Multiplications and additions of its matrix products and convolutions.
+        flops_backward: Likewise, those computed a second time among them.
+    """
+
+    name: str
+    saved_bytes: int = 0
+    flops_forward: int = 0
+    flops_backward: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPrediction:
+    """What one training step will cost.
+
+    Attributes:
+        saved_activation_bytes: Kept for the backward pass, right after the forward one.
+        peak_bytes: Largest total alive at one time, above the resting model.
+        peak_node: Where that is: as `NodeCost.name`.
+        peak_phase: ``"forward"``, ``"backward"`` or ``"optimizer"``.
+        flops_forward: Of matrix products and convolutions, two a multiply-accumulate.
+        flops_backward: Likewise, what is computed again among them.
+        nodes: In the order in which they first ran.
+        timeline: Bytes above the resting model behind every operation.
+        forward_end: Index in `timeline` of the first operation behind the forward pass.
+        backward_end: Likewise, of the first behind the backward pass.
+    """
+
+    saved_activation_bytes: int
+    peak_bytes: int
+    peak_node: str
+    peak_phase: str
+    flops_forward: int
+    flops_backward: int
+    nodes: tuple[NodeCost, ...]
+    timeline: tuple[int, ...] = dataclasses.field(repr=False)
+    forward_end: int
+    backward_end: int
+    names: tuple[str, ...] = dataclasses.field(repr=False, compare=False)
+
+    def phase_at(self, index: int) -> str:
+        """The phase of an index in `timeline`."""
+        if index < self.forward_end:
+            return "forward"
+        return "backward" if index < self.backward_end else "optimizer"
+
+
+class StepPredictor:
+    """Predicts training steps of one network.
+
+    Holds a copy of the network without values, and so nearly without memory. What the network is
+    told later, such as another active domain, it does not know.
+
+    Args:
+        network: Of which something requires a gradient; left unchanged. Its tensors may be on the
+            meta device or fake themselves: these count as if on the CPU.
+        loss: From the network's output to a scalar. By default the cross entropy over axis 1, of
+            every tensor that has one and requires a gradient, and the mean of others.
+        optimizer: Makes one for the parameters that train; its state belongs to the resting model.
+            By default plain SGD, which has none.
+        prepare: Edits the copy.
+        name: Of the network, for errors; by default its class.
+
+    Attributes:
+        twin: The copy.
+
+    Raises:
+        DA3Error: The network cannot be copied.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        loss: Loss | None = None,
+        optimizer: MakeOptimizer | None = None,
+        prepare: Callable[[Any], None] | None = None,
+        name: str = "",
+    ) -> None:
+        self._loss, self._make_optimizer = loss or default_loss, optimizer
+        self._mode = fake_mode_of(network) or FakeTensorMode()
+        self.twin = without_values(network, self._mode).train()
+        if prepare is not None:
+            prepare(self.twin)
+        self._name = name or type(network).__name__
+
+    def __call__(self, *inputs: Any, **kwargs: Any) -> StepPrediction:
+        """What a step on these inputs costs.
+
+        Args:
+            inputs: As the network takes them. Of tensors only shapes, types and strides matter.
+            kwargs: Likewise.
+
+        Raises:
+            InputError: The network cannot take them.
+            DA3Error: Nothing requires a gradient, or the network asks for values of tensors.
+        """
+        inputs, kwargs = tree_map_only(Tensor, self._fake, (inputs, kwargs))
+        trained = [p for p in self.twin.parameters() if p.requires_grad]
+        if not trained:
+            raise DA3Error(
+                f"Nothing of {self._name} requires a gradient, so there is no training step to "
+                "predict. Activate a domain with `set_domain(name)`, or unfreeze parameters."
+            )
+        make = self._make_optimizer
+        with self._mode:
+            optimizer = make(trained) if make else torch.optim.SGD(trained, lr=1e-3)
+        if make is not None:
+            self._step(inputs, kwargs, optimizer)  # makes the optimizer's state
+        return self._step(inputs, kwargs, optimizer)
+
+    def by_batch(self, *inputs: Any) -> BatchPrediction:
+        """Predictions for every size of the batch, from two steps.
+
+        Args:
+            inputs: As the network takes them; axis 0 of every tensor is the batch, of any size.
+        """
+
+        def resized(count: int) -> tuple[Any, ...]:
+            return tree_map_only(Tensor, lambda x: _with_batch(x, count), inputs)  # type: ignore[no-any-return]
+
+        return BatchPrediction(lambda count: self(*resized(count)))
+
+    def _fake(self, x: Tensor) -> Tensor:
+        device = "cpu" if x.device.type == "meta" else x.device
+        with self._mode:
+            like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+        return like.requires_grad_(x.requires_grad)
+
+    def _step(
+        self, inputs: tuple[Any, ...], kwargs: dict[str, Any], optimizer: torch.optim.Optimizer
+    ) -> StepPrediction:
+        names = _Names()
+        state = [s for s in tree_leaves(list(optimizer.state.values())) if isinstance(s, Tensor)]
+        given = [t for t in tree_leaves((inputs, kwargs)) if isinstance(t, Tensor)]
+        account = _Account(names, [*_tensors(self.twin), *state, *given])
+        with _quiet(), self._mode, names.of(self.twin), self._explained(given):
+            saved = _SavedByName(self.twin, (inputs, kwargs), names)
+            with account:
+                with saved:
+                    loss = self._loss(self.twin(*inputs, **kwargs))
+                account.forward_end = len(account.timeline)
+                loss.backward()  # type: ignore[no-untyped-call]
+                del loss
+                account.backward_end = len(account.timeline)
+                with names.inside(OPTIMIZER):
+                    optimizer.step()
+                    optimizer.zero_grad()
+        return account.prediction(saved)
+
+    @contextlib.contextmanager
+    def _explained(self, given: Sequence[Tensor]) -> Iterator[None]:
+        try:
+            yield
+        except DA3Error:
+            raise
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise DA3Error(
+                f"{self._name} decides by values of its tensors ({error}), which are not known "
+                "before a step. Measure it instead: `lightning_da3.memory.measure_step`."
+            ) from error
+        except Exception as error:
+            shapes = ", ".join(str(tuple(x.shape)) for x in given)
+            reason = str(error).split("\n")[0]
+            raise InputError(
+                f"{self._name} cannot make a training step on inputs of shape {shapes}: {reason}"
+            ) from error
+        finally:
+            for parameter in self.twin.parameters():
+                parameter.grad = None
+
+
+class BatchPrediction:
+    """Predictions of one step by the size of its batch.
+
+    Every total of the step is a constant and so much a sample, so that two steps tell all others:
+    the peak is the largest of thousands of such lines. Where operations are chosen by the size of
+    the batch, every size is a step of its own.
+
+    Args:
+        predict: A step with so many samples.
+    """
+
+    SIZES = (2, 4)
+
+    def __init__(self, predict: Callable[[int], StepPrediction]) -> None:
+        self._predict = predict
+        self._small, self._large = (predict(size) for size in self.SIZES)
+
+    def at(self, batch_size: int) -> StepPrediction:
+        """A step with so many samples."""
+        small, large = self._small, self._large
+        alike = small.names == large.names and [n.name for n in small.nodes] == [
+            n.name for n in large.nodes
+        ]
+        if not alike:
+            return self._predict(batch_size)
+        first, second = self.SIZES
+
+        def line(one: int, other: int) -> int:
+            return round(one + (other - one) * (batch_size - first) / (second - first))
+
+        def lines(one: Any, other: Any) -> Any:
+            pairs = ((f.name, getattr(one, f.name), getattr(other, f.name)) for f in _fields(one))
+            return dataclasses.replace(one, **{name: line(a, b) for name, a, b in pairs})
+
+        timeline = [line(a, b) for a, b in zip(small.timeline, large.timeline, strict=True)]
+        peak = max(range(len(timeline)), key=timeline.__getitem__)
+        whole: StepPrediction = lines(small, large)
+        return dataclasses.replace(
+            whole,
+            peak_bytes=timeline[peak],
+            peak_node=small.names[peak],
+            peak_phase=small.phase_at(peak),
+            timeline=tuple(timeline),
+            nodes=tuple(lines(a, b) for a, b in zip(small.nodes, large.nodes, strict=True)),
+        )
+
+    def largest(self, peak_bytes: int) -> int:
+        """The largest batch whose step stays within so many bytes at its peak; 0 if none does."""
+        low, high = 0, 1
+        while self.at(high).peak_bytes <= peak_bytes and high < 2**30:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (
+                (middle, high) if self.at(middle).peak_bytes <= peak_bytes else (low, middle)
+            )
+        return low
+
+
+def _fields(value: Any) -> list[dataclasses.Field[Any]]:
+    """Those that grow with the batch."""
+    return [f for f in dataclasses.fields(value) if f.name.split("_")[0] in ("saved", "flops")]
+
+
+def predict_step(
+    network: nn.Module,
+    *inputs: Any,
+    loss: Loss | None = None,
+    optimizer: MakeOptimizer | None = None,
+) -> StepPrediction:
+    """What one training step of `network` on these inputs will cost; see `StepPredictor`.
+
+    Args:
+        network: As of `StepPredictor`.
+        inputs: As the network takes them. Of tensors only shapes, types and strides matter.
+        loss: As of `StepPredictor`.
+        optimizer: Likewise.
+
+    Raises:
+        InputError: The network cannot take the inputs.
+        DA3Error: Nothing requires a gradient, or the network asks for values of tensors.
+    """
+    return StepPredictor(network, loss=loss, optimizer=optimizer)(*inputs)
+
+
+def default_loss(output: Any) -> Tensor:
+    """The cross entropy over axis 1 of every tensor that trains and has one; means of others."""
+    trained = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+    losses = [
+        F.cross_entropy(t, t.new_zeros((len(t), *t.shape[2:]), dtype=torch.long))
+        if t.dim() > 1
+        else t.mean()
+        for t in trained
+    ]
+    if not losses:
+        raise DA3Error("the output does not depend on anything that trains")
+    return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+
+
+def fake_mode_of(network: nn.Module) -> FakeTensorMode | None:
+    """The mode of the network's tensors, if they are fake."""
+    return next((t.fake_mode for t in _tensors(network) if isinstance(t, FakeTensor)), None)
+
+
+def _tensors(network: nn.Module) -> Iterator[Tensor]:
+    yield from network.parameters()
+    yield from network.buffers()
+
+
+def without_values(network: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy of a network whose tensors have shapes, types and strides, and next to no memory.
+
+    Args:
+        network: Left unchanged; tensors of the meta device become such of the CPU.
+        mode: Of the copy's fake tensors.
+
+    Raises:
+        DA3Error: The network cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in _tensors(network):
+        if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
+            with mode:
+                twin = torch.empty_strided(
+                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_place(tensor)
+                )
+        else:
+            twin = mode.from_tensor(tensor.detach())
+        if isinstance(tensor, nn.Parameter):
+            twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = twin
+    try:
+        with FakeCopyMode(mode), _quiet():  # whatever else holds values
+            return copy.deepcopy(network, memo)
+    except Exception as error:  # the user's own __deepcopy__ or state
+        raise DA3Error(f"{type(network).__name__} cannot be copied: {error}") from error
+
+
+def _place(tensor: Tensor) -> torch.device:
+    return torch.device("cpu") if tensor.device.type == "meta" else tensor.device
+
+
+def _with_batch(x: Tensor, count: int) -> Tensor:
+    """Without values, with so many samples, laid out as `x` is."""
+    if x.dim() == 0:
+        return x
+    strides = x.stride()
+    order = sorted(range(x.dim()), key=lambda axis: (-strides[axis], axis))
+    size = [count, *x.shape[1:]]
+    like = torch.empty([size[axis] for axis in order], dtype=x.dtype, device="meta")
+    like = like.permute([order.index(axis) for axis in range(x.dim())])
+    return like.requires_grad_(x.requires_grad)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What does not fit is told in our own words."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+class _Names:
+    """Which node of a graph, or module, is at work; in the backward, whose gradient."""
+
+    def __init__(self) -> None:
+        self.stack = [""]
+        self.timeline = [(_get_sequence_nr(), "")]  # which name creates autograd's nodes from there
+        self._in_graph = 0
+
+    @property
+    def now(self) -> str:
+        """The name at work."""
+        if len(self.stack) > 1:
+            return self.stack[-1]
+        node: Any = torch._C._current_autograd_node()
+        if node is None:
+            return ""
+        place = bisect.bisect_right(self.timeline, node._sequence_nr(), key=lambda item: item[0])
+        return self.timeline[place - 1][1]
+
+    @contextlib.contextmanager
+    def inside(self, name: str) -> Iterator[None]:
+        """The name of what runs in the block."""
+        self._push(name)
+        try:
+            yield
+        finally:
+            self._pop()
+
+    def _push(self, name: str) -> None:
+        self.stack.append(name)
+        self.timeline.append((_get_sequence_nr(), name))
+
+    def _pop(self) -> None:
+        self.stack.pop()
+        self.timeline.append((_get_sequence_nr(), self.stack[-1]))
+
+    @contextlib.contextmanager
+    def of(self, network: nn.Module) -> Iterator[None]:
+        """Graphs run node by node in the block, and modules outside of graphs are named."""
+        with contextlib.ExitStack() as stack:
+            for path, module in network.named_modules():
+                for owned in (module, *vars(module).values()):  # some are referred to, not owned
+                    if isinstance(owned, fx.GraphModule):
+                        stack.callback(vars(owned).pop, "forward", None)
+                        owned.forward = _ByNode(owned, _home(network, path), self).run
+                if not isinstance(module, fx.GraphModule):
+                    self._hook(module, path, stack)
+            yield
+
+    def _hook(self, module: nn.Module, path: str, stack: contextlib.ExitStack) -> None:
+        def enter(_module: nn.Module, _args: Any) -> None:
+            if not self._in_graph:
+                self._push(path)
+
+        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+            if not self._in_graph:
+                self._pop()
+
+        stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+        stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+
+    @contextlib.contextmanager
+    def node(self, name: str) -> Iterator[None]:
+        """As `inside`, and modules have no names of their own in it."""
+        self._in_graph += 1
+        try:
+            with self.inside(name):
+                yield
+        finally:
+            self._in_graph -= 1
+
+
+def _home(network: nn.Module, path: str) -> str:
+    """Path of the outermost graph that holds a module."""
+    parts = path.split(".") if path else []
+    for count in range(len(parts) + 1):
+        outer = ".".join(parts[:count])
+        if isinstance(network.get_submodule(outer), fx.GraphModule):
+            return outer
+    return path
+
+
+class _ByNode(fx.Interpreter):
+    """Runs a graph node by node; values are freed as its own code frees them."""
+
+    def __init__(self, gm: fx.GraphModule, path: str, names: _Names) -> None:
+        super().__init__(gm)
+        self.path, self.names = f"{path}." if path else "", names
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """As the graph is called."""
+        signature = [n for n in self.module.graph.nodes if n.op == "placeholder"]  # type: ignore[union-attr]
+        values = list(args)
+        for node in signature[len(args) :]:
+            name = str(node.target)
+            if name in kwargs:
+                values.append(kwargs[name])
+            elif node.args:
+                values.append(node.args[0])
+        try:
+            return super().run(*values)
+        finally:
+            self.env, self.args_iter = {}, iter(())  # they hold the results and the arguments
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One node, under its name."""
+        if n.op in ("placeholder", "output", "get_attr"):
+            return super().run_node(n)
+        with self.names.node(self.path + n.name):
+            return super().run_node(n)
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        """Arguments, with new lists, as the graph's own code makes them."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return _plain(args), _plain(kwargs)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return tuple(_plain(v) for v in value) if type(value) is tuple else value
+
+
+class _SavedByName(SavedActivations):
+    """Attributes what is kept to the names."""
+
+    def __init__(self, network: nn.Module, inputs: Any, names: _Names) -> None:
+        super().__init__(network, inputs=inputs)
+        self._names = names
+
+    def __enter__(self) -> SavedActivations:
+        super().__enter__()
+        self._stack, self._timeline = self._names.stack, self._names.timeline
+        return self
+
+    def _hook_modules(self, stack: contextlib.ExitStack) -> None:
+        """The names come from elsewhere."""
+
+
+# --- the account ----------------------------------------------------------------------------------
+
+
+class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the storages that operations return, while they live, and counts FLOPs."""
+
+    def __init__(self, names: _Names, resting: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names = names
+        self.resting = {t.untyped_storage()._cdata: t for t in resting}  # held: keys stay theirs
+        self.alive: dict[int, int] = {}
+        self.total = 0
+        self.timeline: list[int] = []
+        self.named: list[str] = []
+        self.flops: dict[str, list[int]] = {}  # forward, backward
+        self.forward_end = self.backward_end = 2**62
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._see(value)
+        name = self.names.now
+        self.timeline.append(self.total)
+        self.named.append(name)
+        flops = self.flops.setdefault(name, [0, 0])
+        flops[len(self.timeline) > self.forward_end] += _flops(func, args, kwargs, result)
+        return result
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.resting or key in self.alive:
+            return
+        self.alive[key] = storage.nbytes()
+        self.total += storage.nbytes()
+        weakref.finalize(storage, self._free, key).atexit = False
+
+    def _free(self, key: int) -> None:
+        self.total -= self.alive.pop(key)
+
+    def prediction(self, saved: SavedActivations) -> StepPrediction:
+        """All of it, once the step is over."""
+        peak = max(range(len(self.timeline)), key=self.timeline.__getitem__)
+        names = dict.fromkeys([*self.flops, *saved.by_module])
+        nodes = [
+            NodeCost(name, saved.by_module.get(name, 0), *self.flops.get(name, (0, 0)))
+            for name in names
+        ]
+        result = StepPrediction(
+            saved_activation_bytes=saved.bytes,
+            peak_bytes=self.timeline[peak],
+            peak_node=self.named[peak],
+            peak_phase="",
+            flops_forward=sum(node.flops_forward for node in nodes),
+            flops_backward=sum(node.flops_backward for node in nodes),
+            nodes=tuple(nodes),
+            timeline=tuple(self.timeline),
+            forward_end=self.forward_end,
+            backward_end=self.backward_end,
+            names=tuple(self.named),
+        )
+        return dataclasses.replace(result, peak_phase=result.phase_at(peak))
+
+
+def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    packet = func._overloadpacket
+    if packet is torch.ops.aten.convolution_backward:
+        # PyTorch's own count of the weight's gradient leaves out groups
+        grad, x, weight, transposed, wanted = *args[:3], args[7], args[10]
+        positions = (x if transposed else grad).numel()
+        return int(2 * positions * weight[0].numel() * sum(wanted[:2]))
+    if packet in flop_registry:
+        return int(flop_registry[packet](*args, **kwargs, out_val=result))
+    if str(packet) == "mkldnn._linear_pointwise":
+        return int(2 * args[0].numel() * len(args[1]))
+    return 0
