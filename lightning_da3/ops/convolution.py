@@ -127,9 +127,9 @@ def _pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     n, _, h, w = x.shape
     rows = x.permute(0, 2, 3, 1).reshape(n * h * w, -1)  # (N*H*W, C), a view if channels_last
     product = torch.ops.mkldnn._linear_pointwise(rows, matrix, bias, "none", [], "")
-    maps = product.view(n, h, w, len(matrix)).permute(0, 3, 1, 2)
-    # autograd forbids to write into views that a custom Function made: this is none, of one memory
-    return torch.ops.aten._unsafe_view(maps, maps.shape)  # type: ignore[no-any-return]
+    o = len(matrix)
+    # in place, as autograd forbids to write into views that a custom Function made
+    return product.as_strided_((n, o, h, w), (h * w * o, 1, w * o, o))  # type: ignore[no-any-return]
 
 
 def frozen_conv(

@@ -91,7 +91,9 @@ def _owner(y: Any, x: Tensor) -> Any:
         return y
     if y.untyped_storage()._cdata == x.untyped_storage()._cdata:
         return y.clone()
-    return torch.ops.aten._unsafe_view(y, y.size())  # the same memory, and no view to autograd
+    owner = torch.ops.aten._unsafe_view(y, y.size())  # the same memory, and no view to autograd
+    # a view of size 1 along an axis may have another stride there, and seem laid out otherwise
+    return owner.as_strided_(y.size(), y.stride(), y.storage_offset())
 
 
 class _Random:
