@@ -631,6 +631,6 @@ def _scratch_bytes(func: Any, args: tuple[Any, ...]) -> int:
     last = torch.channels_last
     if not x.is_contiguous(memory_format=last):
         own = weight.nbytes + x.nbytes
-        return max(weight.nbytes, x.nbytes + grad.nbytes) if backward else own
+        return int(max(weight.nbytes, x.nbytes + grad.nbytes) if backward else own)
     copies = (2 if backward else 1) + (not weight.is_contiguous(memory_format=last))
     return int(copies * weight.nbytes)
