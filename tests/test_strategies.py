@@ -35,6 +35,7 @@ from lightning_da3 import (
     DA3Model,
     DA3Strategy,
     GateConfig,
+    MemoryConfig,
     convert,
     load_from_checkpoint,
 )
@@ -704,7 +705,8 @@ def test_a_fit_that_would_train_nothing_is_refused(tmp_path):
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("gate", [None, GateConfig(noise=False)], ids=["plain", "gated"])
 def test_a_compiled_module_trains_the_same(tmp_path, door, backend, gate):
-    config = DA3Config(adapter=CONFIG.adapter, gate=gate)
+    memory = MemoryConfig(exact=True)  # codes' last digits differ, and Adam makes much of them
+    config = DA3Config(adapter=CONFIG.adapter, gate=gate, memory=memory)
     learned = []
     for compiled in (False, True):
         torch._dynamo.reset()

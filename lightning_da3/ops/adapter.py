@@ -78,6 +78,8 @@ class _Adapt(torch.autograd.Function):
         kept, hidden, noise, *weights = ctx.saved_tensors
         dtype = weights[0].dtype  # autocast may have lowered what lies between
         hidden, w = hidden.to(dtype), Weights(*weights)
+        if torch.compiler.is_compiling():  # or what follows counts as the forward's, and is kept
+            hidden = hidden.clone()
         norm, cells, logits = _attention(hidden, w, ctx.how.eps)
         soft = torch.sigmoid(logits)
         grads: list[Tensor | None] = [None] * len(w)

@@ -48,15 +48,22 @@ def encode(x: Tensor, groups: int = GROUP) -> Tensor:
 def _encode_rows(rows: Tensor) -> Tensor:
     if not len(rows):
         return rows.new_empty(0, dtype=torch.uint8)
-    if has_no_values(rows):  # PyTorch's rule for the shape of FBGEMM's result has the wrong type
+    if has_no_values(rows):
         return rows.new_empty(len(rows) * (rows.shape[1] + EXTRA), dtype=torch.uint8)
-    if rows.device.type == "cpu":  # FBGEMM's row-wise codes of embeddings: one vectorised pass
+    if _by_fbgemm(rows):  # row-wise codes of embeddings: one vectorised pass
         return _quantized.embedding_bag_byte_prepack(rows).view(-1)  # type: ignore[no-any-return]
     low, high = rows.amin(dim=1, keepdim=True), rows.amax(dim=1, keepdim=True)
     span = high - low
     codes = rows.sub(low).mul_(255.0 / (span + _SMALL)).round_().to(torch.uint8)
     ends = torch.cat((span / 255.0, low), 1).view(torch.uint8)
     return torch.cat((codes, ends), 1).view(-1)
+
+
+def _by_fbgemm(rows: Tensor) -> bool:
+    """Not in compiled code: that fuses plain arithmetic, and PyTorch's rule for the type of
+    FBGEMM's result is wrong.
+    """
+    return rows.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def to_bytes(x: Tensor) -> Tensor:
@@ -93,7 +100,7 @@ def decode(
 def _decode_rows(rows: Tensor) -> Tensor:
     if not len(rows):
         return rows.new_empty(0, dtype=torch.float32)
-    if rows.device.type == "cpu":
+    if _by_fbgemm(rows):
         return _quantized.embedding_bag_byte_unpack(rows).view(-1)  # type: ignore[no-any-return]
     step, low = rows[:, -EXTRA:].contiguous().view(torch.float32).unbind(1)
     elements = rows[:, :-EXTRA].float()
