@@ -60,9 +60,7 @@ def _encode_rows(rows: Tensor) -> Tensor:
 
 
 def _by_fbgemm(rows: Tensor) -> bool:
-    """Not in compiled code: that fuses plain arithmetic, and PyTorch's rule for the type of
-    FBGEMM's result is wrong.
-    """
+    # compiled code fuses plain arithmetic; and PyTorch's rule for the type of the result is wrong
     return rows.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
