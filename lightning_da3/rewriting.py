@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_da3.config import DA3Config
 from lightning_da3.nn.head import Head, HeadSlot
+from lightning_da3.nn.linear import freeze_linear_layers_
 from lightning_da3.passes import ORDER
 from lightning_da3.planning import Plan
 from lightning_da3.tracing import Traced
@@ -29,6 +30,7 @@ def rewrite(traced: Traced, plan: Plan, config: DA3Config) -> nn.Module:
             edit_(part, planned, config)
         part.gm.graph.lint()
         part.gm.recompile()
+    freeze_linear_layers_(traced.root)
     if plan.head is not None:
         head = cast(Head, traced.root.get_submodule(plan.head))
         traced.root.set_submodule(plan.head, HeadSlot(head))

@@ -104,7 +104,8 @@ class _Adapt(torch.autograd.Function):
             if kept is None:
                 p = hidden.new_empty(1).expand(size)  # its shape alone is read
             else:
-                p = (kept if ctx.how.exact else ctx.rows.decode(kept)).to(dtype)
+                p = kept if ctx.how.exact else ctx.rows.decode(kept)
+                p = p.to(dtype).contiguous(memory_format=_layout(grad_hidden))
             axes = len(size) - 2
             grad_p, grads[0], _ = _aten.convolution_backward(
                 grad_hidden,

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_da3.ops.linear import is_fast, product
+
 
 class _FrozenConv(torch.autograd.Function):
     @staticmethod
@@ -100,21 +102,11 @@ def conv_input_gradient(
 
 
 def _is_pointwise(weight: Tensor, padding: Sequence[int], groups: int) -> bool:
-    return weight.dim() == 4 and weight[0, 0].numel() == 1 and groups == 1 and max(padding) == 0
+    return weight.shape[2:] == (1, 1) and groups == 1 and max(padding) == 0
 
 
 def _fast_matmul(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's matrix product serves; PyTorch's own may call a slower one."""
-    if torch.compiler.is_compiling():
-        return False
-    return bool(
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.numel() > 0
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and torch.backends.mkldnn.enabled
-    )
+    return is_fast(x, weight) and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _every(x: Tensor, stride: Sequence[int]) -> Tensor:
@@ -126,10 +118,10 @@ def _pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """(N, C, H, W) times (O, C) over the channels: (N, O, H, W), channels_last."""
     n, _, h, w = x.shape
     rows = x.permute(0, 2, 3, 1).reshape(n * h * w, -1)  # (N*H*W, C), a view if channels_last
-    product = torch.ops.mkldnn._linear_pointwise(rows, matrix, bias, "none", [], "")
+    y = product(rows, matrix, bias)
     o = len(matrix)
     # in place, as autograd forbids to write into views that a custom Function made
-    return product.as_strided_((n, o, h, w), (h * w * o, 1, w * o, o))  # type: ignore[no-any-return]
+    return y.as_strided_((n, o, h, w), (h * w * o, 1, w * o, o))
 
 
 def frozen_conv(

@@ -210,9 +210,10 @@ def write_(f: Tensor, addend: Tensor, gate: Tensor | None) -> Tensor:
     else:
         cells, addend = f, upsample(addend, size)
         gate = None if gate is None else upsample(gate, size)
-    if gate is not None:
-        cells.mul_(gate)
-    cells.add_(addend)
+    if gate is None:
+        cells.add_(addend)
+    else:
+        torch.addcmul(addend, cells, gate, out=cells)
     return f
 
 
