@@ -387,6 +387,8 @@ def _part_rows(
         return _total([costs.pop(name) for name in names if name in costs])
 
     adapters = {host.readers[0]: host for host in part.hosts}
+    bits: dict[str | None, int] = {}  # kept by what an activation became one operation with
+    with_bits = {node.fold_into for node in part.nodes if node.action == "fuse"}
     starts = {segment.nodes[0]: i for i, segment in enumerate(part.segments)}
     for node in part.nodes:
         if node.name in starts:
@@ -405,7 +407,12 @@ def _part_rows(
         if mine == 0 and tuned is not None:
             mine = tuned.pop(_flat(layer), 0)
         name = f"{part.path}.{node.name}" if part.path else node.name
-        yield Row(name, node.layer, KEEPS[node.keeps], *taken(prefix + node.name), mine)
+        cost = taken(prefix + node.name)
+        if node.action == "fuse":
+            cost = (bits.pop(node.fold_into, 0), 0, 0)
+        elif node.name in with_bits:  # the convolution itself keeps nothing
+            bits[node.name], cost = cost[0], (0, *cost[1:])
+        yield Row(name, node.layer, KEEPS[node.keeps], *cost, mine)
 
 
 def _flat(name: str, least: int = 1) -> str:

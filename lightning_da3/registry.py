@@ -28,6 +28,7 @@ from lightning_da3.nn.frozen import (
     TwoSlopes,
     numbers,
 )
+from lightning_da3.ops.activation import Slopes
 from lightning_da3.ops.smooth import SMOOTH, Smooth, celu, elu, gelu, softplus
 
 Builder = Callable[[bool], nn.Module]  # takes: may it overwrite its input?
@@ -112,7 +113,8 @@ def has_frozen_form(layer: nn.Module) -> bool:
 
 
 def _two_slopes(low: float, high: float, slope: float, inplace: bool) -> Replacement:
-    return Replacement(lambda over: TwoSlopes(low, high, slope, over), "bits", inplace)
+    slopes = Slopes(low, high, slope)
+    return Replacement(lambda over: TwoSlopes(slopes, over), "bits", inplace)
 
 
 @register(nn.ReLU)

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import math
 import pickle
 
 import models
@@ -33,6 +32,7 @@ from lightning_da3 import (
 )
 from lightning_da3.memory import SavedActivations, saved_activation_bytes
 from lightning_da3.nn.frozen import FrozenAffine, FrozenConv, TwoSlopes
+from lightning_da3.ops.activation import RELU
 from lightning_da3.planning import NodePlan, Plan
 from lightning_da3.registry import Replacement, register
 
@@ -724,7 +724,7 @@ class Negate(nn.Module):
 
 @register(Negate)
 def _negate(layer):
-    return Replacement(lambda overwrite: TwoSlopes(0.0, math.inf, 0.0, overwrite), "bits", False)
+    return Replacement(lambda overwrite: TwoSlopes(RELU, overwrite), "bits", False)
 
 
 def test_a_registered_layer_is_replaced():

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_da3.memory import saved_activation_bytes
 from lightning_da3.nn.frozen import FrozenConvTranspose, frozen
 from lightning_da3.ops import activation, bits, convolution
-from lightning_da3.ops.activation import two_slopes
+from lightning_da3.ops.activation import Slopes, two_slopes
 from lightning_da3.ops.adapter import How, Weights, adapt
 from lightning_da3.ops.bits import dense, pack_between, unpack
 from lightning_da3.ops.convolution import frozen_conv, pad_mode
@@ -411,7 +411,7 @@ def test_two_slopes_is_the_builtin(name, layout, inplace):
         return LAYOUTS[layout](t * 1)  # not a leaf, and not x itself
 
     assert_like_the_builtin(
-        lambda t: two_slopes(lay_out(t), **arguments, inplace=inplace),
+        lambda t: two_slopes(lay_out(t), Slopes(**arguments), inplace=inplace),
         lambda t: (builtin_ if inplace else builtin)(lay_out(t)),
         x,
         # one rounding of 1 - slope + slope
@@ -422,7 +422,7 @@ def test_two_slopes_is_the_builtin(name, layout, inplace):
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("name", SLOPES)
 def test_two_slopes_gradcheck(name, inplace):
-    gradcheck(lambda x: two_slopes(x.clone(), **SLOPES[name][0], inplace=inplace), randn(3, 5) * 2)
+    gradcheck(lambda x: two_slopes(x.clone(), Slopes(**SLOPES[name][0]), inplace), randn(3, 5) * 2)
 
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (7,), (2, 3, 5, 7)], ids=str)
@@ -432,7 +432,7 @@ def test_two_slopes_takes_any_shape_and_type(shape, dtype):
     x = randn(*shape, dtype=dtype)
     assert_like_the_builtin(two_slopes, F.relu, x)
     assert_like_the_builtin(
-        lambda t: two_slopes(t, -0.5, 0.5), lambda t: F.hardtanh(t, -0.5, 0.5), x
+        lambda t: two_slopes(t, Slopes(-0.5, 0.5)), lambda t: F.hardtanh(t, -0.5, 0.5), x
     )
 
 
@@ -459,9 +459,9 @@ def test_two_slopes_gradient_keeps_channels_last():
 def test_two_slopes_keeps_a_bit_an_element(name, numel):
     arguments, builtin, _ = SLOPES[name]
     x = leaf(randn(numel, dtype=torch.float32)) * 1
-    assert kept_bytes(lambda t: two_slopes(t, **arguments), x) == math.ceil(numel / 8)
+    assert kept_bytes(lambda t: two_slopes(t, Slopes(**arguments)), x) == math.ceil(numel / 8)
     assert kept_bytes(builtin, x) == numel * FLOAT
-    inplace = kept_bytes(lambda t: two_slopes(t, **arguments, inplace=True), x)
+    inplace = kept_bytes(lambda t: two_slopes(t, Slopes(**arguments), inplace=True), x)
     assert inplace == math.ceil(numel / 8)
 
 
@@ -478,7 +478,7 @@ def test_two_slopes_computes_no_bits_without_need(monkeypatch):
 @pytest.mark.slow
 def test_two_slopes_compiles_to_one_graph():
     compiled = torch.compile(
-        lambda x: two_slopes(x * 2, 0.0, 6.0), fullgraph=True, backend="aot_eager"
+        lambda x: two_slopes(x * 2, Slopes(0.0, 6.0)), fullgraph=True, backend="aot_eager"
     )
     x = randn(2, 3, 5, 5, dtype=torch.float32) * LARGE
     assert_like_the_builtin(compiled, lambda t: F.relu6(t * 2), x)

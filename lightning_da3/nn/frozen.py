@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_da3.errors import CheckpointError
-from lightning_da3.ops.activation import hard_sigmoid, two_slopes
+from lightning_da3.ops.activation import Slopes, hard_sigmoid, two_slopes
 from lightning_da3.ops.convolution import frozen_conv, frozen_conv_transpose, pad_mode
 from lightning_da3.ops.normalization import frozen_affine
 from lightning_da3.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
@@ -85,13 +85,16 @@ def fold(weight: Tensor, bias: Tensor | None, norm: Statistics | None) -> tuple[
 class FrozenConv(nn.Module):
     """A frozen convolution with the batch norm behind it folded in.
 
-    ``y = bn(conv(x))`` becomes ``y = conv'(x)``.
+    ``y = bn(conv(x))`` becomes ``y = conv'(x)``; with `slopes`, ``y = relu(bn(conv(x)))`` does.
 
     Args:
         conv: The convolution; its weight is copied.
         norm: The batch norm (with running statistics) that alone reads its output, if any.
         name: Of the convolution in the user's network.
         norm_name: Of the batch norm there.
+
+    Attributes:
+        slopes: Of the activation that comes with it, or None.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class FrozenConv(nn.Module):
     ) -> None:
         super().__init__()
         axes = conv.weight.dim() - 2
+        self.slopes: Slopes | None = None
         self.name, self.norm_name, self.eps = name, norm_name, 0.0 if norm is None else norm.eps
         self.derived = bool(getattr(conv, "weights_are_derived", False))
         self.stride = numbers(conv.stride, axes)
@@ -149,12 +153,13 @@ class FrozenConv(nn.Module):
             x = pad_mode(x, self.pad, mode)
             padding = (0,) * len(self.stride)
         return frozen_conv(
-            x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
+            x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, self.slopes
         )
 
     def extra_repr(self) -> str:
         """Shapes, as PyTorch's own layers print them."""
-        return f"{tuple(self.weight.shape)}, stride={self.stride}, groups={self.groups}"
+        shape = f"{tuple(self.weight.shape)}, stride={self.stride}, groups={self.groups}"
+        return shape if self.slopes is None else f"{shape}, {self.slopes}"
 
 
 class ConvOfWeights(nn.Module):
@@ -266,23 +271,21 @@ class TwoSlopes(nn.Module):
     """ReLU, ReLU6, Hardtanh or leaky ReLU that keeps one bit an element.
 
     Args:
-        low: Where the slope becomes 1.
-        high: Where it ends to be 1.
-        slope: Slope elsewhere.
+        slopes: Which.
         inplace: The input may be overwritten.
     """
 
-    def __init__(self, low: float, high: float, slope: float, inplace: bool) -> None:
+    def __init__(self, slopes: Slopes, inplace: bool) -> None:
         super().__init__()
-        self.low, self.high, self.slope, self.inplace = low, high, slope, inplace
+        self.slopes, self.inplace = slopes, inplace
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same."""
-        return two_slopes(x, self.low, self.high, self.slope, self.inplace)
+        return two_slopes(x, self.slopes, self.inplace)
 
     def extra_repr(self) -> str:
         """The parameters."""
-        return f"low={self.low}, high={self.high}, slope={self.slope}, inplace={self.inplace}"
+        return f"{self.slopes}, inplace={self.inplace}"
 
 
 class HardSigmoid(nn.Module):

@@ -7,7 +7,7 @@ everywhere else it is a constant. Plain PyTorch keeps the whole output.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,64 +16,78 @@ from torch import Tensor
 from lightning_da3.ops.bits import dense, pack_between, unpack
 
 
-class _TwoSlopes(torch.autograd.Function):
-    """``x -> clamp`` or leaky ReLU; the backward is ``g`` inside, ``slope * g`` outside."""
+class Slopes(NamedTuple):
+    """ReLU, ReLU6, Hardtanh or leaky ReLU.
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, low: float, high: float, slope: float, inplace: bool
+    Attributes:
+        low: Where the slope becomes 1.
+        high: Where the slope ends to be 1.
+        slope: Slope outside ``(low, high)``; if not 0, `low` must be 0 and `high` infinite.
+    """
+
+    low: float = 0.0
+    high: float = math.inf
+    slope: float = 0.0
+
+    def evaluate(self, x: Tensor, inplace: bool) -> Tensor:
+        """The activation of `x`."""
+        if self.slope != 0.0:
+            return F.leaky_relu_(x, self.slope) if inplace else F.leaky_relu(x, self.slope)
+        if self.low == 0.0 and math.isinf(self.high):
+            return x.relu_() if inplace else x.relu()
+        return F.hardtanh(x, self.low, self.high, inplace=inplace)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """The bits of a dense `x` that the backward needs."""
+        return pack_between(x, self.low, self.high)
+
+    def gradient(
+        self, grad: Tensor, bits: Tensor, size: torch.Size, stride: tuple[int, ...]
     ) -> Tensor:
+        """dL/dx, a new tensor, from dL/dy and the bits of x, of this shape and layout."""
+        # in the type of the gradient: products of two types are many times slower on CPU
+        slopes = unpack(bits, size, stride).to(grad.dtype)
+        if self.slope != 0.0:
+            slopes.mul_(1.0 - self.slope).add_(self.slope)
+        return slopes.mul_(grad)  # in the layout of x, whatever the gradient came in
+
+
+RELU = Slopes()
+
+
+class _TwoSlopes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slopes: Slopes, inplace: bool) -> Tensor:
         x_dense = dense(x)
-        ctx.save_for_backward(pack_between(x_dense, low, high))
-        ctx.size, ctx.stride, ctx.slope = x.size(), x_dense.stride(), slope
+        ctx.save_for_backward(slopes.pack(x_dense))
+        ctx.size, ctx.stride, ctx.slopes = x.size(), x_dense.stride(), slopes
         if not inplace:
-            return _evaluate(x, low, high, slope, inplace)
+            return slopes.evaluate(x, inplace)
         ctx.mark_dirty(x)
-        _evaluate(x, low, high, slope, inplace)
+        slopes.evaluate(x, inplace)
         return x  # the very argument: torch.compile wants to see that
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
-        # the mask in the type of the gradient: products of two types are many times slower on CPU;
-        # the result takes the layout of the activation, whatever the gradient came in
-        slopes = unpack(bits, ctx.size, ctx.stride).to(grad.dtype)
-        if ctx.slope != 0.0:
-            slopes.mul_(1.0 - ctx.slope).add_(ctx.slope)
-        return slopes.mul_(grad), None, None, None, None
+        return ctx.slopes.gradient(grad, bits, ctx.size, ctx.stride), None, None
 
 
-def _evaluate(x: Tensor, low: float, high: float, slope: float, inplace: bool) -> Tensor:
-    if slope != 0.0:
-        return F.leaky_relu_(x, slope) if inplace else F.leaky_relu(x, slope)
-    if low == 0.0 and math.isinf(high):
-        return x.relu_() if inplace else x.relu()
-    return F.hardtanh(x, low, high, inplace=inplace)
-
-
-def two_slopes(
-    x: Tensor,
-    low: float = 0.0,
-    high: float = math.inf,
-    slope: float = 0.0,
-    inplace: bool = False,
-) -> Tensor:
+def two_slopes(x: Tensor, slopes: Slopes = RELU, inplace: bool = False) -> Tensor:
     """ReLU, ReLU6, Hardtanh or leaky ReLU.
 
     Args:
         x: Any shape.
-        low: Where the slope becomes 1.
-        high: Where the slope ends to be 1.
-        slope: Slope outside ``(low, high)``; if not 0, `low` must be 0 and `high` infinite.
+        slopes: Which; ReLU by default.
         inplace: Write the result into `x`.
 
     Returns:
         The activation of `x`, same shape. Keeps 1 bit an element if a gradient is needed.
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return _evaluate(x, low, high, slope, inplace)
-    result: Tensor = _TwoSlopes.apply(x, low, high, slope, inplace)
+        return slopes.evaluate(x, inplace)
+    result: Tensor = _TwoSlopes.apply(x, slopes, inplace)
     return result
 
 

@@ -1,20 +1,30 @@
-"""Convolutions with frozen weights.
+"""Convolutions with frozen weights, alone or with the activation behind them.
 
 Shapes: x (N, C, *in), weight (O, C/groups, *kernel), y (N, O, *out), one to three spatial axes.
-Kept: nothing; the input gradient is a transposed convolution with the weight, which lives in the
-model. Plain PyTorch keeps the whole input, although only a weight gradient would need it.
+Kept: nothing, or the activation's bits; the input gradient is a transposed convolution with the
+weight, which lives in the model. Plain PyTorch keeps the whole input, although only a weight
+gradient would need it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_da3.ops.activation import Slopes
+from lightning_da3.ops.bits import dense
 from lightning_da3.ops.linear import is_fast, product
+
+
+class _Geometry(NamedTuple):
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
 
 
 class _FrozenConv(torch.autograd.Function):
@@ -24,23 +34,28 @@ class _FrozenConv(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        stride: tuple[int, ...],
-        padding: tuple[int, ...],
-        dilation: tuple[int, ...],
-        groups: int,
+        geometry: _Geometry,
+        slopes: Slopes | None,
     ) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.size, ctx.dtype = x.size(), x.dtype
-        ctx.geometry = (stride, padding, dilation, groups)
-        return conv(x, weight, bias, stride, padding, dilation, groups)
+        y = conv(x, weight, bias, *geometry)
+        ctx.x_size, ctx.dtype, ctx.geometry, ctx.slopes = x.size(), x.dtype, geometry, slopes
+        if slopes is None:
+            ctx.save_for_backward(weight)
+            return y
+        y = dense(y)
+        ctx.size, ctx.stride = y.size(), y.stride()
+        ctx.save_for_backward(weight, slopes.pack(y))
+        return slopes.evaluate(y, inplace=True)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
+        weight, *bits = ctx.saved_tensors
+        if bits:
+            grad = ctx.slopes.gradient(grad, bits[0], ctx.size, ctx.stride)
         weight = weight.to(grad.dtype)  # autocast may have lowered the output alone
-        grad_x = conv_input_gradient(grad, weight, ctx.size, *ctx.geometry)
-        return grad_x.to(ctx.dtype), None, None, None, None, None, None
+        grad_x = conv_input_gradient(grad, weight, ctx.x_size, *ctx.geometry)
+        return grad_x.to(ctx.dtype), None, None, None, None
 
 
 def conv(
@@ -132,6 +147,7 @@ def frozen_conv(
     padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
+    slopes: Slopes | None = None,
 ) -> Tensor:
     """Convolution whose weight and bias get no gradient; keeps nothing for the backward.
 
@@ -143,14 +159,16 @@ def frozen_conv(
         padding: Zeros on both sides.
         dilation: Of the kernel.
         groups: Of the channels.
+        slopes: Of the activation behind it, which keeps one bit an output.
 
     Returns:
         (N, O, *out).
     """
-    geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    geometry = _Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return conv(x, weight, bias, *geometry)
-    result: Tensor = _FrozenConv.apply(x, weight, bias, *geometry)
+        y = conv(x, weight, bias, *geometry)
+        return y if slopes is None else slopes.evaluate(y, inplace=True)
+    result: Tensor = _FrozenConv.apply(x, weight, bias, geometry, slopes)
     return result
 
 

@@ -1,13 +1,19 @@
-"""``bn(conv(x))`` becomes ``conv'(x)``; every planned layer becomes its frozen twin."""
+"""``relu(bn(conv(x)))`` becomes ``conv'(x)``; every planned layer becomes its frozen twin."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
-from torch import fx
+from torch import fx, nn
 
 from lightning_da3.config import DA3Config
-from lightning_da3.nn.frozen import Coded, FrozenAffine, FrozenConv, FrozenConvTranspose
+from lightning_da3.nn.frozen import (
+    Coded,
+    FrozenAffine,
+    FrozenConv,
+    FrozenConvTranspose,
+    TwoSlopes,
+)
 from lightning_da3.planning import NodePlan, PartPlan, layer_called
 from lightning_da3.registry import convolution_of, replacement_for
 from lightning_da3.tracing import Part, module_of
@@ -20,11 +26,12 @@ def freeze_(part: Part, plan: PartPlan, config: DA3Config) -> None:
 
     ::
 
-        relu(bn(conv(x)))   becomes   two_slopes_(frozen_conv(x))
+        relu(bn(conv(x)))       becomes   frozen_conv(x), with slopes
+        relu(bn(conv(x)) + y)   becomes   two_slopes_(frozen_conv(x) + y)
     """
     gm = part.gm
     nodes = {node.name: node for node in gm.graph.nodes}
-    norm_of = {step.fold_into: nodes[step.name] for step in plan.nodes if step.fold_into}
+    norm_of = {s.fold_into: nodes[s.name] for s in plan.nodes if s.action == "fold"}
     originals = dict(gm.named_modules())  # by name: a later call of a layer still finds it
     for step in plan.nodes:
         node = nodes[step.name]
@@ -42,8 +49,11 @@ def freeze_(part: Part, plan: PartPlan, config: DA3Config) -> None:
             _call(gm, node, affine)
         elif step.action == "replace":
             _replace(part, node, step, config.memory.derivative_bits)
+        elif step.action == "fuse":
+            conv = cast(FrozenConv, module_of(gm, nodes[cast(str, step.fold_into)]))
+            conv.slopes = cast(TwoSlopes, _replacement(part, node, step)).slopes
     for step in plan.nodes:
-        if step.action in ("fold", "remove"):
+        if step.action in ("fold", "fuse", "remove"):
             _bypass(gm, nodes[step.name])
     gm.delete_all_unused_submodules()
 
@@ -57,15 +67,19 @@ def _frozen_conv(
 
 
 def _replace(part: Part, node: fx.Node, step: NodePlan, bits: int) -> None:
-    layer = layer_called(part.gm, node)
-    replacement = None if layer is None else replacement_for(layer)
-    assert replacement is not None and replacement.build is not None  # the plan looked
-    built = replacement.build(step.inplace)
+    built = _replacement(part, node, step)
     if isinstance(built, FrozenConvTranspose):
         built.name = part.user_name(str(node.target))
     if isinstance(built, Coded):
         built.bits = bits
     _call(part.gm, node, built)
+
+
+def _replacement(part: Part, node: fx.Node, step: NodePlan) -> nn.Module:
+    layer = layer_called(part.gm, node)
+    replacement = None if layer is None else replacement_for(layer)
+    assert replacement is not None and replacement.build is not None  # the plan looked
+    return replacement.build(step.inplace)
 
 
 def _call(

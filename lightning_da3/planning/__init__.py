@@ -10,7 +10,7 @@ from torch import fx
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import ConversionError
 from lightning_da3.planning.flow import Flow
-from lightning_da3.planning.folds import find_folds
+from lightning_da3.planning.folds import find_folds, fused
 from lightning_da3.planning.head import find_head
 from lightning_da3.planning.hosts import HostFinder
 from lightning_da3.planning.layers import CONVS, layer_called
@@ -109,6 +109,7 @@ def _plan_part(draft: _Draft, least: float, config: DA3Config) -> PartPlan:
         else node
         for node in nodes
     )
+    nodes = fused(gm, nodes, hosts, segments)
     return PartPlan(draft.part.path, nodes, _writable(hosts, gm), segments)
 
 

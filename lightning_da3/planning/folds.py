@@ -1,13 +1,17 @@
-"""Which batch norms go into the convolution before them."""
+"""Which batch norms, and which activations, go into the convolution before them."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import fx
 
-from lightning_da3.planning.layers import CONVS, has_statistics
+from lightning_da3.nn.frozen import TwoSlopes
+from lightning_da3.planning.layers import CONVS, has_statistics, layer_called
+from lightning_da3.planning.plan import HostPlan, NodePlan, SegmentPlan
+from lightning_da3.registry import replacement_for
 from lightning_da3.tracing import module_of
 
 
@@ -32,3 +36,59 @@ def find_folds(gm: fx.GraphModule, head: str | None) -> Iterator[tuple[str, str]
             and str(before.target) != head
         ):
             yield node.name, before.name
+
+
+def fused(
+    gm: fx.GraphModule,
+    steps: Sequence[NodePlan],
+    hosts: Sequence[HostPlan],
+    segments: Sequence[SegmentPlan],
+) -> tuple[NodePlan, ...]:
+    """The same steps, with ``relu(conv(x))`` as one operation where nothing lies between the two.
+
+    Args:
+        gm: A traced network.
+        steps: What becomes of every node.
+        hosts: Adapters write behind the last node of each.
+        segments: What is computed again: of both nodes, or of neither.
+    """
+    plan = {step.name: step for step in steps}
+    nodes = {node.name: node for node in gm.graph.nodes}
+    calls = _calls(gm)
+    between = {host.last for host in hosts} | {segment.source for segment in segments}
+
+    def home(name: str) -> tuple[bool, ...]:
+        return tuple(name in segment.nodes for segment in segments)
+
+    def with_conv(step: NodePlan) -> NodePlan:
+        if step.action != "replace" or not _is_two_slopes(gm, nodes[step.name]):
+            return step
+        inner = []
+        node = nodes[step.name].args[0]
+        while isinstance(node, fx.Node) and len(node.users) == 1 and node.name not in between:
+            inner.append(node)
+            if plan.get(node.name, step).action != "fold":
+                break
+            node = node.args[0]
+        conv = inner[-1] if inner else None
+        layer = None if conv is None else module_of(gm, conv)
+        whole = type(layer) in CONVS and plan[inner[-1].name].action == "freeze"
+        if not whole or calls[id(layer)] > 1 or _is_pooled(nodes[step.name], plan):
+            return step
+        if any(home(node.name) != home(step.name) for node in inner):
+            return step
+        return replace(step, action="fuse", fold_into=inner[-1].name)
+
+    return tuple(with_conv(step) for step in steps)
+
+
+def _is_two_slopes(gm: fx.GraphModule, node: fx.Node) -> bool:
+    layer = layer_called(gm, node)
+    found = None if layer is None else replacement_for(layer)
+    return bool(found and found.build and isinstance(found.build(False), TwoSlopes))
+
+
+def _is_pooled(node: fx.Node, plan: dict[str, NodePlan]) -> bool:
+    """A max pool alone reads it, which will come first."""
+    users = [plan.get(user.name) for user in node.users]
+    return len(users) == 1 and users[0] is not None and users[0].keeps == "bytes"

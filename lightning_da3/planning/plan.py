@@ -47,12 +47,13 @@ class NodePlan:
         name: Of the node.
         layer: What it calls, for people.
         action: ``"freeze"``, ``"fold"`` (into the convolution before), ``"affine"``, ``"replace"``,
-            ``"remove"`` or ``"leave"``.
+            ``"fuse"`` (replaced, in one operation with the convolution before), ``"remove"`` or
+            ``"leave"``.
         keeps: What its backward keeps: ``"nothing"``, ``"bits"``, ``"bytes"``, ``"codes"`` (8-bit,
             of the derivative), ``"again"`` (computed again from what its segment keeps) or
             ``"pytorch"`` (whatever PyTorch's own operation keeps).
         inplace: It overwrites its input.
-        fold_into: The convolution's node, if the action is ``"fold"``.
+        fold_into: The convolution's node, if the action is ``"fold"`` or ``"fuse"``.
     """
 
     name: str
