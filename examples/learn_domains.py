@@ -24,7 +24,13 @@ from results import DA3, METHODS, PROBE, TUNED, Run, headline, report
 from torch import Tensor, nn
 
 from lightning_da3 import DA3Callback, DA3Config, DA3Model, convert
-from lightning_da3.loggers import log_domain, log_figure, log_plan_table, log_summary
+from lightning_da3.loggers import (
+    log_domain,
+    log_figure,
+    log_first_steps,
+    log_plan_table,
+    log_summary,
+)
 from lightning_da3.metrics import AccuracyMatrix
 from lightning_da3.plotting import plot_accuracy_matrix, plot_gate_maps, plot_memory
 
@@ -57,6 +63,8 @@ def learn_domains(run: Run, data: dict[str, DomainData]) -> DA3Model:
                 domain, num_classes=len(data[domain].classes), save_dir=str(run.folder / "domains")
             )
             _fit(run, module, domain, DA3, data[domain], callback)
+            for logger in run.loggers:
+                log_first_steps(logger, callback.first_steps, f"step_{domain}")
         for earlier in DOMAINS[:number]:
             module.network.set_domain(earlier)
             scores = scores_of(module, data[earlier].test.tensors[0])

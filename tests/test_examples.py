@@ -353,8 +353,10 @@ def test_an_interrupted_demonstration_goes_on_where_it_was(tmp_path):
     assert "DA3 learned digits before" in printed
     assert "yes  outputs of earlier domains are bit-identical" in printed
     names = {path.name for path in (tmp_path / "out").glob("*.png")}
-    gates = {f"gates_{domain}.png" for domain in ("digits", "textures", "faces")}
-    assert names == {"memory.png", "accuracy_matrix.png", *gates}
+    each = {
+        f"{what}_{d}.png" for what in ("gates", "step") for d in ("digits", "textures", "faces")
+    }
+    assert names == {"memory.png", "accuracy_matrix.png", *each}
     assert len(list((tmp_path / "out" / "logs").glob("*/metrics.csv"))) >= 8
     assert list((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb"))
 
