@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_da3.ops.linear import at_work
+
 
 class _FrozenConv(torch.autograd.Function):
     @staticmethod
@@ -51,6 +53,7 @@ def conv(
     groups: int,
 ) -> Tensor:
     """The convolution alone, as fast as PyTorch can; arguments as `frozen_conv`."""
+    weight = at_work(weight, x)
     if _is_pointwise(weight, padding, groups) and _fast_matmul(x, weight):
         return _pointwise(_every(x, stride), weight.flatten(1), bias)
     plain = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[len(stride)]  # autocast knows these
@@ -181,7 +184,7 @@ class _FrozenConvTranspose(torch.autograd.Function):
 
 def _conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     conv = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-    result: Tensor = conv[weight.dim() - 2](x, weight, bias, *geometry)
+    result: Tensor = conv[weight.dim() - 2](x, at_work(weight, x), bias, *geometry)
     return result
 
 

@@ -1,0 +1,56 @@
+"""Linear maps with frozen weights.
+
+Shapes: x (.., C), weight (O, C), y (.., O). Kept: nothing; the input gradient needs the weight
+alone, which lives in the model. PyTorch keeps no more, unless the weight rests in another type:
+then it keeps the copy that it computed with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def at_work(weight: Tensor, x: Tensor) -> Tensor:
+    """A weight in the type of what it meets: one that rests in bfloat16 is copied, others are not.
+
+    Args:
+        weight: Frozen, of any shape.
+        x: What it is multiplied with.
+    """
+    return weight.to(x.dtype) if weight.dtype == torch.bfloat16 else weight
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.dtype = x.dtype
+        return F.linear(x, at_work(weight, x), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        weight = weight.to(grad.dtype)  # autocast may have lowered the output alone
+        return (grad @ weight).to(ctx.dtype), None, None
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Linear map whose weight and bias get no gradient; keeps nothing for the backward.
+
+    Args:
+        x: (.., C).
+        weight: (O, C), maybe resting in bfloat16.
+        bias: (O,) or None.
+
+    Returns:
+        (.., O), of the type of `x`.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return F.linear(x, at_work(weight, x), bias)
+    result: Tensor = _FrozenLinear.apply(x, weight, bias)
+    return result
