@@ -119,7 +119,8 @@ class MemoryConfig:
             half of float32's bytes. Each is copied to the activations' type when it is used, so
             computations are as exact as before, on a backbone that was rounded once. Biases,
             norms, heads, domains and what stays Python keep their types. A domain fits only the
-            kind of weights that it was learned with.
+            kind of weights that it was learned with. Code that `torch.compile` made may keep the
+            copies for the backward.
     """
 
     exact: bool = False

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo
 import zoo
 from comparing import add, assert_relatively_close, leaves, mix_gates_, score
 from lit import CONFIG as LIT_CONFIG
@@ -258,6 +259,20 @@ def test_autocast(name):
     largest = max(g.norm() for g in want)
     for one, other in zip(got, want, strict=True):
         assert (one - other).norm() <= 0.2 * max(other.norm(), 0.05 * largest)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler about itself
+@pytest.mark.slow
+def test_compiled_convolutions_keep_no_copies():
+    torch._dynamo.reset()
+    name = "Transposed"
+    model, x = converted(name, HALF), zoo.batch(name)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    got = torch.autograd.grad(score(compiled(*x)), trained)
+    for one, other in zip(got, gradients(model, name), strict=True):
+        assert_relatively_close(one, other, 1e-4)
+    assert saved_activation_bytes(compiled, *x) <= 1.1 * saved_activation_bytes(model, *x)
 
 
 def test_the_predicted_peak_counts_the_copies():

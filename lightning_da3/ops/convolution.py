@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_da3.ops.linear import at_work
+from lightning_da3.ops.linear import at_work, at_work_again
 
 
 class _FrozenConv(torch.autograd.Function):
@@ -38,7 +38,7 @@ class _FrozenConv(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        weight = weight.to(grad.dtype)  # autocast may have lowered the output alone
+        weight = at_work_again(weight, grad)
         grad_x = conv_input_gradient(grad, weight, ctx.size, *ctx.geometry)
         return grad_x.to(ctx.dtype), None, None, None, None, None, None
 
@@ -178,7 +178,8 @@ class _FrozenConvTranspose(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         stride, padding, _, groups, dilation = ctx.geometry
         plain = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[len(stride)]
-        grad_x = plain(grad, weight.to(grad.dtype), None, stride, padding, dilation, groups)
+        weight = at_work_again(weight, grad)
+        grad_x = plain(grad, weight, None, stride, padding, dilation, groups)
         return grad_x.to(ctx.dtype), *[None] * 7
 
 

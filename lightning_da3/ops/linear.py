@@ -24,6 +24,18 @@ def at_work(weight: Tensor, x: Tensor) -> Tensor:
     return weight.to(x.dtype) if weight.dtype == torch.bfloat16 else weight
 
 
+def at_work_again(weight: Tensor, grad: Tensor) -> Tensor:
+    """A weight in the type of the gradient that it meets in a backward.
+
+    Args:
+        weight: Frozen, of any shape.
+        grad: What it is multiplied with; autocast may have lowered the output alone.
+    """
+    if torch.compiler.is_compiling() and weight.dtype != grad.dtype:
+        weight = weight.clone()  # or the forward's copy would count as this one, and be kept
+    return weight.to(grad.dtype)
+
+
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -35,8 +47,7 @@ class _FrozenLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        weight = weight.to(grad.dtype)  # autocast may have lowered the output alone
-        return (grad @ weight).to(ctx.dtype), None, None
+        return (grad @ at_work_again(weight, grad)).to(ctx.dtype), None, None
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
