@@ -281,6 +281,18 @@ def test_durability_counts_what_goes_wrong(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.slow
+def test_fast(tmp_path):
+    options = "--models resnet18 --batch-sizes 1 2 --image-size 64 --steps 1 --contestants DA3"
+    process = start("fast.py", *options.split(), folder=tmp_path)
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode in (0, 1), printed  # 1: not as fast as asked
+    assert printed.count("medians of 1 steps") == printed.count("one domain active") == 2
+    assert "resnet18 with 100 domains" in printed
+    wrong = start("fast.py", "inferrence", folder=tmp_path)
+    assert "there are no parts ['inferrence']" in wrong.communicate(timeout=600)[0]
+
+
+@pytest.mark.slow
 def test_quickstart(tmp_path):
     process = start("quickstart.py", folder=tmp_path)
     printed, _ = process.communicate(timeout=600)

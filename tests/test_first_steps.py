@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import pickle
+import sys
 import warnings
 
 import pytest
@@ -196,6 +197,6 @@ def test_the_resident_set_grows_with_what_is_touched():
 
 
 def test_where_nobody_tells_there_is_no_resident_set(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "resource", None)
+    monkeypatch.setitem(sys.modules, "resource", None)
     assert resident_bytes() is None
     assert "da3/resident_bytes" not in fit(tmp_path, lit())[1]
