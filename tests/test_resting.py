@@ -22,7 +22,7 @@ from lightning_da3 import (
 )
 from lightning_da3.memory import StepPredictor, measure_step, saved_activation_bytes
 from lightning_da3.nn.resting import RestingAttention, RestingLinear
-from lightning_da3.ops.linear import frozen_linear
+from lightning_da3.ops.resting import resting_linear
 
 ADAPTER = AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1)
 HALF, EXACT_HALF = (MemoryConfig(exact=exact, weights="bfloat16") for exact in (False, True))
@@ -166,14 +166,14 @@ def test_attention_that_is_more_than_that_does_not_rest():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 4, 3)])
 @pytest.mark.parametrize("biased", [True, False])
-def test_gradients_of_a_frozen_linear_map(dtype, shape, biased):
+def test_gradients_of_a_resting_linear_map(dtype, shape, biased):
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(5, 3).to(dtype)
     bias = torch.randn(5, dtype=torch.float64) if biased else None
-    assert torch.autograd.gradcheck(lambda x: frozen_linear(x, weight, bias), (x,))
+    assert torch.autograd.gradcheck(lambda x: resting_linear(x, weight, bias), (x,))
     want = nn.functional.linear(x, weight.double(), bias)
-    torch.testing.assert_close(frozen_linear(x, weight, bias), want)
-    assert saved_activation_bytes(lambda: frozen_linear(x, nn.Parameter(weight), bias)) == 0
+    torch.testing.assert_close(resting_linear(x, weight, bias), want)
+    assert saved_activation_bytes(lambda: resting_linear(x, nn.Parameter(weight), bias)) == 0
 
 
 def test_the_backbones_own_state_loads():

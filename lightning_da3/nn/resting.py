@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_da3.nn.frozen import frozen
-from lightning_da3.ops.linear import frozen_linear
+from lightning_da3.ops.resting import resting_linear
 
 
 class RestingLinear(nn.Module):
@@ -27,7 +27,7 @@ class RestingLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(.., C) to (.., O)."""
-        return frozen_linear(x, self.weight, self.bias)
+        return resting_linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """Shapes, as PyTorch's own layer prints them."""
@@ -63,7 +63,7 @@ class RestingAttention(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """(N, T, D) or (T, N, D) to the same shape, and None for the weights."""
         x = x if self.batch_first else x.transpose(0, 1)
-        qkv = frozen_linear(x, self.in_proj_weight, self.in_proj_bias)
+        qkv = resting_linear(x, self.in_proj_weight, self.in_proj_bias)
         heads = qkv.view(*qkv.shape[:-1], 3, self.heads, -1)  # (N, T, 3, H, D/H)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (N, H, T, D/H)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_da3.ops.linear import at_work, at_work_again
+from lightning_da3.ops.resting import at_work, at_work_again
 
 
 class _FrozenConv(torch.autograd.Function):

@@ -1,8 +1,7 @@
-"""Linear maps with frozen weights.
+"""Frozen weights that rest in bfloat16, copied to the activations' type for one use at a time.
 
-Shapes: x (.., C), weight (O, C), y (.., O). Kept: nothing; the input gradient needs the weight
-alone, which lives in the model. PyTorch keeps no more, unless the weight rests in another type:
-then it keeps the copy that it computed with.
+Shapes of the linear map: x (.., C), weight (O, C), y (.., O). Kept: nothing; the input gradient
+needs the weight alone, which lives in the model. PyTorch would keep the copy.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def at_work_again(weight: Tensor, grad: Tensor) -> Tensor:
     return weight.to(grad.dtype)
 
 
-class _FrozenLinear(torch.autograd.Function):
+class _RestingLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
@@ -50,7 +49,7 @@ class _FrozenLinear(torch.autograd.Function):
         return (grad @ at_work_again(weight, grad)).to(ctx.dtype), None, None
 
 
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def resting_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Linear map whose weight and bias get no gradient; keeps nothing for the backward.
 
     Args:
@@ -63,5 +62,5 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return F.linear(x, at_work(weight, x), bias)
-    result: Tensor = _FrozenLinear.apply(x, weight, bias)
+    result: Tensor = _RestingLinear.apply(x, weight, bias)
     return result
