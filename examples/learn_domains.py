@@ -1,9 +1,10 @@
 """One pretrained network learns digits, textures and faces, one after the other, in little memory.
 
 A network that knows printed characters learns three domains of real images, each with one Lightning
-Trainer and one DA3Callback. A linear probe and full fine-tuning learn the same data for as many
-epochs. The table at the end, and the pictures and CSV logs in the output folder, are all of this
-run. The images are small: a demonstration, not a benchmark.
+Trainer and one DA3Callback. A linear probe, full fine-tuning, and DA3 with frozen weights that rest
+in bfloat16 learn the same data for as many epochs. The table at the end, and the pictures and CSV
+logs in the output folder, are all of this run. The images are small: a demonstration, not a
+benchmark.
 """
 
 from __future__ import annotations
@@ -20,15 +21,22 @@ from learning import BATCH_SIZE, Classifier, fit, loggers_for, scores_of, silenc
 from lightning.pytorch.loggers import Logger, WandbLogger
 from measure import FORMATS, Cost, Step, costs, fastest, with_domain
 from network import build_network
-from results import DA3, METHODS, PROBE, TUNED, Run, headline, report
+from results import DA3, HALVED, METHODS, PROBE, TUNED, Run, headline, report
 from torch import Tensor, nn
 
-from lightning_da3 import DA3Callback, DA3Config, DA3Model, convert
-from lightning_da3.loggers import log_domain, log_figure, log_plan_table, log_summary
+from lightning_da3 import DA3Callback, DA3Config, DA3Model, MemoryConfig, convert
+from lightning_da3.loggers import (
+    log_domain,
+    log_figure,
+    log_first_steps,
+    log_plan_table,
+    log_summary,
+)
 from lightning_da3.metrics import AccuracyMatrix
 from lightning_da3.plotting import plot_accuracy_matrix, plot_gate_maps, plot_memory
 
-LEARNING_RATES = {PROBE: 3e-2, TUNED: 3e-3, DA3: 1e-2}
+LEARNING_RATES = {PROBE: 3e-2, TUNED: 3e-3, DA3: 1e-2, HALVED: 1e-2}
+CONFIGS = {DA3: DA3Config(), HALVED: DA3Config(memory=MemoryConfig(weights="bfloat16"))}
 START = time.perf_counter()
 
 
@@ -57,6 +65,8 @@ def learn_domains(run: Run, data: dict[str, DomainData]) -> DA3Model:
                 domain, num_classes=len(data[domain].classes), save_dir=str(run.folder / "domains")
             )
             _fit(run, module, domain, DA3, data[domain], callback)
+            for logger in run.loggers:
+                log_first_steps(logger, callback.first_steps, f"step_{domain}")
         for earlier in DOMAINS[:number]:
             module.network.set_domain(earlier)
             scores = scores_of(module, data[earlier].test.tensors[0])
@@ -75,14 +85,17 @@ def learn_domains(run: Run, data: dict[str, DomainData]) -> DA3Model:
     return module.network
 
 
-def learn_baseline(run: Run, method: str, domain: str, data: DomainData) -> None:
-    """A fresh copy of the network and plain Lightning."""
+def learn_alone(run: Run, method: str, domain: str, data: DomainData) -> None:
+    """A fresh copy of the network for one domain."""
     if run.finished(method, domain):
         return
     say(f"{method} learns {domain}")
     L.seed_everything(run.settings["seed"], verbose=False)
-    module = Classifier(baseline(method, len(data.classes)), LEARNING_RATES[method])
-    _fit(run, module, domain, method, data)
+    classes, callbacks = len(data.classes), []
+    if method in CONFIGS:
+        callbacks = [DA3Callback(domain, classes, CONFIGS[method])]
+    module = Classifier(baseline(method, classes), LEARNING_RATES[method])
+    _fit(run, module, domain, method, data, *callbacks)
     _finish(run, method, domain, scores_of(module, data.test.tensors[0]), data)
 
 
@@ -90,7 +103,8 @@ def baseline(method: str, num_classes: int) -> nn.Module:
     network = build_network()
     if method == PROBE:
         network.eval().requires_grad_(False)
-    network.fc = nn.Linear(network.fc.in_features, num_classes)
+    if method not in CONFIGS:
+        network.fc = nn.Linear(network.fc.in_features, num_classes)
     return network
 
 
@@ -120,12 +134,14 @@ def measure(images: Tensor, labels: Tensor, rounds: int) -> dict[str, Cost]:
     steps = {}
     for layout, memory_format in FORMATS.items():
         for method in METHODS:
-            network = with_domain(build_network()) if method == DA3 else baseline(method, 10)
+            network = baseline(method, 10)
+            if method in CONFIGS:
+                network = with_domain(network, CONFIGS[method])
             network.to(memory_format=memory_format)
             batch = images.contiguous(memory_format=memory_format)
             steps[f"{method}, {layout}"] = Step(network, batch, labels, torch.optim.AdamW)
     measured = costs(steps, rounds)
-    return {method: measured[fastest(measured, method)] for method in METHODS}
+    return {method: measured[fastest(measured, f"{method},")] for method in METHODS}
 
 
 def picture(run: Run, model: DA3Model, data: dict[str, DomainData], cost: dict[str, Cost]) -> None:
@@ -148,8 +164,8 @@ def demonstrate(run: Run, *, with_costs: bool, rounds: int) -> dict[str, Cost] |
     data = {domain: load_domain(domain, seed=run.settings["seed"]) for domain in DOMAINS}
     model = learn_domains(run, data)
     for domain in DOMAINS:
-        for method in (PROBE, TUNED):
-            learn_baseline(run, method, domain, data[domain])
+        for method in (PROBE, TUNED, HALVED):
+            learn_alone(run, method, domain, data[domain])
     cost = None
     if with_costs:
         say("memory and time of a step, in turns")

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torchvision
@@ -25,6 +26,7 @@ from lightning_da3 import DA3Config, DA3Model, MemoryConfig, convert
 from lightning_da3.memory import SavedActivations, measure_step
 
 CLASSES = 10
+HALVED = DA3Config(memory=MemoryConfig(weights="bfloat16"))
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 # fine-tuning / DA3, and for the parameters their largest share of the backbone
@@ -57,17 +59,28 @@ class Step:
         self.optimizer.zero_grad()
 
 
+class Time(NamedTuple):
+    """How long something takes: by the clock, and of all threads of the process together."""
+
+    wall_ms: float
+    cpu_ms: float
+
+
 @dataclass(frozen=True)
 class Cost:
     """What one training step costs; saved bytes by module of the network."""
 
     saved_by_module: Mapping[str, int]
     peak_bytes: int
-    time_ms: float
+    time: Time
 
     @property
     def saved_bytes(self) -> int:
         return sum(self.saved_by_module.values())
+
+    @property
+    def time_ms(self) -> float:
+        return self.time.wall_ms
 
 
 def costs(steps: Mapping[str, Step], rounds: int) -> dict[str, Cost]:
@@ -83,15 +96,30 @@ def costs(steps: Mapping[str, Step], rounds: int) -> dict[str, Cost]:
     return {name: Cost(*memory[name], times[name]) for name in steps}
 
 
-def alternate(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of every step; all take turns, so that what else runs hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+def alternate(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Time]:
+    """Median times of every step; all take turns, so that what else runs hits all alike."""
+    times: dict[str, list[Time]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            start = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             step()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+            elapsed = time.perf_counter() - wall, time.process_time() - cpu
+            times[name].append(Time(1e3 * elapsed[0], 1e3 * elapsed[1]))
+    return {
+        name: Time(*map(statistics.median, zip(*values, strict=True)))
+        for name, values in times.items()
+    }
+
+
+def resting_bytes(network: nn.Module) -> int:
+    """Of parameters and buffers."""
+    return sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
+
+
+def build(name: str, image_size: int) -> nn.Module:
+    """A torchvision network for such images, with random weights."""
+    sized: dict[str, Any] = {"image_size": image_size} if name.startswith("vit") else {}
+    return torchvision.models.get_model(name, num_classes=CLASSES, **sized)
 
 
 def with_domain(network: nn.Module, config: DA3Config | None = None) -> DA3Model:
@@ -109,16 +137,18 @@ def measure(name: str, batch_size: int, image_size: int, rounds: int) -> bool:
     labels = torch.randint(CLASSES, (batch_size,))
     steps = {}
     for layout, memory_format in FORMATS.items():
-        network = torchvision.models.get_model(name, num_classes=CLASSES)
+        network = build(name, image_size)
         network.to(memory_format=memory_format)
         x = images.contiguous(memory_format=memory_format)
-        steps[f"fine-tuning {layout}"] = Step(network, x, labels, _sgd)
-        steps[f"DA3 {layout}"] = Step(with_domain(network), x, labels, _sgd)
+        steps[f"fine-tuning {layout}"] = Step(network, x, labels, sgd)
+        steps[f"DA3 {layout}"] = Step(with_domain(network), x, labels, sgd)
     measured = costs(steps, rounds)
     tuned_in, ours_in = (fastest(measured, method) for method in ("fine-tuning", "DA3"))
     tuned, ours = measured[tuned_in], measured[ours_in]
     exact = with_domain(network, DA3Config(memory=MemoryConfig(exact=True)))
-    exact_cost = costs({"exact": Step(exact, x, labels, _sgd)}, rounds=1)["exact"]
+    rested = with_domain(network, HALVED)
+    others = {"exact": Step(exact, x, labels, sgd), "rested": Step(rested, x, labels, sgd)}
+    other = costs(others, rounds=1)
 
     print(f"\n{name}, batch {batch_size} at {image_size}x{image_size}, {CLASSES} classes, random")
     print(f"weights; faster memory formats: {tuned_in}, {ours_in}\n")
@@ -128,14 +158,17 @@ def measure(name: str, batch_size: int, image_size: int, rounds: int) -> bool:
         _row("saved activations, MiB", tuned.saved_bytes, ours.saved_bytes, asked.get("saved")),
         _row("peak of a step, MiB", tuned.peak_bytes, ours.peak_bytes, asked.get("peak")),
         _row("time of a step, ms", tuned.time_ms, ours.time_ms, asked.get("time"), unit=1),
-        _row("saved, exact mode, MiB", tuned.saved_bytes, exact_cost.saved_bytes, None),
-        _row("peak, exact mode, MiB", tuned.peak_bytes, exact_cost.peak_bytes, None),
+        _row("saved, exact mode, MiB", tuned.saved_bytes, other["exact"].saved_bytes, None),
+        _row("peak, exact mode, MiB", tuned.peak_bytes, other["exact"].peak_bytes, None),
+        _row("resting model, MiB", resting_bytes(network), resting_bytes(exact), None),
+        _row("resting, bfloat16, MiB", resting_bytes(network), resting_bytes(rested), None),
+        _row("peak, bfloat16, MiB", tuned.peak_bytes, other["rested"].peak_bytes, None),
         _size_rows(network, exact, asked.get("parameters")),
     ]
     return all(good)
 
 
-def _sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=1e-4)
 
 

@@ -88,7 +88,8 @@ def compare_times(model: DA3Model, images: Tensor, domains: list[str], rounds: i
             largest = max(largest, float(max(errors)))
         found.append(alternate(ways, rounds))
     for way in found[0]:
-        cells = [f"{t[way]:.1f} ({t[way] / t['one pass for all']:.2f}x)" for t in found]
+        times = [(t[way].wall_ms, t["one pass for all"].wall_ms) for t in found]
+        cells = [f"{ms:.1f} ({ms / least:.2f}x)" for ms, least in times]
         print(f"  {way:38}" + "".join(f"{cell:>16}" for cell in cells))
     print(f"  largest difference of scores {largest:.1g}")
 

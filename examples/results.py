@@ -13,7 +13,7 @@ from learning import BATCH_SIZE
 from lightning.pytorch.loggers import CSVLogger, Logger
 from measure import Cost
 
-PROBE, TUNED, DA3 = METHODS = ("linear probe", "fine-tuning", "DA3")
+PROBE, TUNED, DA3, HALVED = METHODS = ("linear probe", "fine-tuning", "DA3", "DA3 bfloat16")
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Run:
     settings: dict[str, Any]
     tracker: Logger | None
     accuracy: dict[str, dict[str, float]] = field(
-        default_factory=lambda: {PROBE: {}, TUNED: {}, DA3: {}}
+        default_factory=lambda: {method: {} for method in METHODS}
     )
     executed: dict[str, float] = field(default_factory=dict)
     file_bytes: dict[str, int] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Run:
                 f"{path} was made with {state['settings']}, this run is {self.settings}: "
                 "give the same options, or leave --resume out to start anew."
             )
-        self.accuracy = state["accuracy"]
+        self.accuracy |= state["accuracy"]
 
 
 def report(runs: Sequence[Run], cost: Mapping[str, Cost]) -> None:

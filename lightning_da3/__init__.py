@@ -21,6 +21,7 @@ from lightning_da3.errors import (
     DA3Error,
     DomainError,
     InputError,
+    PredictionWarning,
 )
 from lightning_da3.folder import DomainFolder
 from lightning_da3.hub import pull_domain, push_domain
@@ -48,6 +49,7 @@ __all__ = [
     "GateConfig",
     "InputError",
     "MemoryConfig",
+    "PredictionWarning",
     "convert",
     "fit_sequence",
     "load_from_checkpoint",

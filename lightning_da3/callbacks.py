@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from typing_extensions import override
@@ -16,8 +17,9 @@ from typing_extensions import override
 from lightning_da3.binding import DomainRun, state_key
 from lightning_da3.config import DA3Config
 from lightning_da3.domains import DA3Model
-from lightning_da3.errors import CheckpointError, ConfigError, DA3Error
-from lightning_da3.memory import PeakBytes, SavedActivations
+from lightning_da3.errors import CheckpointError, ConfigError, DA3Error, PredictionWarning
+from lightning_da3.first_steps import FirstSteps
+from lightning_da3.memory import resident_bytes
 from lightning_da3.refusals import builds_later, check_converted_before, starts_processes
 
 
@@ -37,7 +39,17 @@ class DA3Callback(L.Callback):
     * ``da3/saved_activation_bytes``: kept for the backward pass after the first forward pass; not
       of a LightningModule that `torch.compile` compiled.
     * ``da3/peak_bytes``: peak of the second training step above its start (1 process, CPU or CUDA).
+    * ``da3/predicted_peak_bytes``: what that peak was predicted to be before the step, by running
+      the network on tensors without values, with a loss of our own and plain SGD. Not where that
+      cannot be known (`lightning_da3.first_steps`). A measured peak that is off by more than 20 %,
+      and by more than 1 MiB, is a `PredictionWarning`: what `training_step` computes beside the
+      network takes memory as well.
+    * ``da3/resident_bytes``: largest resident set of the process so far, by epoch (on CPU, where
+      the system tells).
     * ``da3/executed_flops_fraction``: share of the hosts' FLOPs that the gates let run, by epoch.
+
+    `first_steps` holds the figures of the last fit for pictures
+    (`lightning_da3.loggers.log_first_steps`).
 
     Args:
         domain: Its name; or, to learn several, numbers of classes by name.
@@ -46,6 +58,7 @@ class DA3Callback(L.Callback):
         backbone: Name of the network inside the LightningModule, such as ``net``; by default the
             one child that has convolutions.
         save_dir: Folder in which ``<domain>.safetensors`` is kept up to date after every epoch.
+        predict: Predict the peak of a step; takes about as long as a few steps, once a fit.
 
     Raises:
         ConfigError: `num_classes` is given beside a dict of domains, or that is empty.
@@ -58,6 +71,7 @@ class DA3Callback(L.Callback):
         config: DA3Config | None = None,
         backbone: str | None = None,
         save_dir: str | None = None,
+        predict: bool = True,
     ) -> None:
         super().__init__()
         self.domain = domain
@@ -65,9 +79,9 @@ class DA3Callback(L.Callback):
         self.config = config or DA3Config()
         self.backbone = backbone
         self.save_dir = save_dir
+        self.predict = predict
         self.run = DomainRun(_domains(domain, num_classes), self.config, backbone)
-        self._watching: SavedActivations | PeakBytes | None = None
-        self._batches_measured = 0
+        self.first_steps: FirstSteps | None = None
         self._before_evaluation: str | None = None
 
     @property
@@ -128,7 +142,10 @@ class DA3Callback(L.Callback):
         assert self.model is not None
         self.model.train()  # Lightning leaves a module in eval that came in eval
         self.model.gates_over_ranks = trainer.world_size > 1
-        self._batches_measured = 0
+        compiled = getattr(pl_module, "_compiler_ctx", None) is not None
+        # the hooks of a compiled step would be compiled with it, and gradients be lost
+        predict = self.predict and trainer.world_size == 1
+        self.first_steps = None if compiled else FirstSteps(self.model, predict=predict)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -146,20 +163,18 @@ class DA3Callback(L.Callback):
         assert self.model is not None
         self.model.set_progress(_progress(trainer))
         self.model.gate_loss_scale = _loss_scale(trainer) / trainer.accumulate_grad_batches
-        if self._batches_measured == 0 and getattr(pl_module, "_compiler_ctx", None) is None:
-            # the hooks of a compiled step would be compiled with it, and gradients be lost
-            self._watching = SavedActivations(pl_module, inputs=batch).__enter__()
-        elif self._batches_measured == 1 and _can_measure_peak(trainer, pl_module.device):
-            # the second step is the first with optimizer state
-            self._watching = PeakBytes(pl_module.device).__enter__()
-        self._batches_measured += 1
+        if self.first_steps is not None:
+            device = pl_module.device
+            peak_on = device if _can_measure_peak(trainer, device) else None
+            self.first_steps.begin(pl_module, batch, peak_on=peak_on)
 
     @override
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
     ) -> None:
-        if isinstance(self._watching, SavedActivations):
-            self._log_watched(pl_module, "da3/saved_activation_bytes")
+        steps = self.first_steps
+        if steps is not None and steps.forward_ended():
+            _log(pl_module, "da3/saved_activation_bytes", steps.saved_activation_bytes)
         if not torch.isfinite(loss):
             raise DA3Error(self._not_finite(loss))
 
@@ -173,29 +188,25 @@ class DA3Callback(L.Callback):
         batch_idx: int,
     ) -> None:
         assert self.model is not None
-        if isinstance(self._watching, PeakBytes):
-            self._log_watched(pl_module, "da3/peak_bytes")
-        self._stop_watching()  # a step that never told Lightning of its backward
+        if self.first_steps is not None and self.first_steps.end():
+            self._log_peak(pl_module, self.first_steps)
         fraction = self.model.executed_flops_fraction
         if fraction is not None:
             _log(pl_module, "da3/executed_flops_fraction", fraction)
 
-    def _log_watched(self, pl_module: L.LightningModule, key: str) -> None:
-        watching = self._stop_watching()
-        assert watching is not None
-        _log(pl_module, key, float(watching.bytes))
-
-    def _stop_watching(self) -> SavedActivations | PeakBytes | None:
-        watching, self._watching = self._watching, None
-        if watching is not None:
-            watching.__exit__(None, None, None)
-        return watching
+    def _log_peak(self, pl_module: L.LightningModule, steps: FirstSteps) -> None:
+        _log(pl_module, "da3/peak_bytes", steps.peak_bytes)
+        if steps.predicted is not None:
+            _log(pl_module, "da3/predicted_peak_bytes", steps.predicted.peak_bytes)
+        if steps.surprising:
+            rank_zero_warn(_surprised(steps), category=PredictionWarning)
 
     @override
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        self._stop_watching()
+        if self.first_steps is not None:
+            self.first_steps.abort()
         if self.model is not None:
             self.model.gates_over_ranks = False  # the other ranks may be gone
 
@@ -281,6 +292,9 @@ class DA3Callback(L.Callback):
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        resident = resident_bytes() if pl_module.device.type == "cpu" else None
+        if resident is not None:
+            _log(pl_module, "da3/resident_bytes", resident)
         if self.save_dir is not None and trainer.is_global_zero:
             self._save(Path(self.save_dir), _finite(trainer.callback_metrics))
 
@@ -325,7 +339,9 @@ def _domains(domain: str | Mapping[str, int], num_classes: int | None) -> Mappin
     return dict(domain)
 
 
-def _log(pl_module: L.LightningModule, key: str, value: float | Tensor) -> None:
+def _log(pl_module: L.LightningModule, key: str, value: float | Tensor | None) -> None:
+    assert value is not None
+    value = value if isinstance(value, Tensor) else float(value)
     pl_module.log(key, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
 
@@ -340,6 +356,17 @@ def _can_measure_peak(trainer: L.Trainer, device: torch.device) -> bool:
     if trainer.world_size > 1:
         return False
     return device.type == "cuda" or (device.type == "cpu" and not _profiler_enabled())
+
+
+def _surprised(steps: FirstSteps) -> str:
+    assert steps.predicted is not None and steps.peak_bytes is not None
+    said, found = steps.predicted.peak_bytes / 2**20, steps.peak_bytes / 2**20
+    return (
+        f"A training step peaked at {found:.1f} MiB above its start; {said:.1f} MiB were predicted "
+        "for the network. What `training_step` computes beside the network, its loss and the "
+        "optimizer take memory as well: leave room for them where you choose a batch by the "
+        "prediction. DA3Callback(predict=False) predicts nothing."
+    )
 
 
 def _progress(trainer: L.Trainer) -> float:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
+
 from lightning_da3.errors import ConfigError
 
 CONFIG_VERSION = 1
@@ -113,10 +115,17 @@ class MemoryConfig:
             whose error is at most 1/510 of the range of their group.
         derivative_bits: Of the codes of smooth activations' derivatives, where these are not
             computed again: 8 or 4. Their error is at most half a step of the derivative's range.
+        weights: How the frozen weights rest: ``"same"``, in their own type, or ``"bfloat16"``, in
+            half of float32's bytes. Each is copied to the activations' type when it is used, so
+            computations are as exact as before, on a backbone that was rounded once. Biases,
+            norms, heads, domains and what stays Python keep their types. A domain fits only the
+            kind of weights that it was learned with. Code that `torch.compile` made may keep the
+            copies for the backward.
     """
 
     exact: bool = False
     derivative_bits: int = 8
+    weights: str = "same"
 
     def __post_init__(self) -> None:
         """Check every field and report all problems at once."""
@@ -131,7 +140,17 @@ class MemoryConfig:
             _is_int(self.derivative_bits) and self.derivative_bits in (4, 8),
             f"`derivative_bits` must be 4 or 8, got {self.derivative_bits!r}.",
         )
+        _require(
+            problems,
+            self.weights in ("same", "bfloat16"),
+            f"`weights` must be 'same' or 'bfloat16', got {self.weights!r}.",
+        )
         _raise(problems)
+
+    @property
+    def resting(self) -> torch.dtype | None:
+        """The type that weights rest in; None: their own."""
+        return torch.bfloat16 if self.weights == "bfloat16" else None
 
 
 @dataclass(frozen=True)

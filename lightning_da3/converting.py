@@ -89,7 +89,8 @@ def _verify(backbone: nn.Module, model: DA3Model, inputs: tuple[Any, ...]) -> No
         for module, training in modes.items():
             module.training = training
     try:
-        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+        tolerance = 1e-3 if model.config.memory.resting is None else 0.1  # rounded weights
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
     except AssertionError as error:
         raise ConversionError(
             "The converted network does not reproduce the backbone on the example inputs, so its "

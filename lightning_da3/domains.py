@@ -120,6 +120,12 @@ class DA3Model(nn.Module):
             self._original = Original(network)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of what the network computes, and of new domains; weights may rest in another."""
+        dtype: torch.dtype = self._place()["dtype"]
+        return dtype
+
+    @property
     def original(self) -> Original | None:
         """What `remember` was given; a model that was pickled has forgotten it."""
         return self._original
@@ -580,8 +586,16 @@ class DA3Model(nn.Module):
         return f"no single Linear or convolution leads to the output of {self.plan.network}"
 
     def _place(self) -> dict[str, Any]:
-        weight = next(self.backbone.parameters())
-        return {"device": weight.device, "dtype": weight.dtype}
+        """Where and in which type the network computes; weights that rest do not tell."""
+        parameters = list(self.backbone.parameters())
+        others = [p for p in parameters if p.dtype != self.config.memory.resting]
+        like = (others or parameters)[0]
+        return {"device": like.device, "dtype": like.dtype}
+
+    def extra_repr(self) -> str:
+        """What no layer shows by itself."""
+        weights = self.config.memory.weights
+        return "" if weights == "same" else f"weights={weights!r}: the backbone is rounded once"
 
     def _new_domain(
         self,

@@ -1,4 +1,4 @@
-"""The errors of this package, sorted by what the user can do about them.
+"""The errors and warnings of this package, sorted by what the user can do about them.
 
 Everything raised on purpose is a `DA3Error`, so that one `except` catches the package. A message
 says what was given, where, what is allowed and what to do.
@@ -27,3 +27,7 @@ class InputError(DA3Error, ValueError):
 
 class CheckpointError(DA3Error):
     """A domain file cannot be read or written: use another file, or make it anew."""
+
+
+class PredictionWarning(UserWarning):
+    """Training takes other memory than was predicted: do not rely on the prediction here."""

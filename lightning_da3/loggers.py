@@ -22,9 +22,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_da3.checkpointing import read_domain
 from lightning_da3.errors import CheckpointError
+from lightning_da3.first_steps import FirstSteps
 from lightning_da3.passes.hosts import host_key
 from lightning_da3.planning import NodePlan, Plan
-from lightning_da3.plotting import flat, place_of
+from lightning_da3.plotting import flat, place_of, plot_step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,6 +49,23 @@ def log_figure(logger: Any, name: str, figure: Figure, step: int | None = None) 
         logger.experiment.add_figure(name, figure, global_step=step, close=False)
     else:
         figure.savefig(_file(logger, f"{name}.png"))
+
+
+def log_first_steps(logger: Any, steps: FirstSteps | None, name: str = "memory_of_a_step") -> None:
+    """Log a picture of a training step's memory, as it was predicted and as it was measured.
+
+    Args:
+        logger: As `log_figure` takes it.
+        steps: `DA3Callback.first_steps`, after a fit. Without a prediction there is no picture.
+        name: Of the picture.
+    """
+    if steps is not None and steps.predicted is not None:
+        figure = plot_step(
+            steps.predicted,
+            measured_peak_bytes=steps.peak_bytes,
+            measured_saved_bytes=steps.saved_activation_bytes,
+        )
+        log_figure(logger, name, figure)
 
 
 @rank_zero_only

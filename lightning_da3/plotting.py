@@ -217,24 +217,31 @@ def _size(count: float) -> str:
 
 
 def plot_step(
-    ours: StepPrediction, finetune: StepPrediction | None = None, *, title: str | None = None
+    ours: StepPrediction,
+    finetune: StepPrediction | None = None,
+    *,
+    measured_peak_bytes: int | None = None,
+    measured_saved_bytes: int | None = None,
+    title: str | None = None,
 ) -> Figure:
     """Memory over one training step: what operations hold above the resting model.
 
     The forward and the backward pass are each stretched to one width, whatever their number of
-    operations, as the steps have different ones.
+    operations, as the steps have different ones. What was measured is dashed.
 
     Args:
         ours: Of a converted network.
         finetune: Of the network as it was; None leaves it out.
+        measured_peak_bytes: Of a real step of the converted network; None leaves it out.
+        measured_saved_bytes: What such a step kept for its backward pass; likewise.
         title: Of the picture.
     """
     figure = _figure(9.0, 4.8)
     axes = figure.add_subplot()
-    steps = [("DA3", ours, AFTER)]
+    steps = [("DA3" if measured_peak_bytes is None else "DA3 predicted", ours, AFTER)]
     if finetune is not None:
         steps.insert(0, ("fine-tuning", finetune, BEFORE))
-    top = max(step.peak_bytes for _, step, _ in steps)
+    top = max(measured_peak_bytes or 0, *(step.peak_bytes for _, step, _ in steps))
     unit, factor = (
         ("GiB", 2**30) if top >= 2**30 else ("MiB", 2**20) if top >= 2**20 else ("KiB", 2**10)
     )
@@ -256,6 +263,11 @@ def plot_step(
             color=colour,
             bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "linewidth": 0},
         )
+    measured = (("peak", measured_peak_bytes, (0, 2)), ("kept", measured_saved_bytes, (0.9, 1.1)))
+    for what, found, (start, end) in measured:
+        if found is not None:
+            label = f"measured: {what} {_size(found)}"
+            axes.hlines(found / factor, start, end, colors="0.2", linestyles="--", label=label)
     axes.axvline(1.0, color="0.6", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
     axes.set_xticks([0.5, 1.5], ["forward", "backward"])
     axes.tick_params(axis="x", length=0)
@@ -263,7 +275,7 @@ def plot_step(
     axes.set_ylim(0, 1.12 * top / factor)
     axes.set_ylabel(f"above the resting model, {unit}")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, frameon=False, fontsize=9)
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, frameon=False, fontsize=9)
     figure.suptitle(title or "Memory over one training step", fontsize=12)
     return figure
 

@@ -339,7 +339,7 @@ def _inputs(
         raise ConfigError(
             f"`batch_size` and `image_size` must be at least 1, got {batch_size} and {image_size}."
         )
-    dtype = next(model.backbone.parameters()).dtype
+    dtype = model.dtype
     if plan.input_channels is not None:
         axes, channels = plan.input_channels
         if image_size is not None and len(sides) not in (1, axes):

@@ -10,6 +10,7 @@ from lightning_da3.config import DA3Config
 from lightning_da3.nn.head import Head, HeadSlot
 from lightning_da3.nn.linear import freeze_linear_layers_
 from lightning_da3.passes import ORDER
+from lightning_da3.passes.rest import rest_
 from lightning_da3.planning import Plan
 from lightning_da3.tracing import Traced
 
@@ -26,6 +27,8 @@ def rewrite(traced: Traced, plan: Plan, config: DA3Config) -> nn.Module:
         Its root.
     """
     for part, planned in zip(traced.parts, plan.parts, strict=True):
+        if config.memory.resting is not None:
+            rest_(part, plan.head)
         for edit_ in ORDER:
             edit_(part, planned, config)
         part.gm.graph.lint()

@@ -110,7 +110,8 @@ def fit_sequence(
     for name, task in plans.items():
         checkpoint = domains.path / f"{name}.ckpt"
         if name not in done:
-            da3 = DA3Callback(name, task.num_classes, config, backbone)
+            # the steps of all domains cost about the same
+            da3 = DA3Callback(name, task.num_classes, config, backbone, predict=not done)
             finished = domains.file(done[0]) if done else None
             saver = _Saver(checkpoint, save_every_n_steps, da3, finished)
             learned = None

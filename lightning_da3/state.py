@@ -198,6 +198,13 @@ def _config_differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> I
                 f"Its config has {key}={theirs[key]}, here it is {mine[key]}. Convert with the "
                 "config that it was learned with."
             )
+    weights = [config.get("memory", {}).get("weights", "same") for config in (theirs, mine)]
+    if weights[0] != weights[1]:
+        yield (
+            f"It was learned with MemoryConfig(weights={weights[0]!r}), here it is {weights[1]!r}: "
+            "rounded weights are another backbone. Convert with the config that it was learned "
+            "with."
+        )
 
 
 def backbone_state(state: Mapping[str, Any], head: str | None) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from lightning_da3 import AdapterConfig, ConfigError, DA3Config, DA3Error, GateConfig, MemoryConfig
 from lightning_da3.config import CONFIG_VERSION
@@ -11,7 +12,7 @@ from lightning_da3.config import CONFIG_VERSION
 UNUSUAL = DA3Config(
     adapter=AdapterConfig(hidden_channels=3, kernel_size=1, max_cells=4, min_stride=1),
     gate=GateConfig(target=1.0, weight=0, noise=True),
-    memory=MemoryConfig(exact=True, derivative_bits=4),
+    memory=MemoryConfig(exact=True, derivative_bits=4, weights="bfloat16"),
     head="classifier.1",
 )
 
@@ -142,3 +143,19 @@ def test_other_versions_are_refused(version):
 @pytest.mark.parametrize("bits", [2, 8.0, True, None])
 def test_derivative_bits_are_4_or_8(bits):
     refused(lambda: MemoryConfig(derivative_bits=bits), f"must be 4 or 8, got {bits!r}")
+
+
+@pytest.mark.parametrize("weights", ["float16", None, "BFLOAT16", 16])
+def test_weights_rest_in_one_of_two_ways(weights):
+    refused(
+        lambda: MemoryConfig(weights=weights),
+        f"`weights` must be 'same' or 'bfloat16', got {weights!r}.",
+    )
+    assert MemoryConfig().resting is None
+    assert MemoryConfig(weights="bfloat16").resting == torch.bfloat16
+
+
+def test_configs_from_before_the_weights_could_rest():
+    values = DA3Config().to_dict()
+    del values["memory"]["weights"]
+    assert DA3Config.from_dict(values) == DA3Config()

@@ -167,6 +167,38 @@ def test_an_unknown_domain_is_refused_and_nothing_switches():
     assert all(".a." in name for name in trainable(model))
 
 
+class Untouchable:
+    def __getattribute__(self, name):
+        raise AssertionError(f"`{name}` of a domain that has no part in the switch")
+
+
+def test_a_switch_touches_two_domains_only():
+    model = converted("a", "b", "c", "d")
+    others = {name: model.bank._modules[name] for name in "cd"}
+    model.bank._modules.update(dict.fromkeys(others, Untouchable()))
+    for name in ("a", "b", None, "b"):
+        model.set_domain(name)
+    model.bank._modules.update(others)
+    assert {name for name in "abcd" if next(model.domain(name).parameters()).requires_grad} == {"b"}
+    with pytest.raises(AssertionError, match="no part in the switch"):
+        Untouchable().requires_grad_(False)
+
+
+def test_a_domain_adds_its_own_bytes_to_a_model_and_no_more():
+    def storages(thing):
+        found = [*thing.parameters(), *thing.buffers()]
+        return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in found}
+
+    model = converted("a")
+    before = storages(model)
+    for number in range(5):
+        model.add_domain(f"more{number}", 3)
+        model.set_domain(f"more{number}")
+    own = sum(p.nbytes for p in model.domain("a").parameters())
+    assert sum(storages(model).values()) - sum(before.values()) == 5 * own
+    assert before.items() <= storages(model).items()
+
+
 def test_switching_back_and_forth():
     model = converted("a", "b")
     first = {name: outputs(model, name) for name in ("a", None, "b")}

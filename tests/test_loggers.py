@@ -9,15 +9,17 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lightning_da3 import AdapterConfig, CheckpointError, DA3Config, convert
+from lightning_da3.first_steps import FirstSteps
 from lightning_da3.loggers import (
     COLUMNS,
     log_domain,
     log_figure,
+    log_first_steps,
     log_plan_table,
     log_summary,
     plan_rows,
 )
-from lightning_da3.memory import SavedActivations
+from lightning_da3.memory import SavedActivations, predict_step
 from lightning_da3.plotting import plot_accuracy_matrix
 
 
@@ -64,6 +66,16 @@ def wandb_logger(tmp_path, monkeypatch):
     logger = WandbLogger(project="test", save_dir=tmp_path)
     yield logger
     logger.experiment.finish()
+
+
+def test_the_first_steps_become_a_picture(tmp_path, model):
+    steps = FirstSteps(model)
+    log_first_steps(Folder(tmp_path), None)
+    log_first_steps(Folder(tmp_path), steps)
+    assert not list(tmp_path.iterdir())  # nothing is predicted yet
+    steps.predicted = predict_step(model, torch.rand(2, 3, 8, 8))
+    log_first_steps(Folder(tmp_path), steps)
+    assert (tmp_path / "memory_of_a_step.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_figures_become_files(tmp_path, figure):

@@ -286,6 +286,20 @@ def test_what_the_picture_says():
     assert max(ours.get_xdata()) == 2
 
 
+def test_the_picture_shows_what_was_measured():
+    pytest.importorskip("matplotlib")
+    ours = convert(Net()).plan.at(2, 64).ours
+    measured = {"measured_peak_bytes": 3 * ours.peak_bytes, "measured_saved_bytes": 2**10}
+    axes = plot_step(ours, **measured).axes[0]
+    factor = ours.peak_bytes / max(axes.lines[0].get_ydata())
+    heights = [lines.get_segments()[0][0][1] * factor for lines in axes.collections[1:]]
+    assert heights == pytest.approx(list(measured.values()))
+    assert axes.get_ylim()[1] > heights[0] / factor
+    words = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert words[0].startswith("DA3 predicted: peak")
+    assert words[2] == "measured: kept 1 KiB"
+
+
 def test_parameters_take_no_memory(mine, capsys):
     text = run(capsys, f"{mine}:huge")  # 4 TB
     assert "GiB" in text

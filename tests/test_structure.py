@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "lightning_da3"
 ORDER = (
     "errors config ops memory checkpointing metrics plotting nn registry functions tracing "
     "planning passes rewriting prediction state mixing domains converting exporting folder hub "
-    "attaching refusals binding loaders loggers callbacks strategies sequence command __main__"
+    "attaching first_steps refusals binding loaders loggers callbacks strategies sequence command "
+    "__main__"
 ).split()
 # the only ones that may import these
 DOORS = {

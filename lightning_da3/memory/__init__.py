@@ -24,7 +24,7 @@ from lightning_da3.memory.predicted import (
     without_values,
 )
 from lightning_da3.memory.saved import SavedActivations, saved_activation_bytes
-from lightning_da3.memory.step import PeakBytes, StepMeasurement, measure_step
+from lightning_da3.memory.step import PeakBytes, StepMeasurement, measure_step, resident_bytes
 
 __all__ = [
     "BatchPrediction",
@@ -37,6 +37,7 @@ __all__ = [
     "fake_mode_of",
     "measure_step",
     "predict_step",
+    "resident_bytes",
     "saved_activation_bytes",
     "without_values",
 ]

@@ -5,6 +5,7 @@ import gc
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -116,6 +117,16 @@ class PeakBytes:
         if error is None:
             self.bytes = _highest_sum(_allocations(self._profiler))
         del self._profiler
+
+
+def resident_bytes() -> int | None:
+    """The largest resident set of this process so far, in bytes; None where nobody tells."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else 1024 * largest
 
 
 def _highest_sum(allocations: list[tuple[int, int]]) -> int:

@@ -92,6 +92,7 @@ class FrozenConv(nn.Module):
         norm: The batch norm (with running statistics) that alone reads its output, if any.
         name: Of the convolution in the user's network.
         norm_name: Of the batch norm there.
+        resting: Type that the weight rests in; by default its own.
 
     Attributes:
         slopes: Of the activation that comes with it, or None.
@@ -103,6 +104,7 @@ class FrozenConv(nn.Module):
         norm: BatchNorm | None = None,
         name: str = "",
         norm_name: str | None = None,
+        resting: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         axes = conv.weight.dim() - 2
@@ -119,7 +121,7 @@ class FrozenConv(nn.Module):
         # activations follow the weight's layout; channels_last is the one CPUs are fastest in
         layout = torch.channels_last if axes == 2 else torch.contiguous_format
         dtype = conv.weight.dtype
-        self.weight = frozen(weight.to(dtype).contiguous(memory_format=layout))
+        self.weight = frozen(weight.to(resting or dtype).contiguous(memory_format=layout))
         has_bias = conv.bias is not None or norm is not None
         self.bias = frozen(bias.to(dtype)) if has_bias else None
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_da3.ops.linear import frozen_linear, is_fast
+from lightning_da3.nn.frozen import frozen
+from lightning_da3.ops.linear import frozen_linear
 
 
 class FrozenLinear(nn.Linear):
-    """A frozen linear layer that keeps nothing for the backward."""
+    """A frozen linear layer that keeps nothing for the backward. Its weight may rest."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name it has in PyTorch
         """(.., K) to (.., O)."""
@@ -22,26 +24,42 @@ class FrozenLinear(nn.Linear):
 
 
 class FrozenAttention(nn.MultiheadAttention):
-    """A frozen attention, quicker where a sequence attends to itself and nobody asks how."""
+    """A frozen attention, quicker where a sequence attends to itself and nobody asks how.
 
-    def forward(  # type: ignore[override]
+    Called otherwise, it is PyTorch's own, and its weights must not rest.
+    """
+
+    def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """As `torch.nn.MultiheadAttention`."""
         alone = query is key is value and query.dim() == 3
-        plain = alone and not args and kwargs == {"need_weights": False}
-        if not (plain and self._is_plain and is_fast(query, self.in_proj_weight)):
+        if not (alone and not args and _asks_nothing(**kwargs) and attends_plainly(self)):
             return super().forward(query, key, value, *args, **kwargs)
-        both = frozen_linear(query, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3 D)
-        heads = both.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(*heads.unbind(0))  # (B, heads, T, D / heads)
-        joined = attended.transpose(1, 2).flatten(2)
-        return frozen_linear(joined, self.out_proj.weight, self.out_proj.bias), None
+        x = query if self.batch_first else query.transpose(0, 1)
+        both = frozen_linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3 D)
+        heads = both.view(*both.shape[:-1], 3, self.num_heads, self.head_dim)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        y = frozen_linear(attended, self.out_proj.weight, self.out_proj.bias)
+        return (y if self.batch_first else y.transpose(0, 1)), None
 
-    @property
-    def _is_plain(self) -> bool:
-        extended = self.bias_k is not None or self.add_zero_attn
-        return self._qkv_same_embed_dim and self.batch_first and not extended
+
+def _asks_nothing(
+    need_weights: bool = True, average_attn_weights: bool = True, **masks: Any
+) -> bool:
+    del average_attn_weights
+    return not need_weights and all(mask is None or mask is False for mask in masks.values())
+
+
+def attends_plainly(layer: nn.Module) -> bool:
+    """Whether it is an attention whose queries, keys and values have one width, and no extras."""
+    return (
+        isinstance(layer, nn.MultiheadAttention)
+        and layer.in_proj_weight is not None
+        and layer.bias_k is None
+        and not layer.add_zero_attn
+    )
 
 
 _FROZEN = {nn.Linear: FrozenLinear, nn.MultiheadAttention: FrozenAttention}
@@ -56,3 +74,11 @@ def freeze_linear_layers_(network: nn.Module) -> None:
     for module in network.modules():
         if type(module) in _FROZEN:
             module.__class__ = cast(Any, _FROZEN[type(module)])
+
+
+def rest_weights_(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Let weights of a linear layer or an attention rest in `dtype`; biases stay as they are."""
+    for module in layer.modules():
+        for name in ("weight", "in_proj_weight"):
+            if getattr(module, name, None) is not None:
+                setattr(module, name, frozen(getattr(module, name).to(dtype)))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_da3.ops.activation import Slopes
 from lightning_da3.ops.bits import dense
-from lightning_da3.ops.linear import is_fast, product
+from lightning_da3.ops.linear import at_work, at_work_again, is_fast, product
 
 
 class _Geometry(NamedTuple):
@@ -53,7 +53,7 @@ class _FrozenConv(torch.autograd.Function):
         weight, *bits = ctx.saved_tensors
         if bits:
             grad = ctx.slopes.gradient(grad, bits[0], ctx.size, ctx.stride)
-        weight = weight.to(grad.dtype)  # autocast may have lowered the output alone
+        weight = at_work_again(weight, grad)
         grad_x = conv_input_gradient(grad, weight, ctx.x_size, *ctx.geometry)
         return grad_x.to(ctx.dtype), None, None, None, None
 
@@ -68,6 +68,7 @@ def conv(
     groups: int,
 ) -> Tensor:
     """The convolution alone, as fast as PyTorch can; arguments as `frozen_conv`."""
+    weight = at_work(weight, x)
     if _is_pointwise(weight, padding, groups) and _fast_matmul(x, weight):
         return _pointwise(_every(x, stride), weight.flatten(1), bias)
     plain = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[len(stride)]  # autocast knows these
@@ -185,13 +186,14 @@ class _FrozenConvTranspose(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         stride, padding, _, groups, dilation = ctx.geometry
         plain = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[len(stride)]
-        grad_x = plain(grad, weight.to(grad.dtype), None, stride, padding, dilation, groups)
+        weight = at_work_again(weight, grad)
+        grad_x = plain(grad, weight, None, stride, padding, dilation, groups)
         return grad_x.to(ctx.dtype), *[None] * 7
 
 
 def _conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     conv = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-    result: Tensor = conv[weight.dim() - 2](x, weight, bias, *geometry)
+    result: Tensor = conv[weight.dim() - 2](x, at_work(weight, x), bias, *geometry)
     return result
 
 

@@ -1,8 +1,8 @@
-"""Products with frozen matrices.
+"""Products with frozen matrices, which may rest in bfloat16 and are copied for one use at a time.
 
-Shapes: x (.., K), matrix (O, K), y (.., O). Kept: nothing but the matrix, which lives in the model.
-PyTorch's own product keeps no more, but its BLAS may be half as fast as oneDNN, which computes the
-convolutions.
+Shapes: x (.., K), weight (O, K), y (.., O). Kept: nothing but the weight, which lives in the model.
+PyTorch's own product keeps no more of a weight that is not copied, but its BLAS may be half as fast
+as oneDNN, which computes the convolutions.
 """
 
 from __future__ import annotations
@@ -33,17 +33,49 @@ def product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
+def at_work(weight: Tensor, x: Tensor) -> Tensor:
+    """A weight in the type of what it meets: one that rests in bfloat16 is copied, others are not.
+
+    Args:
+        weight: Frozen, of any shape.
+        x: What it is multiplied with.
+    """
+    return weight.to(x.dtype) if weight.dtype == torch.bfloat16 else weight
+
+
+def at_work_again(weight: Tensor, grad: Tensor) -> Tensor:
+    """A weight in the type of the gradient that it meets in a backward.
+
+    Args:
+        weight: Frozen, of any shape.
+        grad: What it is multiplied with; autocast may have lowered the output alone.
+    """
+    if torch.compiler.is_compiling() and weight.dtype != grad.dtype:
+        weight = weight.clone()  # or the forward's copy would count as this one, and be kept
+    return weight.to(grad.dtype)
+
+
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return product(x, weight, bias)
+        ctx.dtype = x.dtype
+        return _linear(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return product(grad, weight.t()), None, None
+        weight = at_work_again(weight, grad)
+        grad_x = product(grad, weight.t()) if is_fast(grad, weight) else grad @ weight
+        return grad_x.to(ctx.dtype), None, None
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    weight = at_work(weight, x)
+    if is_fast(x, weight) and not torch.is_autocast_enabled(x.device.type):
+        return product(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -51,15 +83,15 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
     Args:
         x: (.., K).
-        weight: (O, K).
+        weight: (O, K), maybe resting in bfloat16.
         bias: (O,) or None.
 
     Returns:
-        (.., O).
+        (.., O), of the type of `x`.
     """
-    if not is_fast(x, weight) or torch.is_autocast_enabled(x.device.type):
-        return F.linear(x, weight, bias)
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return product(x, weight, bias)
+        return _linear(x, weight, bias)
+    if x.dtype == weight.dtype and not is_fast(x, weight):
+        return F.linear(x, weight, bias)
     result: Tensor = _FrozenLinear.apply(x, weight, bias)
     return result

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import fx, nn
 
-from lightning_da3.config import DA3Config
+from lightning_da3.config import DA3Config, MemoryConfig
 from lightning_da3.nn.frozen import (
     Coded,
     FrozenAffine,
     FrozenConv,
     FrozenConvTranspose,
     TwoSlopes,
+    frozen,
 )
 from lightning_da3.planning import NodePlan, PartPlan, layer_called
 from lightning_da3.registry import convolution_of, replacement_for
@@ -43,12 +45,13 @@ def freeze_(part: Part, plan: PartPlan, config: DA3Config) -> None:
             if not isinstance(module_of(gm, node), FrozenConv):  # else an earlier call did it
                 norm = norm_of.get(step.name)
                 norm_name = None if norm is None else str(norm.target)
-                gm.set_submodule(name, _frozen_conv(part, originals, name, norm_name))
+                resting = config.memory.resting
+                gm.set_submodule(name, _frozen_conv(part, originals, name, norm_name, resting))
         elif step.action == "affine":
             affine = FrozenAffine(cast(Any, originals[name]), step.inplace, part.user_name(name))
             _call(gm, node, affine)
         elif step.action == "replace":
-            _replace(part, node, step, config.memory.derivative_bits)
+            _replace(part, node, step, config.memory)
         elif step.action == "fuse":
             conv = cast(FrozenConv, module_of(gm, nodes[cast(str, step.fold_into)]))
             conv.slopes = cast(TwoSlopes, _replacement(part, node, step)).slopes
@@ -59,19 +62,24 @@ def freeze_(part: Part, plan: PartPlan, config: DA3Config) -> None:
 
 
 def _frozen_conv(
-    part: Part, originals: dict[str, Any], name: str, norm_name: str | None
+    part: Part,
+    originals: dict[str, Any],
+    name: str,
+    norm_name: str | None,
+    resting: torch.dtype | None,
 ) -> FrozenConv:
     norm = None if norm_name is None else originals[norm_name]
     norm_name = None if norm_name is None else part.user_name(norm_name)
-    return FrozenConv(originals[name], norm, part.user_name(name), norm_name)
+    return FrozenConv(originals[name], norm, part.user_name(name), norm_name, resting)
 
 
-def _replace(part: Part, node: fx.Node, step: NodePlan, bits: int) -> None:
+def _replace(part: Part, node: fx.Node, step: NodePlan, memory: MemoryConfig) -> None:
     built = _replacement(part, node, step)
     if isinstance(built, FrozenConvTranspose):
         built.name = part.user_name(str(node.target))
+        built.weight = frozen(built.weight.to(memory.resting or built.weight.dtype))
     if isinstance(built, Coded):
-        built.bits = bits
+        built.bits = memory.derivative_bits
     _call(part.gm, node, built)
 
 

@@ -1,0 +1,172 @@
+"""The first two steps of a training: what they keep and peak at, measured and predicted.
+
+Nothing here logs, and no Lightning is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lightning_da3.memory import PeakBytes, SavedActivations, StepPrediction, StepPredictor
+
+OFF_BY_FRACTION, OFF_BY_BYTES = 0.2, 2**20  # a prediction that is off by more than both is wrong
+
+
+class FirstSteps:
+    """Measures the first step's kept bytes, and the second's peak: the first with optimizer state.
+
+    Before the second, its peak is predicted from what the network was called with in the first.
+
+    Args:
+        network: Of which the prediction is.
+        predict: Whether to make one; it takes a few seconds for a large network.
+
+    Attributes:
+        saved_activation_bytes: Kept for the backward pass in the first step; None: not measured.
+        saved_by_module: The same by module.
+        peak_bytes: Of the second step, above its start; None: not measured.
+        predicted: What the network's step was predicted to cost; None where that is not known: it
+            is called several times in a step, is compiled, or asks for values of its tensors.
+        surprising: Whether the measured peak is far from the predicted one.
+    """
+
+    def __init__(self, network: nn.Module, *, predict: bool = True) -> None:
+        self.saved_activation_bytes: int | None = None
+        self.saved_by_module: dict[str, int] = {}
+        self.peak_bytes: int | None = None
+        self.predicted: StepPrediction | None = None
+        self.surprising = False
+        self._network: nn.Module | None = network
+        self._predicts = predict and network._compiled_call_impl is None
+        self._calls: list[list[_Call]] = []  # of every step
+        self._exit = contextlib.ExitStack()
+        self._watching: SavedActivations | PeakBytes | None = None
+
+    def begin(self, module: nn.Module, batch: Any, *, peak_on: torch.device | None) -> None:
+        """A step begins.
+
+        Args:
+            module: Holds the network and whatever else the step uses.
+            batch: Of the step; its tensors are activations.
+            peak_on: Device on which the peak can be measured, or None.
+        """
+        step = len(self._calls)
+        if step >= 2:
+            return
+        self._calls.append([])
+        if self._predicts and self._network is not None:
+            self._exit.enter_context(_calls_of(self._network, self._calls[-1]))
+        if step == 0:
+            self._watching = self._exit.enter_context(SavedActivations(module, inputs=batch))
+        elif peak_on is not None:
+            self._watching = self._exit.enter_context(PeakBytes(peak_on))
+
+    def forward_ended(self) -> bool:
+        """The step's backward pass comes next; whether kept bytes are measured now."""
+        watching = self._watching
+        if not isinstance(watching, SavedActivations):
+            return False
+        self._stop()
+        self.saved_activation_bytes, self.saved_by_module = watching.bytes, watching.by_module
+        return True
+
+    def end(self) -> bool:
+        """The step is over; whether its peak is measured now."""
+        watching = self._stop()
+        if isinstance(watching, PeakBytes):
+            self.peak_bytes = watching.bytes
+            self.surprising = self._is_surprising(watching.bytes)
+        elif self._network is not None and self._predicts and len(self._calls) == 1:
+            self.predicted = _prediction(self._network, self._calls[0])
+        if len(self._calls) == 2:
+            self._network = None
+        return isinstance(watching, PeakBytes)
+
+    def abort(self) -> None:
+        """Stop watching, in the midst of a step."""
+        self._stop()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What was found, without the network and its inputs."""
+        return {
+            **vars(self),
+            "_network": None,
+            "_calls": [],
+            "_exit": contextlib.ExitStack(),
+            "_watching": None,
+        }
+
+    def _is_surprising(self, peak_bytes: int) -> bool:
+        if self.predicted is None or self._calls[0] != self._calls[1]:
+            return False
+        predicted = self.predicted.peak_bytes
+        return abs(peak_bytes - predicted) > max(OFF_BY_BYTES, OFF_BY_FRACTION * predicted)
+
+    def _stop(self) -> SavedActivations | PeakBytes | None:
+        watching, self._watching = self._watching, None
+        self._exit.close()
+        return watching
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What a network was called with. Equal are calls that cost the same."""
+
+    shapes: tuple[Any, ...]
+    autocast: torch.dtype | None
+    args: tuple[Any, ...] = dataclasses.field(compare=False)
+    kwargs: dict[str, Any] = dataclasses.field(compare=False)
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        """A call as it happens, without the values of its tensors."""
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        kind = tensors[0].device.type if tensors else "cpu"
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        args, kwargs = tree_map_only(Tensor, _without_values, (args, kwargs))
+        return cls(tuple((*x.shape, x.dtype) for x in tensors), autocast, args, kwargs)
+
+
+def _without_values(x: Tensor) -> Tensor:
+    with FakeTensorMode():
+        like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    return like.requires_grad_(x.requires_grad)
+
+
+@contextlib.contextmanager
+def _calls_of(network: nn.Module, calls: list[_Call]) -> Iterator[None]:
+    """Notes every call that builds a graph."""
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            calls.append(_Call.of(args, kwargs))
+
+    hook = network.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _prediction(network: nn.Module, calls: list[_Call]) -> StepPrediction | None:
+    if len(calls) != 1:
+        return None
+    (call,) = calls
+
+    def with_autocast(twin: nn.Module) -> None:
+        if call.autocast is not None:
+            kind = next(twin.parameters()).device.type
+            twin.forward = torch.autocast(kind, call.autocast)(twin.forward)
+
+    # whatever a network does with fake tensors, training goes on, with the random numbers it had
+    with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]):
+        return StepPredictor(network, prepare=with_autocast)(*call.args, **call.kwargs)
+    return None
