@@ -258,6 +258,32 @@ def test_recomputed_keeps_its_input_and_gives_its_gradient(exact):
     assert exact or not torch.equal(got, want)
 
 
+DECISIONS = {  # what decides, and where
+    "hardtanh": (lambda t: two_slopes(t, 0.5, 8.0), lambda t: F.hardtanh(t, 0.5, 8.0), 0.5),
+    "hard sigmoid": (activation.hard_sigmoid, F.hardsigmoid, 3.0),
+}
+
+
+@pytest.mark.parametrize("name", DECISIONS)
+def test_what_is_computed_again_decides_as_before(name):
+    """A ReLU's input that the codes cannot tell from zero passes the gradient that it passed."""
+    ours, builtin, edge = DECISIONS[name]
+    near, far = edge + randn(2, 200).float() * 1e-3, randn(2, 56).float() * 3  # far: a wide range
+    x = torch.cat((near, far), dim=1)
+    factor = randn(1, 256, seed=1).float()
+
+    def twice(t):
+        return (ours(t) * factor, ours(t.t()).t() + t)  # in another layout, too
+
+    kept = kept_bytes(lambda t: recomputed(twice, t)[0], leaf(x) * 1, constants=[factor])
+    assert kept == x.numel() + 2 * 8 + 2 * x.numel() // 8  # codes, two ranges, and twice the bits
+    t = leaf(x)
+    y, z = recomputed(twice, t * 1)
+    (got,) = torch.autograd.grad(y.sum() + 2 * z.sum(), t)
+    (want,) = torch.autograd.grad((builtin(t) * (factor + 2) + 2 * t).sum(), t)
+    torch.testing.assert_close(got, want)
+
+
 def test_recomputed_hands_gradients_to_parameters_and_numbers_through():
     weight = leaf(randn(3))
     x = randn(4, 3)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_da3.ops.bits import dense, pack_between, unpack
+from lightning_da3.ops.decisions import decided
 
 
 class _TwoSlopes(torch.autograd.Function):
@@ -21,10 +22,16 @@ class _TwoSlopes(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, low: float, high: float, slope: float, inplace: bool
+        ctx: Any,
+        x: Tensor,
+        low: float,
+        high: float,
+        slope: float,
+        inplace: bool,
+        bits: Tensor | None,
     ) -> Tensor:
         x_dense = dense(x)
-        ctx.save_for_backward(pack_between(x_dense, low, high))
+        ctx.save_for_backward(pack_between(x_dense, low, high) if bits is None else bits)
         ctx.size, ctx.stride, ctx.slope = x.size(), x_dense.stride(), slope
         if not inplace:
             return _evaluate(x, low, high, slope, inplace)
@@ -39,9 +46,9 @@ class _TwoSlopes(torch.autograd.Function):
         inside = unpack(bits, ctx.size, ctx.stride)
         if ctx.slope == 0.0:
             # the mask first: the gradient takes the layout of the activation, whatever it came in
-            return inside * grad, None, None, None, None
+            return inside * grad, None, None, None, None, None
         slopes = inside.to(grad.dtype).mul_(1.0 - ctx.slope).add_(ctx.slope)
-        return slopes.mul_(grad), None, None, None, None
+        return slopes.mul_(grad), None, None, None, None, None
 
 
 def _evaluate(x: Tensor, low: float, high: float, slope: float, inplace: bool) -> Tensor:
@@ -71,9 +78,10 @@ def two_slopes(
     Returns:
         The activation of `x`, same shape. Keeps 1 bit an element if a gradient is needed.
     """
+    bits = decided(lambda: pack_between(dense(x), low, high))
     if not (torch.is_grad_enabled() and x.requires_grad):
         return _evaluate(x, low, high, slope, inplace)
-    result: Tensor = _TwoSlopes.apply(x, low, high, slope, inplace)
+    result: Tensor = _TwoSlopes.apply(x, low, high, slope, inplace, bits)
     return result
 
 
@@ -82,17 +90,17 @@ _SIXTH = torch.tensor(1.0 / 6.0, dtype=torch.float32).item()  # as PyTorch's, in
 
 class _HardSigmoid(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bits: Tensor | None) -> Tensor:
         x_dense = dense(x)
-        ctx.save_for_backward(pack_between(x_dense, -3.0, 3.0))
+        ctx.save_for_backward(pack_between(x_dense, -3.0, 3.0) if bits is None else bits)
         ctx.size, ctx.stride = x.size(), x_dense.stride()
         return F.hardsigmoid(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (bits,) = ctx.saved_tensors
-        return unpack(bits, ctx.size, ctx.stride) * grad * _SIXTH
+        return unpack(bits, ctx.size, ctx.stride) * grad * _SIXTH, None
 
 
 def hard_sigmoid(x: Tensor) -> Tensor:
@@ -101,7 +109,8 @@ def hard_sigmoid(x: Tensor) -> Tensor:
     Args:
         x: Any shape.
     """
+    bits = decided(lambda: pack_between(dense(x), -3.0, 3.0))
     if not (torch.is_grad_enabled() and x.requires_grad):
         return F.hardsigmoid(x)
-    result: Tensor = _HardSigmoid.apply(x)
+    result: Tensor = _HardSigmoid.apply(x, bits)
     return result

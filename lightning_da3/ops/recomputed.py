@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_da3.ops.bits import dense, has_no_values
 from lightning_da3.ops.codes import decode, encode, sample_group
+from lightning_da3.ops.decisions import following, noting
 
 Piece = Callable[..., tuple[Any, ...]]
 
@@ -36,13 +37,15 @@ class _Recomputed(torch.autograd.Function):
         ctx.autocast = _autocast_of(x.device.type)
         tensors = [r for r in rest if isinstance(r, Tensor)]
         ctx.rest = [None if isinstance(r, Tensor) else r for r in rest]
-        if how.exact:
-            ctx.save_for_backward(x, *tensors)
-        else:
+        kept = x
+        if not how.exact:
             x_dense = dense(x.detach())
             ctx.size, ctx.stride, ctx.dtype = x.size(), x_dense.stride(), x.dtype
-            ctx.save_for_backward(encode(x_dense, how.group), *tensors)
-        outputs = tuple(_owner(y, x) for y in piece(x.view_as(x), *rest[how.trained :]))
+            kept = encode(x_dense, how.group)
+        with noting(not how.exact) as noted:
+            outputs = tuple(_owner(y, x) for y in piece(x.view_as(x), *rest[how.trained :]))
+        ctx.noted = len(noted)
+        ctx.save_for_backward(kept, *noted, *tensors)
         ctx.mark_non_differentiable(
             *[y for y in outputs if isinstance(y, Tensor) and not y.is_floating_point()]
         )
@@ -51,11 +54,10 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if ctx.how.exact:
-            x, *tensors = ctx.saved_tensors
-        else:
-            codes, *tensors = ctx.saved_tensors
-            x = decode(codes, ctx.size, ctx.stride, ctx.dtype, ctx.how.group)
+        x, *tensors = ctx.saved_tensors
+        noted, tensors = tensors[: ctx.noted], tensors[ctx.noted :]
+        if not ctx.how.exact:
+            x = decode(x, ctx.size, ctx.stride, ctx.dtype, ctx.how.group)
         waiting = iter(tensors)
         rest = [r if r is not None else next(waiting, None) for r in ctx.rest]
         x = x.detach().requires_grad_(ctx.needs_input_grad[2])
@@ -66,7 +68,8 @@ class _Recomputed(torch.autograd.Function):
             for r, needed in zip(rest[trained:], ctx.needs_input_grad[3 + trained :], strict=True)
         ]
         again = contextlib.nullcontext() if ctx.random is None else ctx.random.again()
-        with torch.enable_grad(), ctx.autocast(), again:
+        decisions = contextlib.nullcontext() if ctx.how.exact else following(noted)
+        with torch.enable_grad(), ctx.autocast(), again, decisions:
             outputs = ctx.piece(x, *others)
         wanted = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None]
         wanted = [(y, g) for y, g in wanted if y.requires_grad]
