@@ -103,9 +103,11 @@ def _plan_part(draft: _Draft, least: float, config: DA3Config) -> PartPlan:
         inside = {name for span in spans for name in span.nodes}
         segments = (*spans, *[s for s in segments if not inside & set(s.nodes)])
     again = {name for segment in segments for name in segment.nodes}
+    # from codes, what was decided must not be decided again
+    stays = ("nothing",) if exact else ("nothing", "bits")
     nodes = tuple(
         dataclasses.replace(node, keeps="again", action=_plain(node))
-        if node.name in again and node.keeps != "nothing"
+        if node.name in again and node.keeps not in stays
         else node
         for node in nodes
     )
