@@ -24,12 +24,12 @@ def rewrite(traced: Traced, plan: Plan, config: DA3Config) -> nn.Module:
     Returns:
         Its root.
     """
+    if plan.head is not None:  # first: what is computed again refers to the slot
+        head = cast(Head, traced.root.get_submodule(plan.head))
+        traced.root.set_submodule(plan.head, HeadSlot(head))
     for part, planned in zip(traced.parts, plan.parts, strict=True):
         for edit_ in ORDER:
             edit_(part, planned, config)
         part.gm.graph.lint()
         part.gm.recompile()
-    if plan.head is not None:
-        head = cast(Head, traced.root.get_submodule(plan.head))
-        traced.root.set_submodule(plan.head, HeadSlot(head))
     return traced.root

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_da3.nn.adapter import HostInput
+from lightning_da3.nn.head import HeadSlot
 from lightning_da3.ops.recomputed import recomputed
 
 
@@ -32,15 +33,15 @@ class Recomputed(nn.Module):
         """What the piece returns."""
         if not (isinstance(x, Tensor) and all(map(_is_plain, rest))):
             return cast(tuple[Any, ...], self.piece(x, *rest))  # a list of tensors, say
-        inputs = [m for m in self.piece.modules() if isinstance(m, HostInput)]
-        active = [m.active for m in inputs if m.active is not None]
+        doors = [m for m in self.piece.modules() if isinstance(m, HostInput | HeadSlot)]
+        active = [m.active for m in doors if m.active is not None]
         return recomputed(
             self.piece,
             x,
             *rest,
             exact=self.exact,
-            parameters=tuple(p for adapter in active for p in adapter.parameters()),
-            random=any(adapter.noisy and adapter.training for adapter in active),
+            parameters=tuple(p for module in active for p in module.parameters()),
+            random=any(getattr(m, "noisy", False) and m.training for m in active),
         )
 
 

@@ -124,7 +124,7 @@ class SegmentFinder:
         return sorted(found.values(), key=lambda s: self.flow.position[s.sources[0]])
 
     def pure(self) -> dict[fx.Node, bool]:
-        """Which nodes may run a second time, with hosts and their adapters."""
+        """Which nodes may run a second time, with hosts and their adapters, and the head."""
         nowhere = self.flow.nodes[-1]
         return {
             node: self._may_run_again(node, [nowhere], with_hosts=True) for node in self.flow.nodes
@@ -199,7 +199,8 @@ class SegmentFinder:
     def _may_run_again(
         self, node: fx.Node, sources: list[fx.Node], *, with_hosts: bool = False
     ) -> bool:
-        if str(node.target) == self.head or (node.name in self.written and not with_hosts):
+        trains = str(node.target) == self.head or node.name in self.written
+        if trains and not with_hosts:
             return False
         if node.op in ("placeholder", "output", "get_attr"):
             return False
