@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_da3.ops.bits import dense, flat, has_no_values
 
 GROUP = 256  # elements that share one range
+ROW = 128  # elements of a row that shares its range with no other
 EXTRA = 8  # bytes of a group's step and lowest value
 
 _SMALL = 1e-8  # added to a range before it divides, as FBGEMM does
@@ -150,8 +151,15 @@ def _largest_divisor(number: int, most: int) -> int:
 def sample_group(x: Tensor) -> int:
     """Elements of a group such that none reaches into two samples of (N, ..), if at all possible.
 
-    So the codes of a sample do not depend on the rest of its batch.
+    So the codes of a sample do not depend on the rest of its batch. Nor into two rows of at least
+    `ROW` elements, if possible: one token may be far from the next.
     """
+    row = max(
+        (n for n, step in zip(x.shape[1:], x.stride()[1:], strict=True) if step == 1), default=1
+    )
+    part = _largest_divisor(row, GROUP) if row else 1
+    if part >= ROW:
+        return part
     whole = x[0].numel() if x.dim() and x.numel() else 1
     divisor = _largest_divisor(whole, GROUP)
     return divisor if divisor >= 32 or whole < 32 else GROUP

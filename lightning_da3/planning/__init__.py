@@ -106,17 +106,12 @@ def _plan_part(draft: _Draft, least: float, config: DA3Config) -> PartPlan:
     # from codes, what was decided must not be decided again
     stays = ("nothing",) if exact else ("nothing", "bits")
     nodes = tuple(
-        dataclasses.replace(node, keeps="again", action=_plain(node))
+        dataclasses.replace(node, keeps="again")
         if node.name in again and node.keeps not in stays
         else node
         for node in nodes
     )
     return PartPlan(draft.part.path, nodes, _writable(hosts, gm), segments)
-
-
-def _plain(node: NodePlan) -> str:
-    """In a segment nothing is kept for long: PyTorch's own smooth activations are quicker."""
-    return "leave" if node.keeps == "codes" else node.action
 
 
 def _writable(hosts: tuple[HostPlan, ...], gm: fx.GraphModule) -> tuple[HostPlan, ...]:
