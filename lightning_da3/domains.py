@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from lightning_da3.checkpointing import domain_file_bytes, read_domain, write_domain
 from lightning_da3.config import DA3Config
+from lightning_da3.eager import KeepsLess
 from lightning_da3.errors import CheckpointError, ConfigError, DA3Error, DomainError, InputError
 from lightning_da3.mixing import NEAREST, Domains, by_sample, check_domains, samples_in
 from lightning_da3.nn.adapter import Adapter, HostInput, MixedAdapters
@@ -266,10 +267,17 @@ class DA3Model(nn.Module):
         """The output, and by host what was executed, in the order of the calls."""
         self._ledger.clear()
         try:
-            output = self.backbone(*args, **kwargs)
+            with self._python():
+                output = self.backbone(*args, **kwargs)
             return output, list(self._ledger)
         finally:
             self._ledger.clear()
+
+    def _python(self) -> AbstractContextManager[Any]:
+        """What stays Python keeps less inside; a compiler sees to that by itself."""
+        if not self._plan.python or torch.compiler.is_compiling():
+            return nullcontext()
+        return KeepsLess(exact=self.config.memory.exact)
 
     def _executed(self, ledger: Sequence[tuple[str, Executed]]) -> list[Executed]:
         """What was executed; its share is remembered."""

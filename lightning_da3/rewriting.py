@@ -26,6 +26,9 @@ def rewrite(traced: Traced, plan: Plan, config: DA3Config) -> nn.Module:
     Returns:
         Its root.
     """
+    if plan.head is not None:  # first: what is computed again refers to the slot
+        head = cast(Head, traced.root.get_submodule(plan.head))
+        traced.root.set_submodule(plan.head, HeadSlot(head))
     for part, planned in zip(traced.parts, plan.parts, strict=True):
         if config.memory.resting is not None:
             rest_(part, plan.head)
@@ -34,7 +37,4 @@ def rewrite(traced: Traced, plan: Plan, config: DA3Config) -> nn.Module:
         part.gm.graph.lint()
         part.gm.recompile()
     freeze_linear_layers_(traced.root)
-    if plan.head is not None:
-        head = cast(Head, traced.root.get_submodule(plan.head))
-        traced.root.set_submodule(plan.head, HeadSlot(head))
     return traced.root

@@ -387,6 +387,6 @@ def test_a_model_of_every_family_has_the_gradients_of_plain_autograd(name):
     fixed = name.startswith(("vit", "maxvit"))
     row = any_model.measure(name, None if fixed else 96, 2)
     assert name in str(row)
-    assert row.error <= 1e-4 or (row.error_64 or 1.0) <= 1e-9 or name == "raft_small"
+    assert row.error <= 1e-4 or (row.error_64 or 1.0) <= 1e-9
     assert row.cosine >= 0.99
     assert row.tuned > 3 * max(row.default, row.exact)

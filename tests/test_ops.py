@@ -18,6 +18,7 @@ from lightning_da3.ops.host import coarse_grid, divides, read, upsample, write
 from lightning_da3.ops.normalization import frozen_affine
 from lightning_da3.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
 from lightning_da3.ops.recomputed import recomputed
+from lightning_da3.ops.smooth import SMOOTH, coded
 from lightning_da3.ops.tokens import Place, read_tokens, write_tokens
 
 FLOAT = 4  # bytes
@@ -256,6 +257,36 @@ def test_recomputed_keeps_its_input_and_gives_its_gradient(exact):
     want = gradient(piece)
     assert (got - want).norm() <= (1e-6 if exact else 0.01) * want.norm()
     assert exact or not torch.equal(got, want)
+
+
+DECISIONS = {  # what decides, and where
+    "hardtanh": (lambda t: two_slopes(t, Slopes(0.5, 8.0)), lambda t: F.hardtanh(t, 0.5, 8.0), 0.5),
+    "hard sigmoid": (activation.hard_sigmoid, F.hardsigmoid, 3.0),
+    "hardswish, low": (lambda t: coded(t, SMOOTH["hardswish"]), F.hardswish, -3.0),
+    "hardswish, high": (lambda t: coded(t, SMOOTH["hardswish"]), F.hardswish, 3.0),
+    "selu": (lambda t: coded(t, SMOOTH["selu"]), F.selu, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", DECISIONS)
+def test_what_is_computed_again_decides_as_before(name):
+    """A ReLU's input that the codes cannot tell from zero passes the gradient that it passed."""
+    ours, builtin, edge = DECISIONS[name]
+    near, far = edge + randn(2, 200).float() * 1e-3, randn(2, 56).float() * 3  # far: a wide range
+    x = torch.cat((near, far), dim=1)
+    factor = randn(1, 256, seed=1).float()
+
+    def twice(t):
+        return (ours(t) * factor, ours(t.t()).t() + t)  # in another layout, too
+
+    kept = kept_bytes(lambda t: recomputed(twice, t)[0], leaf(x) * 1, constants=[factor])
+    assert kept == x.numel() + 2 * 8 + 2 * x.numel() // 8  # codes, two ranges, and twice the bits
+    t = leaf(x)
+    y, z = recomputed(twice, t * 1)
+    (got,) = torch.autograd.grad(y.sum() + 2 * z.sum(), t)
+    (want,) = torch.autograd.grad((builtin(t) * (factor + 2) + 2 * t).sum(), t)
+    # the slope of a smooth one follows its rounded input; a jump would be far more
+    assert (got - want).abs().max() <= 0.1
 
 
 def test_recomputed_hands_gradients_to_parameters_and_numbers_through():

@@ -62,11 +62,11 @@ RATIO = 5
 COSINE = 0.998
 # with random weights and small images, codes of one activation change these more
 SENSITIVE = {
-    "maxvit_pico_rw_256": 0.997,
-    "gmlp_ti16_224": 0.99,
-    "cs3darknet_focus_s": 0.99,
+    "maxvit_pico_rw_256": 0.996,  # channels of very different range share groups
+    "mobilenetv3_small_050": 0.996,  # likewise
+    "cs3darknet_focus_s": 0.995,
 }
-UNSETTLED = ("visformer_tiny", "mobilenetv3_small_050")  # why their codes change so much
+UNSETTLED = ("visformer_tiny",)  # a gate's bias, one number, has a gradient of the other sign
 ISLANDS = ("mobilevit_xxs", "efficientvit_b0")  # their forward branches on shapes
 
 

@@ -223,6 +223,44 @@ class ControlFlowOnData(Classifier):
         return self.shallow(x)
 
 
+class RefinesStepwise(Classifier):
+    """Python looks up where the last step points, a recurrent cell takes the next one."""
+
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.reset, self.new = conv(10, 6), conv(10, 6), conv(10, 6)
+            self.step = conv(6, 2)
+
+        def forward(self, hidden: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            both = torch.cat([hidden, x], dim=1)
+            gate, reset = torch.sigmoid(self.gate(both)), torch.sigmoid(self.reset(both))
+            new = torch.tanh(self.new(torch.cat([reset * hidden, F.relu(x)], dim=1)))
+            hidden = (1 - gate) * hidden + gate * new
+            return hidden, self.step(hidden)
+
+    def __init__(self) -> None:
+        super().__init__(6)
+        self.stem = conv(3, 4, stride=2)
+        self.enter, self.cell = conv(4, 6), self.Cell()
+
+    def features(self, x: Tensor) -> Tensor:
+        volume = self.stem(x)
+        hidden = torch.tanh(self.enter(volume))
+        points = torch.stack(
+            torch.meshgrid(
+                *[torch.linspace(-1, 1, n).to(x) for n in hidden.shape[2:]], indexing="xy"
+            ),
+            -1,
+        ).expand(len(x), -1, -1, -1)
+        for _ in range(3 if float(x.detach().abs().sum()) > 0 else 1):
+            seen = F.grid_sample(F.relu(volume), points, align_corners=True)
+            share = torch.softmax(seen, dim=1) * seen
+            hidden, step = self.cell(hidden, F.avg_pool2d(share, 3, 1, 1))
+            points = points + 0.1 * step.detach().tanh().movedim(1, -1)
+        return hidden + step.sum(1, keepdim=True)
+
+
 class CountsCalls(Classifier):
     """A buffer changes in forward, even in eval."""
 
@@ -711,6 +749,7 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
         (Detector, _detection),
         (ControlFlowOnShapes, images()),
         (ControlFlowOnData, images()),
+        (RefinesStepwise, images()),
         (CountsCalls, images()),
         (Checkpointed, images()),
         (CompiledPart, images()),

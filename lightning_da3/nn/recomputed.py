@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_da3.nn.adapter import HostInput
+from lightning_da3.nn.head import HeadSlot
 from lightning_da3.ops.recomputed import recomputed
 
 
@@ -27,15 +29,22 @@ class Recomputed(nn.Module):
         object.__setattr__(self, "piece", piece)
         self.exact = exact
 
-    def forward(self, x: Tensor, *rest: Any) -> tuple[Any, ...]:
+    def forward(self, x: Any, *rest: Any) -> tuple[Any, ...]:
         """What the piece returns."""
-        inputs = [m for m in self.piece.modules() if isinstance(m, HostInput)]
-        active = [m.active for m in inputs if m.active is not None]
+        if not (isinstance(x, Tensor) and all(map(_is_plain, rest))):
+            return cast(tuple[Any, ...], self.piece(x, *rest))  # a list of tensors, say
+        doors = [m for m in self.piece.modules() if isinstance(m, HostInput | HeadSlot)]
+        active = [m.active for m in doors if m.active is not None]
         return recomputed(
             self.piece,
             x,
             *rest,
             exact=self.exact,
-            parameters=tuple(p for adapter in active for p in adapter.parameters()),
-            random=any(adapter.noisy and adapter.training for adapter in active),
+            parameters=tuple(p for module in active for p in module.parameters()),
+            random=any(getattr(m, "noisy", False) and m.training for m in active),
         )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether `value` is a tensor, or no tensor hides in it."""
+    return isinstance(value, Tensor) or not any(isinstance(t, Tensor) for t in tree_leaves(value))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_da3.ops.bits import dense, pack_between, unpack
+from lightning_da3.ops.decisions import decided
 
 
 class Slopes(NamedTuple):
@@ -57,9 +58,9 @@ RELU = Slopes()
 
 class _TwoSlopes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slopes: Slopes, inplace: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, slopes: Slopes, inplace: bool, bits: Tensor | None) -> Tensor:
         x_dense = dense(x)
-        ctx.save_for_backward(slopes.pack(x_dense))
+        ctx.save_for_backward(slopes.pack(x_dense) if bits is None else bits)
         ctx.size, ctx.stride, ctx.slopes = x.size(), x_dense.stride(), slopes
         if not inplace:
             return slopes.evaluate(x, inplace)
@@ -71,7 +72,7 @@ class _TwoSlopes(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
-        return ctx.slopes.gradient(grad, bits, ctx.size, ctx.stride), None, None
+        return ctx.slopes.gradient(grad, bits, ctx.size, ctx.stride), None, None, None
 
 
 def two_slopes(x: Tensor, slopes: Slopes = RELU, inplace: bool = False) -> Tensor:
@@ -85,9 +86,10 @@ def two_slopes(x: Tensor, slopes: Slopes = RELU, inplace: bool = False) -> Tenso
     Returns:
         The activation of `x`, same shape. Keeps 1 bit an element if a gradient is needed.
     """
+    bits = decided(lambda: slopes.pack(dense(x)))
     if not (torch.is_grad_enabled() and x.requires_grad):
         return slopes.evaluate(x, inplace)
-    result: Tensor = _TwoSlopes.apply(x, slopes, inplace)
+    result: Tensor = _TwoSlopes.apply(x, slopes, inplace, bits)
     return result
 
 
@@ -96,18 +98,18 @@ _SIXTH = torch.tensor(1.0 / 6.0, dtype=torch.float32).item()  # as PyTorch's, in
 
 class _HardSigmoid(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bits: Tensor | None) -> Tensor:
         x_dense = dense(x)
-        ctx.save_for_backward(pack_between(x_dense, -3.0, 3.0))
+        ctx.save_for_backward(pack_between(x_dense, -3.0, 3.0) if bits is None else bits)
         ctx.size, ctx.stride = x.size(), x_dense.stride()
         return F.hardsigmoid(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (bits,) = ctx.saved_tensors
         slopes = unpack(bits, ctx.size, ctx.stride).to(grad.dtype)
-        return slopes.mul_(grad).mul_(_SIXTH)
+        return slopes.mul_(grad).mul_(_SIXTH), None
 
 
 def hard_sigmoid(x: Tensor) -> Tensor:
@@ -116,7 +118,8 @@ def hard_sigmoid(x: Tensor) -> Tensor:
     Args:
         x: Any shape.
     """
+    bits = decided(lambda: pack_between(dense(x), -3.0, 3.0))
     if not (torch.is_grad_enabled() and x.requires_grad):
         return F.hardsigmoid(x)
-    result: Tensor = _HardSigmoid.apply(x)
+    result: Tensor = _HardSigmoid.apply(x, bits)
     return result

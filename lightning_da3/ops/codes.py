@@ -9,15 +9,18 @@ Kept: one byte an element and eight a group.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_da3.ops.bits import dense, flat, has_no_values
 
 GROUP = 256  # elements that share one range
+ROW = 128  # elements of a row that shares its range with no other
 EXTRA = 8  # bytes of a group's step and lowest value
 
 _SMALL = 1e-8  # added to a range before it divides, as FBGEMM does
@@ -105,6 +108,42 @@ def _decode_rows(rows: Tensor) -> Tensor:
     return elements.mul_(step.unsqueeze(1)).add_(low.unsqueeze(1)).view(-1)
 
 
+def encode_16(x: Tensor) -> Tensor:
+    """Codes of two bytes an element, for what must not be rounded much, such as coordinates.
+
+    Off by at most ``(max - min) / 131070`` of a group of 256, and what float32 rounds off.
+
+    Args:
+        x: Of a floating type; dense.
+
+    Returns:
+        int16 (2n + 4 * ceil(n / 256),), in the memory order of `x`: of all groups the elements,
+        then their steps and lowest values, float32.
+    """
+    elements = flat(x.detach()).float()
+    rows = F.pad(elements, (0, -elements.numel() % GROUP), value=0.0).view(-1, GROUP)
+    if elements.numel() % GROUP:
+        rows[-1, elements.numel() % GROUP :] = elements[-1]
+    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    step = (high - low) / 65535.0
+    numbers = rows.sub(low).mul_(1.0 / (step + _SMALL / 65535.0)).round_()
+    codes = numbers.sub_(32768.0).to(torch.int16).view(-1)[: elements.numel()]
+    return torch.cat((codes, torch.cat((step, low)).view(torch.int16).view(-1)))
+
+
+def decode_16(
+    codes: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """What `encode_16` coded; arguments as for `decode`."""
+    count = math.prod(size)
+    groups = -(-count // GROUP)
+    ends = codes[count:].clone().view(torch.float32)  # a clone: where float32 may begin
+    step, low = ends[:groups], ends[groups:]
+    rows = F.pad(codes[:count].float(), (0, groups * GROUP - count)).view(-1, GROUP)
+    rows = rows.add_(32768.0).mul_(step.unsqueeze(1)).add_(low.unsqueeze(1))
+    return rows.view(-1)[:count].to(dtype).as_strided(size, stride)
+
+
 def _largest_divisor(number: int, most: int) -> int:
     return next(d for d in range(min(most, number), 0, -1) if number % d == 0)
 
@@ -112,8 +151,15 @@ def _largest_divisor(number: int, most: int) -> int:
 def sample_group(x: Tensor) -> int:
     """Elements of a group such that none reaches into two samples of (N, ..), if at all possible.
 
-    So the codes of a sample do not depend on the rest of its batch.
+    So the codes of a sample do not depend on the rest of its batch. Nor into two rows of at least
+    `ROW` elements, if possible: one token may be far from the next.
     """
+    row = max(
+        (n for n, step in zip(x.shape[1:], x.stride()[1:], strict=True) if step == 1), default=1
+    )
+    part = _largest_divisor(row, GROUP) if row else 1
+    if part >= ROW:
+        return part
     whole = x[0].numel() if x.dim() and x.numel() else 1
     divisor = _largest_divisor(whole, GROUP)
     return divisor if divisor >= 32 or whole < 32 else GROUP

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_da3.ops.activation import Slopes
 from lightning_da3.ops.bits import dense
+from lightning_da3.ops.decisions import decided
 from lightning_da3.ops.linear import at_work, at_work_again, is_fast, product
 
 
@@ -44,7 +45,8 @@ class _FrozenConv(torch.autograd.Function):
             return y
         y = dense(y)
         ctx.size, ctx.stride = y.size(), y.stride()
-        ctx.save_for_backward(weight, slopes.pack(y))
+        bits = decided(lambda: slopes.pack(y))
+        ctx.save_for_backward(weight, slopes.pack(y) if bits is None else bits)
         return slopes.evaluate(y, inplace=True)
 
     @staticmethod
@@ -168,7 +170,10 @@ def frozen_conv(
     geometry = _Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     if not (torch.is_grad_enabled() and x.requires_grad):
         y = conv(x, weight, bias, *geometry)
-        return y if slopes is None else slopes.evaluate(y, inplace=True)
+        if slopes is None:
+            return y
+        decided(lambda: slopes.pack(dense(y)))
+        return slopes.evaluate(y, inplace=True)
     result: Tensor = _FrozenConv.apply(x, weight, bias, geometry, slopes)
     return result
 

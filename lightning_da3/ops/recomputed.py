@@ -1,14 +1,16 @@
 """A piece of a network that keeps its input, in 8 bits, and is computed again in the backward.
 
-Shapes: any. Kept: the codes of one activation (1/4 of float32; see `lightning_da3.ops.codes`), or
-that activation itself if exact; constants that the piece reads as well.
+Shapes: any. Kept: codes of the activations it reads (1/4 of float32; see
+`lightning_da3.ops.codes`) and what it decided (see `lightning_da3.ops.decisions`), or those
+activations themselves if exact; constants that the piece reads as well.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_da3.ops.bits import dense, has_no_values
 from lightning_da3.ops.codes import decode, encode, sample_group
+from lightning_da3.ops.decisions import following, noting
 
 Piece = Callable[..., tuple[Any, ...]]
 
@@ -23,26 +26,53 @@ Piece = Callable[..., tuple[Any, ...]]
 class _How(NamedTuple):
     exact: bool
     random: bool
-    group: int  # elements that share a code's range
-    trained: int  # parameters, in front of the constants
+    parameters: int  # trainable tensors in front of the activations
+
+
+class _Code(NamedTuple):
+    """How one activation is coded."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    group: int  # elements that share a range
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Code:
+        return cls(x.size(), dense(x.detach()).stride(), x.dtype, sample_group(x))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return encode(dense(x.detach()), self.group)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return decode(codes, *self)
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, piece: Piece, how: _How, x: Tensor, *rest: Any) -> tuple[Any, ...]:
+    def forward(ctx: Any, piece: Piece, how: _How, *inputs: Any) -> tuple[Any, ...]:
+        parameters, activations = inputs[: how.parameters], inputs[how.parameters :]
+        needed = ctx.needs_input_grad[2 + how.parameters :]
+        x = activations[0]
         ctx.piece, ctx.how = piece, how
         ctx.random = _Random(x.device) if how.random and not has_no_values(x) else None
         ctx.set_materialize_grads(False)
         ctx.autocast = _autocast_of(x.device.type)
-        tensors = [r for r in rest if isinstance(r, Tensor)]
-        ctx.rest = [None if isinstance(r, Tensor) else r for r in rest]
-        if how.exact:
-            ctx.save_for_backward(x, *tensors)
-        else:
-            x_dense = dense(x.detach())
-            ctx.size, ctx.stride, ctx.dtype = x.size(), x_dense.stride(), x.dtype
-            ctx.save_for_backward(encode(x_dense, how.group), *tensors)
-        outputs = tuple(_owner(y, x) for y in piece(x.view_as(x), *rest[how.trained :]))
+        ctx.codes = [
+            _Code.of(t) if (i == 0 or need) and not how.exact else None
+            for i, (t, need) in enumerate(zip(activations, needed, strict=True))
+        ]
+        ctx.others = [_Kept if isinstance(t, Tensor) else t for t in activations]
+        kept = [
+            t if code is None else code.encode(t)
+            for t, code in zip(activations, ctx.codes, strict=True)
+            if isinstance(t, Tensor)
+        ]
+        with noting(not how.exact) as noted:
+            outputs = piece(x.view_as(x), *activations[1:])
+        outputs = tuple(_owner(y, activations) for y in outputs)
+        ctx.noted = len(noted)
+        ctx.save_for_backward(*parameters, *noted, *kept)
         ctx.mark_non_differentiable(
             *[y for y in outputs if isinstance(y, Tensor) and not y.is_floating_point()]
         )
@@ -51,28 +81,27 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if ctx.how.exact:
-            x, *tensors = ctx.saved_tensors
-        else:
-            codes, *tensors = ctx.saved_tensors
-            x = decode(codes, ctx.size, ctx.stride, ctx.dtype, ctx.how.group)
-        waiting = iter(tensors)
-        rest = [r if r is not None else next(waiting, None) for r in ctx.rest]
-        x = x.detach().requires_grad_(ctx.needs_input_grad[2])
-        trained = ctx.how.trained
-        parameters = rest[:trained]
-        others = [
-            cast(Tensor, r).detach().requires_grad_() if needed else r
-            for r, needed in zip(rest[trained:], ctx.needs_input_grad[3 + trained :], strict=True)
+        saved = iter(ctx.saved_tensors)
+        parameters = list(itertools.islice(saved, ctx.how.parameters))
+        noted = list(itertools.islice(saved, ctx.noted))
+        activations = [
+            _leaf(next(saved), code, need) if other is _Kept else other
+            for other, code, need in zip(
+                ctx.others,
+                ctx.codes,
+                ctx.needs_input_grad[2 + ctx.how.parameters :],
+                strict=True,
+            )
         ]
         again = contextlib.nullcontext() if ctx.random is None else ctx.random.again()
-        with torch.enable_grad(), ctx.autocast(), again:
-            outputs = ctx.piece(x, *others)
+        decisions = contextlib.nullcontext() if ctx.how.exact else following(noted)
+        with torch.enable_grad(), ctx.autocast(), again, decisions:
+            outputs = ctx.piece(*activations)
         wanted = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None]
         wanted = [(y, g) for y, g in wanted if y.requires_grad]
         leaves = [
             t if isinstance(t, Tensor) and t.requires_grad else None
-            for t in (x, *parameters, *others)
+            for t in (*parameters, *activations)
         ]
         sources = [t for t in leaves if t is not None]
         found = iter(
@@ -85,11 +114,21 @@ class _Recomputed(torch.autograd.Function):
         return None, None, *[None if t is None else next(found) for t in leaves]
 
 
-def _owner(y: Any, x: Tensor) -> Any:
+class _Kept:
+    """Stands for a tensor that went through `save_for_backward`."""
+
+
+def _leaf(kept: Tensor, code: _Code | None, need: bool) -> Tensor:
+    x = kept if code is None else code.decode(kept)
+    return x.detach().requires_grad_() if need else x
+
+
+def _owner(y: Any, inputs: Sequence[Any]) -> Any:
     """`y` as a tensor that is no view: autograd forbids to write into views of a Function."""
     if not isinstance(y, Tensor) or not y._is_view():
         return y
-    if y.untyped_storage()._cdata == x.untyped_storage()._cdata:
+    read = {t.untyped_storage()._cdata for t in inputs if isinstance(t, Tensor)}
+    if y.untyped_storage()._cdata in read:
         return y.clone()
     owner = torch.ops.aten._unsafe_view(y, y.size())  # the same memory, and no view to autograd
     # a view of size 1 along an axis may have another stride there, and seem laid out otherwise
@@ -172,9 +211,9 @@ def recomputed(
 
     Args:
         piece: Pure; returns a tuple.
-        x: The one activation that it reads; must not be overwritten by `piece`.
-        rest: Kept as they are: mostly constants, and numbers.
-        exact: Keep `x` itself, not its 8-bit codes.
+        x: An activation that it reads; must not be overwritten by `piece`.
+        rest: What else it reads: constants and numbers, kept as they are, and other activations.
+        exact: Keep activations themselves, not their 8-bit codes.
         parameters: Trainable tensors that `piece` uses by itself.
         random: `piece` draws random numbers, which must be the same again.
 
@@ -187,6 +226,6 @@ def recomputed(
         return piece(x, *rest)
     if torch.compiler.is_compiling():
         return _compiled(piece, x, *rest, exact=exact)
-    how = _How(exact, random, 0 if exact else sample_group(x), len(parameters))
-    result: tuple[Any, ...] = _Recomputed.apply(piece, how, x, *parameters, *rest)
+    how = _How(exact, random, len(parameters))
+    result: tuple[Any, ...] = _Recomputed.apply(piece, how, *parameters, x, *rest)
     return result

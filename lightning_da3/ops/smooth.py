@@ -9,6 +9,7 @@ function; an even one needs no table, and eight bits leave it little to gain.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from torch import Tensor
 from lightning_da3.errors import ConfigError
 from lightning_da3.ops.bits import pack_pairs, unpack_pairs
 from lightning_da3.ops.codes import to_bytes
+from lightning_da3.ops.decisions import computed_twice, settled
 
 aten = torch.ops.aten
 
@@ -38,6 +40,7 @@ class Smooth:
             float32 or float64.
         low: Lowest value of the derivative.
         high: Highest value of the derivative.
+        jumps: The two points at which the derivative jumps, if it does.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Smooth:
     derivative: Callable[[Tensor, Tensor], Tensor]
     low: float
     high: float
+    jumps: tuple[float, float] | None = None
 
     def step(self, bits: int = 8) -> float:
         """Between two codes; a decoded derivative is off by at most half of it."""
@@ -71,6 +75,9 @@ def coded(x: Tensor, smooth: Smooth, bits: int = 8, inplace: bool = False) -> Te
     """
     if bits not in (4, 8):
         raise ConfigError(f"`bits` must be 4 or 8, got {bits}.")
+    if computed_twice():  # there nothing is kept for long, and PyTorch's own backward is quicker
+        x = x if smooth.jumps is None else settled(x, *smooth.jumps)
+        return smooth.value(x)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x.copy_(smooth.value(x)) if inplace else smooth.value(x)
     result: Tensor = _Coded.apply(x, smooth, bits, inplace)
@@ -202,7 +209,7 @@ SMOOTH: dict[str, Smooth] = {
     smooth.name: smooth
     for smooth in (
         Smooth("silu", F.silu, _silu, -0.09983932012886694, 1.099839320128867),
-        Smooth("hardswish", F.hardswish, _hardswish, -0.5, 1.5),
+        Smooth("hardswish", F.hardswish, _hardswish, -0.5, 1.5, jumps=(-3.0, 3.0)),
         Smooth("mish", F.mish, _mish, -0.11252612238946262, 1.088498161251728),
         Smooth("sigmoid", torch.sigmoid, _sigmoid, 0.0, 0.25),
         Smooth("logsigmoid", F.logsigmoid, _logsigmoid, 0.0, 1.0),
@@ -215,6 +222,7 @@ SMOOTH: dict[str, Smooth] = {
             partial(_elu, alpha=_ALPHA, scale=_SCALE, input_scale=1.0),
             0.0,
             _ALPHA * _SCALE,
+            jumps=(0.0, math.inf),
         ),
         gelu(),
         elu(),

@@ -103,19 +103,16 @@ def _plan_part(draft: _Draft, least: float, config: DA3Config) -> PartPlan:
         inside = {name for span in spans for name in span.nodes}
         segments = (*spans, *[s for s in segments if not inside & set(s.nodes)])
     again = {name for segment in segments for name in segment.nodes}
+    # from codes, what was decided must not be decided again
+    stays = ("nothing",) if exact else ("nothing", "bits")
     nodes = tuple(
-        dataclasses.replace(node, keeps="again", action=_plain(node))
-        if node.name in again and node.keeps != "nothing"
+        dataclasses.replace(node, keeps="again")
+        if node.name in again and node.keeps not in stays
         else node
         for node in nodes
     )
     nodes = fused(gm, nodes, hosts, segments)
     return PartPlan(draft.part.path, nodes, _writable(hosts, gm), segments)
-
-
-def _plain(node: NodePlan) -> str:
-    """In a segment nothing is kept for long: PyTorch's own smooth activations are quicker."""
-    return "leave" if node.keeps == "codes" else node.action
 
 
 def _writable(hosts: tuple[HostPlan, ...], gm: fx.GraphModule) -> tuple[HostPlan, ...]:

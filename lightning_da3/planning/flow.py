@@ -59,18 +59,23 @@ class Flow:
 
     def between(self, first: fx.Node, last: Iterable[fx.Node]) -> Nodes:
         """All nodes, numbers too, on a way from `first` (excluded) to any of `last` (included)."""
-        last = list(last)
-        end = max(self.position[node] for node in last)
-        downstream = {first}
-        for node in self.nodes[self.position[first] + 1 : end + 1]:
+        return self.behind_any([first], last)
+
+    def behind_any(self, first: Iterable[fx.Node], last: Iterable[fx.Node]) -> Nodes:
+        """The same for ways from any of `first`."""
+        first, last = set(first), list(last)
+        start = min(self.position[node] for node in first) + 1
+        end = max(self.position[node] for node in last) + 1
+        downstream = set(first)
+        for node in self.nodes[start:end]:
             if any(i in downstream for i in node.all_input_nodes):
                 downstream.add(node)
         upstream = set(last)
-        for node in reversed(self.nodes[self.position[first] + 1 : end + 1]):
+        for node in reversed(self.nodes[start:end]):
             if node in upstream:
                 upstream.update(node.all_input_nodes)
-        inside = (downstream & upstream) - {first}
-        for node in self.nodes[self.position[first] + 1 : end + 1]:
+        inside = (downstream & upstream) - first
+        for node in self.nodes[start:end]:
             # nobody reads it: it is there for what it writes into values of the stretch
             read = self.inputs(node)
             if not node.users and read and node.op != "output" and set(read) <= inside:

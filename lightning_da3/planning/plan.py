@@ -72,11 +72,13 @@ class SegmentPlan:
         source: Name of the node whose value is kept.
         nodes: Names of the nodes, in order.
         with_hosts: Hosts lie inside, adapters and all.
+        also: Names of other nodes whose value is kept: what an island reads may be several.
     """
 
     source: str
     nodes: tuple[str, ...]
     with_hosts: bool = False
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,8 @@ def _table(part: PartPlan) -> list[str]:
         marks.setdefault(host.last, []).append(f"writes {host.name}")
     for i, segment in enumerate(part.segments):
         for name in segment.nodes:
-            marks.setdefault(name, []).append(f"again from {segment.source} ({i})")
+            sources = ", ".join((segment.source, *segment.also))
+            marks.setdefault(name, []).append(f"again from {sources} ({i})")
     width = max((len(node.name) for node in part.nodes), default=4)
     lines = [f"{part.path}:"] if part.path else []
     lines.append(f"{'node':<{width}}  {'layer':<20} {'action':<8} {'keeps':<8} host")

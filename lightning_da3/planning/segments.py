@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Sequence
 
 from torch import fx, nn
 
@@ -27,9 +27,14 @@ WORTH = 2.0
 
 @dataclasses.dataclass
 class _Segment:
-    source: fx.Node
+    sources: list[fx.Node]
     keepers: list[fx.Node]
     inside: Nodes
+
+    @property
+    def plan(self) -> SegmentPlan:
+        first, *others = (source.name for source in self.sources)
+        return SegmentPlan(first, tuple(n.name for n in self.inside), also=tuple(others))
 
 
 class SegmentFinder:
@@ -60,6 +65,8 @@ class SegmentFinder:
         exact: bool,
     ) -> None:
         self.gm, self.flow, self.size, self.head, self.exact = gm, flow, size, head, exact
+        read = [node for node in flow.nodes if node.op == "placeholder" and node.users]
+        self.doors = read if inputs else []  # of an island
         self.tensors = tensors or {node for node in flow.nodes if self._gives_one_tensor(node)}
         self.plan = {node.name: node for node in nodes}
         self.written = {host.last for host in hosts}
@@ -76,8 +83,28 @@ class SegmentFinder:
             return not _is_unpacked(node)
         return getattr(node.target, "__name__", "") in ("add", "iadd", "sub", "mul", "cat")
 
-    def find(self) -> Iterator[SegmentPlan]:
+    def find(self) -> list[SegmentPlan]:
         """Every segment, in order."""
+        segments = [segment for segment in self._one_by_one() if self._saves(segment) > 0.0]
+        whole = self._island()
+        if whole is not None and self._saves(whole) > sum(map(self._saves, segments)):
+            segments = [whole]
+        return [segment.plan for segment in segments]
+
+    def _island(self) -> _Segment | None:
+        """All that keeps anything, from all that an island reads, if that is far less."""
+        keepers = [node for node in self.trained if self._keeps(node)]
+        if not self.doors or not keepers:
+            return None
+        segment = self._segment(self.doors, keepers)
+        if segment is None:
+            return None
+        enough = 1.0 if self.exact else WORTH
+        alone = sum(map(self._alone, segment.keepers))
+        return segment if enough * sum(map(self._cost, segment.sources)) <= alone else None
+
+    def _one_by_one(self) -> list[_Segment]:
+        """Segments that keep one value each."""
         found: dict[fx.Node, _Segment] = {}
         covered: set[fx.Node] = set()
         for node in reversed(self.trained):
@@ -86,22 +113,21 @@ class SegmentFinder:
             segment = self._best(node)
             if segment is None or covered & set(segment.inside):
                 continue
-            other = found.get(segment.source)
+            (source,) = segment.sources
+            other = found.get(source)
             if other is not None:
-                segment = self._segment(segment.source, segment.keepers + other.keepers)
+                segment = self._segment([source], segment.keepers + other.keepers)
             if segment is None:
                 continue
-            found[segment.source] = segment
+            found[source] = segment
             covered |= set(segment.inside)
-        for segment in sorted(found.values(), key=lambda s: self.flow.position[s.source]):
-            if self._worth_it(segment):
-                yield SegmentPlan(segment.source.name, tuple(node.name for node in segment.inside))
+        return sorted(found.values(), key=lambda s: self.flow.position[s.sources[0]])
 
     def pure(self) -> dict[fx.Node, bool]:
-        """Which nodes may run a second time, with hosts and their adapters."""
+        """Which nodes may run a second time, with hosts and their adapters, and the head."""
         nowhere = self.flow.nodes[-1]
         return {
-            node: self._may_run_again(node, nowhere, with_hosts=True) for node in self.flow.nodes
+            node: self._may_run_again(node, [nowhere], with_hosts=True) for node in self.flow.nodes
         }
 
     # --- one keeper -------------------------------------------------------------------------------
@@ -127,10 +153,10 @@ class SegmentFinder:
             if source not in self.tensors:
                 source = self._step(source)
                 continue
-            segment = self._segment(source, [keeper])
+            segment = self._segment([source], [keeper])
             if segment is None:
                 break
-            saved = sum(self._alone(k) for k in segment.keepers) - self._cost(source)
+            saved = self._saves(segment)
             if saved > most * 1.01:
                 best, most = segment, saved
             source = self._step(source)
@@ -156,31 +182,35 @@ class SegmentFinder:
 
     # --- segments ---------------------------------------------------------------------------------
 
-    def _segment(self, source: fx.Node, ends: list[fx.Node]) -> _Segment | None:
-        inside = self.flow.between(source, ends)
-        if not all(self._may_run_again(node, source) for node in inside):
+    def _segment(self, sources: list[fx.Node], ends: list[fx.Node]) -> _Segment | None:
+        inside = self.flow.behind_any(sources, ends)
+        if not all(self._may_run_again(node, sources) for node in inside):
             return None
         names = {node.name for node in inside}
         if any(names & set(self.readers.get(name, ())) for name in names):
             return None  # a host begins inside
         for node in inside:
             for i in node.all_input_nodes:
-                if i in self.trained and i is not source and i not in inside:
+                if i in self.trained and i not in sources and i not in inside:
                     return None
         keepers = [node for node in inside if node in self.trained and self._keeps(node)]
-        return _Segment(source, keepers, inside)
+        return _Segment(sources, keepers, inside)
 
-    def _may_run_again(self, node: fx.Node, source: fx.Node, *, with_hosts: bool = False) -> bool:
-        if str(node.target) == self.head or (node.name in self.written and not with_hosts):
+    def _may_run_again(
+        self, node: fx.Node, sources: list[fx.Node], *, with_hosts: bool = False
+    ) -> bool:
+        trains = str(node.target) == self.head or node.name in self.written
+        if trains and not with_hosts:
             return False
         if node.op in ("placeholder", "output", "get_attr"):
             return False
         name = str(getattr(node.target, "__name__", node.target))
-        first = bool(node.args) and node.args[0] is source
-        # the segment's first operation can leave its input alone, if nobody else would see it
-        seen = len(source.users) > 1 or node.op == "call_method" or name in _IN_PLACE_OPERATORS
-        if first and seen and self._overwrites(node, name):
-            return False
+        first = node.args[0] if node.args else None
+        if isinstance(first, fx.Node) and first in sources and self._overwrites(node, name):
+            # the segment's first operation can leave its input alone, if nobody else would see it
+            seen = len(first.users) > 1 or len(sources) > 1
+            if seen or node.op == "call_method" or name in _IN_PLACE_OPERATORS:
+                return False
         if node.op == "call_function":
             home = str(getattr(node.target, "__module__", "") or "")
             random = any(word in name for word in ("dropout", "rand", "bernoulli", "multinomial"))
@@ -196,9 +226,8 @@ class SegmentFinder:
         asked = bool(getattr(layer, "inplace", False) or node.kwargs.get("inplace"))
         return named or asked or (planned is not None and planned.inplace)
 
-    def _worth_it(self, segment: _Segment) -> bool:
-        alone = sum(self._alone(k) for k in segment.keepers)
-        return self._cost(segment.source) < alone
+    def _saves(self, segment: _Segment) -> float:
+        return sum(map(self._alone, segment.keepers)) - sum(map(self._cost, segment.sources))
 
 
 def _is_unpacked(node: fx.Node) -> bool:

@@ -135,6 +135,7 @@ class SpanFinder:
             operands = sum(self.size[i] for i in self.flow.inputs(node))
             unit = {"bits": 0.125 * operands, "bytes": 0.5 * self.size[node]}
             unit |= {"pytorch": 4.0 * operands, "codes": operands, "again": operands}
+            unit["head"] = 4.0 * operands  # for the gradient of its weight
             total += unit.get(planned.keeps, 0.0)
         for host in self.hosts:
             if self.named[host.last] in inside:
