@@ -70,6 +70,8 @@ class Adapter(nn.Module):
         self.squeeze = CONV_OF[axes](
             in_channels, hidden_channels, kernel_size, padding=kernel_size // 2, bias=False
         )
+        if axes == 2:  # as compiled convolutions want it: they would keep a copy
+            self.squeeze.to(memory_format=torch.channels_last)
         self.norm = nn.GroupNorm(1, hidden_channels)
         # by cell: for so few cells a matrix product is far quicker than a 1x1 convolution
         self.attend = nn.Linear(hidden_channels, 1)
