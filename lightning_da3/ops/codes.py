@@ -21,6 +21,7 @@ from lightning_da3.ops.bits import dense, flat, has_no_values
 
 GROUP = 256  # elements that share one range
 ROW = 128  # elements of a row that shares its range with no other
+MANY = 64  # channels of one position that may share a range
 EXTRA = 8  # bytes of a group's step and lowest value
 
 _SMALL = 1e-8  # added to a range before it divides, as FBGEMM does
@@ -168,17 +169,17 @@ def sample_group(x: Tensor) -> int:
 class Rows(NamedTuple):
     """Codes of cells (N, C, *grid), in groups whose values are of one kind.
 
-    Cells in the order of their axes share a range by channel, tokens (one axis, channels last in
-    memory) by token: a class token may be far from the others.
+    Cells share a range by channel; where the channels lie last in memory and are many, and for
+    tokens (one axis), by position, which spares a copy: a class token may be far from the others.
 
     Attributes:
-        tokens: Groups lie within tokens.
+        last: Channels lie last in memory, and groups within one position.
         group: Elements that share a range; none reaches into two samples.
         size: Of the cells.
         dtype: Of the cells.
     """
 
-    tokens: bool
+    last: bool
     group: int
     size: torch.Size
     dtype: torch.dtype
@@ -186,22 +187,24 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, x: Tensor) -> Rows:
         """How to code `x`."""
-        tokens = x.dim() == 3 and x.shape[2] > 1 and x.stride(1) == 1 and x.shape[1] > 1
-        if tokens:
-            return cls(True, _largest_divisor(x.shape[1], GROUP), x.size(), x.dtype)
-        cells = max(1, x[0, 0].numel()) if x.numel() else 1
-        group = cells * _largest_divisor(max(1, x.shape[1]), max(1, 128 // cells))
-        return cls(False, group, x.size(), x.dtype)
+        size, dtype = x.size(), x.dtype
+        cells, channels = max(1, math.prod(size[2:])), max(1, size[1])
+        if x.stride(1) == 1 and min(cells, channels) > 1:
+            group = _largest_divisor(channels, GROUP)
+            if x.dim() == 3 or group >= MANY:
+                return cls(True, group, size, dtype)
+        group = cells * _largest_divisor(channels, max(1, 128 // cells))
+        return cls(False, group, size, dtype)
 
     def encode(self, x: Tensor) -> Tensor:
         """See `encode`."""
         x = x.detach()
-        return encode((x.transpose(1, 2) if self.tokens else x).contiguous(), self.group)
+        return encode((x.movedim(1, -1) if self.last else x).contiguous(), self.group)
 
     def decode(self, codes: Tensor) -> Tensor:
         """What `encode` coded."""
         n, c, *grid = self.size
-        size = [n, *grid, c] if self.tokens else [n, c, *grid]
+        size = [n, *grid, c] if self.last else [n, c, *grid]
         stride = torch.empty(size, device="meta").stride()
         x = decode(codes, size, stride, self.dtype, self.group)
-        return x.transpose(1, 2) if self.tokens else x
+        return x.movedim(-1, 1) if self.last else x
