@@ -369,6 +369,45 @@ def test_plan_of_convolutions_and_norms():
     assert (second.in_channels, second.out_channels, second.stride) == (4, 6, (1, 1))
 
 
+class Fusable(nn.Module):
+    """What may become one operation with the convolution before it, and what may not."""
+
+    def __init__(self):
+        super().__init__()
+        self.host, self.behind_a_host = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()
+        self.point, self.norm, self.fused = nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6), nn.ReLU6()
+        self.pooled, self.before_a_pool, self.pool = nn.Conv2d(6, 6, 1), nn.ReLU(), nn.MaxPool2d(2)
+        self.read_twice, self.other = nn.Conv2d(6, 6, 1), nn.ReLU()
+        self.shared, self.first, self.second = nn.Conv2d(6, 6, 1), nn.ReLU(), nn.LeakyReLU(0.2)
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.behind_a_host(self.host(x))
+        x = self.fused(self.norm(self.point(x)))
+        x = self.pool(self.before_a_pool(self.pooled(x)))
+        y = self.read_twice(x)
+        x = self.other(y) + y
+        x = self.second(self.shared(self.first(self.shared(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_an_activation_becomes_one_operation_with_the_convolution_that_it_alone_reads(exact):
+    torch.manual_seed(0)
+    network = Fusable().eval()
+    config = DA3Config(AdapterConfig(4, min_stride=1), memory=MemoryConfig(exact=exact))
+    model = convert(network, config, example_inputs=torch.randn(2, 3, 8, 8))
+    assert {step.name for step in model.plan.nodes if step.action == "fuse"} == {"fused"}
+    step = next(step for step in model.plan.nodes if step.name == "fused")
+    assert (step.fold_into, step.keeps) == ("point", "bits")
+    fused = [m for m in model.backbone.modules() if isinstance(m, FrozenConv) and m.slopes]
+    assert [conv.slopes.high for conv in fused] == [6.0]
+    rows = {row.name: row for row in model.plan.at(2, 8).rows}
+    assert rows["point"].flops_forward > 0 == rows["point"].saved_bytes
+    assert rows["fused"].flops_forward == 0
+    assert rows["fused"].saved_bytes == 2 * 6 * 8 * 8 // 8
+
+
 @pytest.mark.parametrize(
     ("name", "norm", "action", "inplace"),
     [
