@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from typing_extensions import override
 
-from lightning_da3.binding import DomainRun, state_key
+from lightning_da3.binding import DomainRun, loss_scale, state_key
 from lightning_da3.config import DA3Config
 from lightning_da3.domains import DA3Model
 from lightning_da3.errors import CheckpointError, ConfigError, DA3Error
@@ -46,6 +46,7 @@ class DA3Callback(L.Callback):
         backbone: Name of the network inside the LightningModule, such as ``net``; by default the
             one child that has convolutions.
         save_dir: Folder in which ``<domain>.safetensors`` is kept up to date after every epoch.
+        budget: What a step may take at its peak, as of `MemoryConfig`; None: as `config` says.
 
     Raises:
         ConfigError: `num_classes` is given beside a dict of domains, or that is empty.
@@ -58,11 +59,12 @@ class DA3Callback(L.Callback):
         config: DA3Config | None = None,
         backbone: str | None = None,
         save_dir: str | None = None,
+        budget: int | str | None = None,
     ) -> None:
         super().__init__()
         self.domain = domain
         self.num_classes = num_classes
-        self.config = config or DA3Config()
+        self.config = (config or DA3Config()).within(budget)
         self.backbone = backbone
         self.save_dir = save_dir
         self.run = DomainRun(_domains(domain, num_classes), self.config, backbone)
@@ -145,7 +147,7 @@ class DA3Callback(L.Callback):
     ) -> None:
         assert self.model is not None
         self.model.set_progress(_progress(trainer))
-        self.model.gate_loss_scale = _loss_scale(trainer) / trainer.accumulate_grad_batches
+        self.model.gate_loss_scale = loss_scale(trainer) / trainer.accumulate_grad_batches
         if self._batches_measured == 0 and getattr(pl_module, "_compiler_ctx", None) is None:
             # the hooks of a compiled step would be compiled with it, and gradients be lost
             self._watching = SavedActivations(pl_module, inputs=batch).__enter__()
@@ -327,12 +329,6 @@ def _domains(domain: str | Mapping[str, int], num_classes: int | None) -> Mappin
 
 def _log(pl_module: L.LightningModule, key: str, value: float | Tensor) -> None:
     pl_module.log(key, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
-
-
-def _loss_scale(trainer: L.Trainer) -> float:
-    """By which float16 training multiplies the loss, so that small gradients do not vanish."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 def _can_measure_peak(trainer: L.Trainer, device: torch.device) -> bool:
