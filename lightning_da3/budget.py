@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -158,7 +158,7 @@ class SplitCosts:
             return WHOLE
         fitting = [
             split
-            for samples in sorted({-(-count // pieces) for pieces in range(2, count + 1)})
+            for samples in _sizes(count)
             if (split := self._least_again(count, samples, budget_bytes)) is not None
         ]
         if not fitting:
@@ -205,15 +205,22 @@ class SplitCosts:
         return None
 
     def _impossible(self, count: int, budget_bytes: int) -> str:
-        least = self.peak(count, Split(1, count - 1) if count > 1 else WHOLE)
+        ends = [(Split(n), Split(n, len(Split(n).counts(count)) - 1)) for n in _sizes(count)]
+        splits = [WHOLE, *(split for both in ends for split in both)]
+        least = min((self.peak(count, split) for split in splits), key=lambda peak: peak.bytes)
         return (
             f"A budget of {mib(budget_bytes)} cannot be held. The smallest is "
-            f"{mib(MARGIN * least.bytes)}: a training step on {count} samples, one at a time, "
-            f"takes {mib(least.bytes)} at its peak above the resting model, at "
+            f"{mib(MARGIN * least.bytes)}: a training step on {count} samples "
+            f"takes at least {mib(least.bytes)} at its peak above the resting model, at "
             f"{least.node.removeprefix('backbone.') or 'the loss'}, {least.phase}; predictions "
             "hold within a tenth. Raise the budget, or make that node smaller: smaller images, or "
             "a network with smaller maps."
         )
+
+
+def _sizes(count: int) -> list[int]:
+    """Samples of the largest piece, for every number of pieces above one."""
+    return sorted({-(-count // pieces) for pieces in range(2, count + 1)})
 
 
 def _later(moment: tuple[int, str], added: int, phase: str) -> Peak:
@@ -230,12 +237,14 @@ class Holder:
         budget: As of `MemoryConfig`.
         by: Likewise its `split`.
         split: If it is set, what every batch is split by, whatever the budget.
+        tell: Called with a line for people whenever a new kind of batch is decided upon.
     """
 
     def __init__(self, memory: MemoryConfig) -> None:
         self.budget: Budget | None = memory.budget
         self.by: Literal["pieces", "accumulate"] = memory.split
         self.split: Split | None = None
+        self.tell: Callable[[str], object] | None = None
         self._costs: dict[Any, SplitCosts] = {}
         self._chosen: dict[Any, Split | None] = {}
         self._parts: dict[Any, int] = {}  # by kind of batch, most samples
@@ -288,6 +297,8 @@ class Holder:
             if split is not WHOLE:
                 check(args, kwargs)
             self._chosen[key] = split
+            parts, again = ((), 0) if split is WHOLE else (split.counts(count), split.again)
+            self._say(f"a batch of {count}: {how_split(parts, again)}")
         return self._chosen[key]
 
     @property
@@ -307,6 +318,11 @@ class Holder:
     def remember_part(self, kind: Any) -> None:
         """What the network was given last is of such a batch."""
         self._parts[kind] = self._part or 1
+        self._say(f"training steps on at most {self._parts[kind]} samples, whose gradients add up")
+
+    def _say(self, what: str) -> None:
+        if self.tell is not None:
+            self.tell(f"Held to a budget of {self.budget}, {what}.")
 
     def _largest(self, model: nn.Module, args: Any, kwargs: Any) -> int:
         reason = "it takes no tensor with samples along axis 0 first"
@@ -341,6 +357,23 @@ class Holder:
     def bytes_on(self, device: torch.device) -> int:
         """The budget in bytes."""
         return free_bytes(device) if self.budget == "auto" else bytes_in(self.budget)
+
+
+def how_split(parts: Sequence[int], again: int = 0, *, accumulated: bool = False) -> str:
+    """How a step stays within a budget, for people.
+
+    Args:
+        parts: Samples of every part of the batch; one or none: it is not split.
+        again: So many of them are computed again in the backward.
+        accumulated: The parts are training steps of their own.
+    """
+    if len(parts) < 2:
+        return "the whole batch fits"
+    most = max(parts)
+    if accumulated:
+        return f"{len(parts)} training steps on {most} samples at most, whose gradients add up"
+    kept = f"{again} of them computed again in the backward" if again else "all kept"
+    return f"the batch goes through the network in {len(parts)} pieces of {most} at most, {kept}"
 
 
 def split_costs(predictor: StepPredictor, args: Any, kwargs: Any) -> SplitCosts:

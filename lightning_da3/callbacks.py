@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from typing_extensions import override
@@ -130,6 +131,7 @@ class DA3Callback(L.Callback):
         assert self.model is not None
         self.model.train()  # Lightning leaves a module in eval that came in eval
         self.model.gates_over_ranks = trainer.world_size > 1
+        self.model.holder.tell = rank_zero_info
         self._batches_measured = 0
 
     @override

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_da3.budget import split_costs, without_budget
+from lightning_da3.budget import how_split, split_costs, without_budget
 from lightning_da3.errors import ConfigError, DA3Error, InputError
 from lightning_da3.memory import (
     NodeCost,
@@ -142,22 +142,13 @@ class PlanCosts:
             lines.append(f"left to PyTorch (more memory): {', '.join(self.plan.left_to_pytorch)}")
         lines += ["", *_table(list(self._summary())), f"peak of DA3 at {_where(self.ours)}"]
         if self.budget_bytes is not None:
-            lines.append(f"held to {size(self.budget_bytes)}: {self._how()}")
+            way = how_split(self.parts, self.again, accumulated=self.accumulated)
+            lines.append(f"held to {size(self.budget_bytes)}: {way}")
         if self.finetune is not None:
             lines.append(f"peak of fine-tuning at {_where(self.finetune)}")
         if self.no_finetune:
             lines.append(f"fine-tuning is not known: {self.no_finetune}")
         return "\n".join(lines)
-
-    def _how(self) -> str:
-        """The way in which the step stays within its budget."""
-        if not self.parts:
-            return "the whole batch fits"
-        most, count = max(self.parts), len(self.parts)
-        if self.accumulated:
-            return f"{count} training steps on {most} samples at most, whose gradients add up"
-        again = f"{self.again} of them computed again in the backward" if self.again else "all kept"
-        return f"the batch goes through the network in {count} pieces of {most} at most, {again}"
 
     def _summary(self) -> Iterator[tuple[str, ...]]:
         ours, theirs = self.ours, self.finetune

@@ -32,7 +32,7 @@ class Steps(Lit):
         return super().training_step(batch, batch_idx)
 
     def on_before_optimizer_step(self, optimizer):
-        domain = self.net.domain("a")
+        domain = self.net.domain(self.net.active_domain)
         self.steps.append([p.grad.clone() for p in domain.parameters()])
 
 
@@ -102,18 +102,20 @@ def test_bfloat16_trains(tmp_path, by, split):
 
 
 @pytest.mark.parametrize("by", ["pieces", "accumulate"])
-def test_a_budget_is_held_in_a_trainer(tmp_path, by):
-    """Chosen by prediction, and said by what the callback measures."""
+def test_a_budget_is_held_in_a_trainer(tmp_path, by, caplog):
+    """Chosen by prediction, said before the step, and shown by what the callback measures."""
     peaks = {}
     for budget in (None, "900KiB"):
         module = Steps()
         config = dataclasses.replace(CONFIG, memory=MemoryConfig(split=by))
         callback = DA3Callback("a", 2, config, budget=budget)
         fitter = trainer(tmp_path, callback, epochs=1)
-        fitter.fit(module, data(10, 128))
+        with caplog.at_level("INFO"):
+            fitter.fit(module, data(10, 128))
         peaks[budget] = float(fitter.callback_metrics["da3/peak_bytes"])
     assert peaks[None] > 900 * 2**10 >= peaks["900KiB"]
     assert module.net.holder.budget == "900KiB"
+    assert "Held to a budget of 900KiB, " in caplog.text
     plan = module.net.plan.at(10, 128)
     assert len(plan.parts) > 1
     assert plan.accumulated == (by == "accumulate")
