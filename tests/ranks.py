@@ -81,7 +81,7 @@ def trainer(folder, strategy, devices=2, callbacks=(), **kwargs):
 
 
 def gradients(folder, devices, strategy, config=BUDGET, split=None):
-    """Two steps of global batches of eight, on one process or two; by `split` whatever the budget."""
+    """Two steps of global batches of eight, on one process or two; split by `split` if any."""
 
     class Splits(L.Callback):
         def on_train_start(self, trainer, pl_module):
