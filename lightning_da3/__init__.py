@@ -9,6 +9,7 @@ Without a Trainer: ``model = convert(network)``, ``model.add_domain("flowers", n
 ``model.set_domain("flowers")``.
 """
 
+from lightning_da3.accumulating import accumulated
 from lightning_da3.attaching import load_from_checkpoint
 from lightning_da3.callbacks import DA3Callback
 from lightning_da3.config import AdapterConfig, DA3Config, GateConfig, MemoryConfig
@@ -50,6 +51,7 @@ __all__ = [
     "InputError",
     "MemoryConfig",
     "PredictionWarning",
+    "accumulated",
     "convert",
     "fit_sequence",
     "load_from_checkpoint",

@@ -91,6 +91,8 @@ def attach_(
     model.set_domain(active if active in domains else next(iter(domains)))
     if model is not network:
         module.set_submodule(name, model)
+    if config.memory.budget is not None:  # of this machine, whatever the network came with
+        model.holder.hold(config.memory)
     return model
 
 

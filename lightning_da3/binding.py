@@ -8,12 +8,14 @@ so that it serves the `lightning` and `pytorch_lightning` packages alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_da3.accumulating import accumulated, samples_in_batch
 from lightning_da3.attaching import attach_, domains_in, load_state_
 from lightning_da3.config import DA3Config
 from lightning_da3.domains import DA3Model
@@ -178,9 +180,9 @@ class DomainRun:
     # --- the steps --------------------------------------------------------------------------------
 
     def training_step(
-        self, _: Any, proceed: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any
+        self, strategy: Any, proceed: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """The step of the domain that the batch is of."""
+        """The step of the domain that the batch is of, in parts where the budget asks for it."""
         if len(self.domains) > 1 and not self._names(batch):
             raise ConfigError(
                 f"This run learns {list(self.domains)}, so a training batch must say of which one "
@@ -188,7 +190,38 @@ class DomainRun:
                 "trainer.fit(module, DomainLoader({name: loader, ...})) of a `lightning` Trainer "
                 "gives such batches."
             )
-        return self._step(proceed, batch, *args, **kwargs)
+        return self._step(partial(self._in_parts, strategy, proceed), batch, *args, **kwargs)
+
+    def _in_parts(
+        self, strategy: Any, proceed: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        assert self.model is not None
+        module = strategy.lightning_module
+        if not self.model.holder.accumulates:
+            return proceed(batch, *args, **kwargs)
+        if not module.automatic_optimization:
+            raise ConfigError(
+                "MemoryConfig(split='accumulate') cannot split the training step of a module with "
+                "automatic_optimization=False: call `lightning_da3.accumulated` in it yourself, or "
+                "use split='pieces'."
+            )
+        results = module.trainer._results
+
+        def step(part: Any) -> Any:
+            results.batch_size = samples_in_batch(part)  # what is logged counts by samples
+            return proceed(part, *args, **kwargs)
+
+        try:
+            return accumulated(
+                self.model,
+                step,
+                batch,
+                parameters=module.parameters(),
+                scale=loss_scale(module.trainer),
+                unsynced=getattr(strategy, "block_backward_sync", nullcontext),
+            )
+        finally:
+            results.batch_size = None
 
     def _step(self, proceed: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
         if self._names(batch):
@@ -249,6 +282,12 @@ class DomainRun:
 def state_key(domains: Iterable[str]) -> str:
     """Tells the callbacks of one checkpoint apart."""
     return f"DA3Callback[{', '.join(domains)}]"
+
+
+def loss_scale(trainer: Any) -> float:
+    """By which float16 training multiplies the loss, so that small gradients do not vanish."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 def drop_frozen_(optimizers: Iterable[torch.optim.Optimizer]) -> None:

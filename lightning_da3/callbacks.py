@@ -9,12 +9,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from typing_extensions import override
 
-from lightning_da3.binding import DomainRun, state_key
+from lightning_da3.binding import DomainRun, loss_scale, state_key
 from lightning_da3.config import DA3Config
 from lightning_da3.domains import DA3Model
 from lightning_da3.errors import CheckpointError, ConfigError, DA3Error, PredictionWarning
@@ -59,6 +59,7 @@ class DA3Callback(L.Callback):
             one child that has convolutions.
         save_dir: Folder in which ``<domain>.safetensors`` is kept up to date after every epoch.
         predict: Predict the peak of a step; takes about as long as a few steps, once a fit.
+        budget: What a step may take at its peak, as of `MemoryConfig`; None: as `config` says.
 
     Raises:
         ConfigError: `num_classes` is given beside a dict of domains, or that is empty.
@@ -72,11 +73,12 @@ class DA3Callback(L.Callback):
         backbone: str | None = None,
         save_dir: str | None = None,
         predict: bool = True,
+        budget: int | str | None = None,
     ) -> None:
         super().__init__()
         self.domain = domain
         self.num_classes = num_classes
-        self.config = config or DA3Config()
+        self.config = (config or DA3Config()).within(budget)
         self.backbone = backbone
         self.save_dir = save_dir
         self.predict = predict
@@ -146,6 +148,7 @@ class DA3Callback(L.Callback):
         # the hooks of a compiled step would be compiled with it, and gradients be lost
         predict = self.predict and trainer.world_size == 1
         self.first_steps = None if compiled else FirstSteps(self.model, predict=predict)
+        self.model.holder.tell = rank_zero_info
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -162,7 +165,7 @@ class DA3Callback(L.Callback):
     ) -> None:
         assert self.model is not None
         self.model.set_progress(_progress(trainer))
-        self.model.gate_loss_scale = _loss_scale(trainer) / trainer.accumulate_grad_batches
+        self.model.gate_loss_scale = loss_scale(trainer) / trainer.accumulate_grad_batches
         if self.first_steps is not None:
             device = pl_module.device
             peak_on = device if _can_measure_peak(trainer, device) else None
@@ -343,12 +346,6 @@ def _log(pl_module: L.LightningModule, key: str, value: float | Tensor | None) -
     assert value is not None
     value = value if isinstance(value, Tensor) else float(value)
     pl_module.log(key, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
-
-
-def _loss_scale(trainer: L.Trainer) -> float:
-    """By which float16 training multiplies the loss, so that small gradients do not vanish."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 def _can_measure_peak(trainer: L.Trainer, device: torch.device) -> bool:

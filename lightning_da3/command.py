@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--image-size", type=int, nargs="+", help="of every spatial axis")
     plan.add_argument("--batch-size", type=int, default=1)
     plan.add_argument("--exact", action="store_true", help="MemoryConfig(exact=True)")
+    plan.add_argument("--budget", help="of the peak, such as 128MiB, or auto: splits the batch")
     plan.add_argument("--head", default="auto", help="name of the classifier; 'none': keep it")
     plan.add_argument("--format", choices=("text", "json"), default="text")
     plan.add_argument("--plot", type=Path, help="picture of the memory over the step, to write")
@@ -76,7 +77,9 @@ def _plan(given: argparse.Namespace) -> str:
         raise ConfigError(f"--plot: there is no folder {str(folder)!r}.")
     network = network_without_values(_factory(given.network), given.network)
     head = None if given.head.lower() == "none" else given.head
-    model = convert(network, DA3Config(memory=MemoryConfig(exact=given.exact), head=head))
+    budget = int(given.budget) if (given.budget or "").isdigit() else given.budget
+    memory = MemoryConfig(exact=given.exact, budget=budget)
+    model = convert(network, DA3Config(memory=memory, head=head))
     size = given.image_size
     costs = model.plan.at(given.batch_size, size[0] if size and len(size) == 1 else size)
     if given.plot is not None:

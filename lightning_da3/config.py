@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from lightning_da3.errors import ConfigError
 
 CONFIG_VERSION = 1
+UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
+Budget = int | str  # bytes; or "128MiB", or "auto"
 _Config = TypeVar("_Config")
 
 
@@ -121,11 +124,21 @@ class MemoryConfig:
             norms, heads, domains and what stays Python keep their types. A domain fits only the
             kind of weights that it was learned with. Code that `torch.compile` made may keep the
             copies for the backward.
+        budget: What a training step may take at its peak, above the resting model: bytes, or a
+            number with a unit such as ``"128MiB"``, or ``"auto"`` for what the device has free;
+            None: as much as it takes. It is about a machine, not about what is learned: configs
+            that differ in it are equal, and no file holds it.
+        split: How a batch is split to stay within the budget. ``"pieces"``: inside the network,
+            whose outputs come back whole; needs nothing of the training step. ``"accumulate"``: the
+            training step runs on parts of the batch, whose gradients add up; its loss must be a
+            mean over samples. It keeps less, and is for networks that cannot be split inside.
     """
 
     exact: bool = False
     derivative_bits: int = 8
     weights: str = "same"
+    budget: Budget | None = field(default=None, compare=False)
+    split: Literal["pieces", "accumulate"] = field(default="pieces", compare=False)
 
     def __post_init__(self) -> None:
         """Check every field and report all problems at once."""
@@ -145,12 +158,34 @@ class MemoryConfig:
             self.weights in ("same", "bfloat16"),
             f"`weights` must be 'same' or 'bfloat16', got {self.weights!r}.",
         )
+        _require(
+            problems,
+            self.budget in (None, "auto") or bytes_in(self.budget) > 0,
+            f"`budget` must be bytes, a number with a unit of {', '.join(UNITS)} such as "
+            f"'128MiB', 'auto' or None, got {self.budget!r}.",
+        )
+        _require(
+            problems,
+            self.split in ("pieces", "accumulate"),
+            f"`split` must be 'pieces' or 'accumulate', got {self.split!r}.",
+        )
         _raise(problems)
 
     @property
     def resting(self) -> torch.dtype | None:
         """The type that weights rest in; None: their own."""
         return torch.bfloat16 if self.weights == "bfloat16" else None
+
+
+def bytes_in(text: object) -> int:
+    """The bytes that a number with a unit says, such as ``"1.5 GiB"``; 0 if it says none."""
+    if _is_int(text):
+        return text  # type: ignore[return-value]
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", str(text))
+    return int(float(found[1]) * UNITS.get(found[2], 0)) if found else 0
+
+
+MACHINE = [f.name for f in dataclasses.fields(MemoryConfig) if not f.compare]
 
 
 @dataclass(frozen=True)
@@ -192,9 +227,25 @@ class DA3Config:
         )
         _raise(problems)
 
+    def within(self, budget: Budget | None) -> DA3Config:
+        """The same config with another budget; itself for None.
+
+        Raises:
+            ConfigError: It is no budget.
+        """
+        if budget is None:
+            return self
+        return dataclasses.replace(self, memory=dataclasses.replace(self.memory, budget=budget))
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain types only, for files and loggers; `from_dict` is the way back."""
-        return {"version": CONFIG_VERSION, **dataclasses.asdict(self)}
+        """Plain types only, for files and loggers; `from_dict` is the way back.
+
+        Without what is about a machine, and not about what is learned on it: the budget.
+        """
+        values = dataclasses.asdict(self)
+        for name in MACHINE:
+            del values["memory"][name]
+        return {"version": CONFIG_VERSION, **values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DA3Config:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from lightning_da3.budget import Holder
 from lightning_da3.checkpointing import domain_file_bytes, read_domain, write_domain
 from lightning_da3.config import DA3Config
 from lightning_da3.eager import KeepsLess
@@ -30,6 +31,7 @@ from lightning_da3.nn.gate import (
 from lightning_da3.nn.head import HeadSlot, MixedHeads, class_axis, classes_of, new_head
 from lightning_da3.nn.statistics import Statistics
 from lightning_da3.passes.hosts import INPUTS, host_key
+from lightning_da3.pieces import batch_size, cut, run_in_pieces
 from lightning_da3.planning import HostPlan, Plan
 from lightning_da3.prediction import ModelPlan, Original
 from lightning_da3.state import (
@@ -98,6 +100,7 @@ class DA3Model(nn.Module):
         self.bank = nn.ModuleDict()
         self._plan, self.config, self.fingerprint = plan, config, fingerprint
         self._original: Original | None = None
+        self.holder = Holder(config.memory)
         self.progress = 1.0
         self.gate_loss_scale = 1.0
         self.gates_over_ranks = False  # True: every training batch is a rank's part of a global one
@@ -254,7 +257,7 @@ class DA3Model(nn.Module):
             check_input(args[0], self.plan)
         if domains is not None:
             return self._run_mixed(domains, args, kwargs)
-        output, ledger = self._run(*args, **kwargs)
+        output, ledger = self._run_split(args, kwargs)
         executed = self._executed(ledger)
         if not executed:
             return output
@@ -278,6 +281,36 @@ class DA3Model(nn.Module):
         if not self._plan.python or torch.compiler.is_compiling():
             return nullcontext()
         return KeepsLess(exact=self.config.memory.exact)
+
+    def _run_split(self, args: Any, kwargs: Any) -> tuple[Any, list[tuple[str, Executed]]]:
+        """As `_run`; a training step's batch in pieces, if it would not stay within the budget."""
+        trained = self.holder.holds and [p for p in self.parameters() if p.requires_grad]
+        if not (trained and torch.is_grad_enabled()):
+            return self._run(*args, **kwargs)
+        count = batch_size(args, kwargs)
+        split = self.holder.split_of(self, args, kwargs, self._check_apart)
+        if split is None or not count or split.samples >= count:
+            return self._run(*args, **kwargs)
+        return run_in_pieces(self._run, args, kwargs, split.counts(count), split.again, trained)
+
+    @torch.no_grad()
+    def _check_apart(self, args: Any, kwargs: Any) -> None:
+        """Refuse to split a batch whose samples act on each other; two of them tell.
+
+        Raises:
+            InputError: They do.
+        """
+        pair = next(cut((args, kwargs), [2, (batch_size(args, kwargs) or 2) - 2]))
+        with self._mixed([None, None]):
+            whole, _ = self._run(*pair[0], **pair[1])
+            with suppress(RuntimeError, InputError, AssertionError):  # of shapes, and of values
+                parts, _ = run_in_pieces(self._run, pair[0], pair[1], [1, 1])
+                torch.testing.assert_close(parts, whole, rtol=1e-2, atol=1e-2, equal_nan=True)
+                return
+        raise InputError(
+            f"A budget cannot be held by splitting a batch of {self.plan.network}: samples of a "
+            "batch act on each other. Give it smaller batches."
+        )
 
     def _executed(self, ledger: Sequence[tuple[str, Executed]]) -> list[Executed]:
         """What was executed; its share is remembered."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_da3.budget import how_split, split_costs, without_budget
 from lightning_da3.errors import ConfigError, DA3Error, InputError
 from lightning_da3.memory import (
     NodeCost,
@@ -23,6 +24,7 @@ from lightning_da3.memory.predicted import MakeOptimizer
 from lightning_da3.nn.head import classes_of, new_head
 from lightning_da3.passes.hosts import INPUTS, OUTPUTS, host_key
 from lightning_da3.passes.recompute import PLACE
+from lightning_da3.pieces import Split, batch_size
 from lightning_da3.planning import PartPlan, Plan
 from lightning_da3.planning.sizes import SIDES, guesses
 
@@ -75,6 +77,10 @@ class PlanCosts:
         ours: The step of one domain.
         finetune: The step of the whole network; None if that is not known.
         no_finetune: Why it is not.
+        budget_bytes: To which the step is held, or None.
+        parts: Samples of each part of the batch, if it is split to stay within that.
+        again: So many of the parts are computed again in the backward.
+        accumulated: The parts are training steps whose gradients add up, not pieces of one.
         rows: Node by node, adapters and computed stretches where data meets them.
         domain_parameters: Numbers that one domain learns.
         domain_file_bytes: Size of its file.
@@ -93,6 +99,10 @@ class PlanCosts:
     finetune_parameters: int | None = None
     finetune_file_bytes: int | None = None
     no_finetune: str = ""
+    budget_bytes: int | None = None
+    parts: tuple[int, ...] = ()
+    again: int = 0
+    accumulated: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for programs; bytes and counts."""
@@ -108,6 +118,10 @@ class PlanCosts:
             "inputs": [list(shape) for shape in self.inputs],
             "inputs_guessed": self.guessed,
             **_totals(self.ours),
+            "budget_bytes": self.budget_bytes,
+            "parts": list(self.parts),
+            "parts_again": self.again,
+            "accumulated": self.accumulated,
             "domain_parameters": self.domain_parameters,
             "domain_file_bytes": self.domain_file_bytes,
             "hosts": len(self.plan.hosts),
@@ -127,6 +141,9 @@ class PlanCosts:
         if self.plan.left_to_pytorch:
             lines.append(f"left to PyTorch (more memory): {', '.join(self.plan.left_to_pytorch)}")
         lines += ["", *_table(list(self._summary())), f"peak of DA3 at {_where(self.ours)}"]
+        if self.budget_bytes is not None:
+            way = how_split(self.parts, self.again, accumulated=self.accumulated)
+            lines.append(f"held to {size(self.budget_bytes)}: {way}")
         if self.finetune is not None:
             lines.append(f"peak of fine-tuning at {_where(self.finetune)}")
         if self.no_finetune:
@@ -180,9 +197,10 @@ class ModelPlan(Plan):
         inputs: Any = None,
         optimizer: MakeOptimizer | None = None,
     ) -> PlanCosts:
-        """What a training step costs.
+        """What a training step costs, held to the model's budget if it has one.
 
-        Of the active domain; if none is, of one with as many classes as the network has.
+        Of the active domain; if none is, of one with as many classes as the network has. Node by
+        node it is the step on the whole batch.
 
         Args:
             batch_size: Samples of the batch.
@@ -194,6 +212,7 @@ class ModelPlan(Plan):
         Raises:
             ConfigError: A size is not positive, or the network has no images to have a size.
             InputError: The network does not take such inputs.
+            ConfigError: The budget cannot be held.
             DA3Error: What it takes is not known, or it decides by values of its tensors.
         """
         assert self.model is not None
@@ -246,7 +265,7 @@ def _costs(
     inputs: Any,
     optimizer: MakeOptimizer | None,
 ) -> PlanCosts:
-    predictor = StepPredictor(model, optimizer=optimizer, prepare=_with_domain, name=plan.network)
+    predictor = StepPredictor(model, optimizer=optimizer, prepare=_alone, name=plan.network)
     twin: Any = predictor.twin
     guessed = inputs is None and image_size is None
     last: DA3Error | None = None
@@ -259,6 +278,9 @@ def _costs(
         name = twin.active_domain
         theirs, network, why = _fine_tuning(plan, model, twin, given, optimizer)
         domain = twin.domain(name)
+        held: dict[str, Any] = {}
+        if model.holder.budget is not None:
+            ours, held = _held(model, predictor, given)
         return PlanCosts(
             plan,
             tuple(tuple(x.shape) for x in tree_leaves(given) if isinstance(x, Tensor)),
@@ -273,6 +295,7 @@ def _costs(
             if network is None
             else sum(t.numel() * t.itemsize for t in network.state_dict().values()),
             why,
+            **held,
         )
     if last is not None:
         raise last
@@ -280,6 +303,38 @@ def _costs(
         f"What {plan.network} takes is not known. Give it: `model.plan.at(inputs=(x, y))`; tensors "
         "of the meta device will do."
     )
+
+
+def _held(
+    model: DA3Model, predictor: StepPredictor, given: tuple[Any, ...]
+) -> tuple[StepPrediction, dict[str, Any]]:
+    """The step within the budget, and how it stays there."""
+    count = batch_size(given, {})
+    if count is None:
+        raise ConfigError(
+            f"What {model.plan.network} does within a budget is known only of inputs with samples "
+            "along axis 0."
+        )
+    costs = split_costs(predictor, given, {})
+    most = model.holder.bytes_on(next(model.parameters()).device)
+    if model.holder.by == "accumulate":
+        parts = Split(costs.largest(most)).counts(count)
+        step, again = costs.accumulated(max(parts)), 0
+    else:
+        split = costs.choose(count, most)
+        parts, again = ([count], 0) if split is None else (split.counts(count), split.again)
+        step = costs.step(count, split)
+    return step, {
+        "budget_bytes": most,
+        "parts": tuple(parts) if len(parts) > 1 else (),
+        "again": again,
+        "accumulated": model.holder.by == "accumulate",
+    }
+
+
+def _alone(model: Any) -> None:
+    without_budget(model)
+    _with_domain(model)
 
 
 def _with_domain(model: Any) -> None:

@@ -29,6 +29,7 @@ class DA3Strategy(SingleDeviceStrategy):
         backbone: Name of the network inside the LightningModule; by default the one child that has
             convolutions.
         save_dir: Folder in which ``<domain>.safetensors`` is kept up to date after every epoch.
+        budget: What a step may take at its peak, as of `MemoryConfig`; None: as `config` says.
         kwargs: As `lightning.pytorch.strategies.SingleDeviceStrategy` takes them.
     """
 
@@ -41,10 +42,11 @@ class DA3Strategy(SingleDeviceStrategy):
         config: DA3Config | None = None,
         backbone: str | None = None,
         save_dir: str | None = None,
+        budget: int | str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self._da3 = _callback(domain, num_classes, config, backbone, save_dir)
+        self._da3 = _callback(domain, num_classes, config, backbone, save_dir, budget)
         self._devices: list[torch.device] | None = None
 
     @property
@@ -81,6 +83,7 @@ class DA3DDPStrategy(DDPStrategy):
         backbone: Name of the network inside the LightningModule; by default the one child that has
             convolutions.
         save_dir: Folder in which ``<domain>.safetensors`` is kept up to date after every epoch.
+        budget: What a step may take at its peak, as of `MemoryConfig`; None: as `config` says.
         kwargs: As `lightning.pytorch.strategies.DDPStrategy` takes them.
     """
 
@@ -93,10 +96,11 @@ class DA3DDPStrategy(DDPStrategy):
         config: DA3Config | None = None,
         backbone: str | None = None,
         save_dir: str | None = None,
+        budget: int | str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self._da3 = _callback(domain, num_classes, config, backbone, save_dir)
+        self._da3 = _callback(domain, num_classes, config, backbone, save_dir, budget)
 
     @override
     def setup_environment(self) -> None:
@@ -132,14 +136,16 @@ def _callback(
     config: DA3Config | None,
     backbone: str | None,
     save_dir: str | None,
+    budget: int | str | None,
 ) -> DA3Callback | None:
     if domain is not None:
-        return DA3Callback(domain, num_classes, config, backbone, save_dir)
+        return DA3Callback(domain, num_classes, config, backbone, save_dir, budget=budget)
     given = {
         "num_classes": num_classes,
         "config": config,
         "backbone": backbone,
         "save_dir": save_dir,
+        "budget": budget,
     }
     given = {name: value for name, value in given.items() if value is not None}
     if given:

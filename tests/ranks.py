@@ -17,12 +17,16 @@ from lightning_da3 import (
     GateConfig,
     MemoryConfig,
 )
+from lightning_da3.pieces import Split
 
 # nothing random, nothing rounded, and a budget that weighs as much as the loss
 BUDGET = DA3Config(
     adapter=CONFIG.adapter,
     gate=GateConfig(target=0.3, weight=5.0, noise=False),
     memory=MemoryConfig(exact=True),
+)
+UNGATED = DA3Config(
+    adapter=CONFIG.adapter, gate=None, memory=MemoryConfig(exact=True, split="accumulate")
 )
 
 
@@ -53,7 +57,9 @@ class HalfShut(Lit):
         domain = self.net.domain("a")
         gradients = {name: value.grad.clone() for name, value in domain.named_parameters()}
         self.steps = [*getattr(self, "steps", []), gradients]
-        self.fractions = [*getattr(self, "fractions", []), self.net.executed_flops_fraction.item()]
+        if self.net.executed_flops_fraction is not None:
+            fraction = self.net.executed_flops_fraction.item()
+            self.fractions = [*getattr(self, "fractions", []), fraction]
 
 
 def trainer(folder, strategy, devices=2, callbacks=(), **kwargs):
@@ -74,10 +80,15 @@ def trainer(folder, strategy, devices=2, callbacks=(), **kwargs):
     )
 
 
-def gradients(folder, devices, strategy):
-    """Two steps of global batches of eight, on one process or two."""
+def gradients(folder, devices, strategy, config=BUDGET, split=None):
+    """Two steps of global batches of eight, on one process or two; split by `split` if any."""
+
+    class Splits(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            pl_module.net.holder.split = split
+
     module = HalfShut()
-    callbacks = [DA3Callback("a", 2, BUDGET)]
+    callbacks = [DA3Callback("a", 2, config), Splits()]
     fitter = trainer(folder, strategy, devices, callbacks, use_distributed_sampler=False)
     fitter.fit(module)
     return module, fitter
@@ -91,6 +102,16 @@ def save(fitter, folder, name, content):
 def equal_gradients(folder, strategy):
     module, fitter = gradients(folder, 2, strategy)
     save(fitter, folder, "learned", {"steps": module.steps, "fractions": module.fractions})
+
+
+def equal_gradients_in_pieces(folder, strategy):
+    module, fitter = gradients(folder, 2, strategy, split=Split(1, 2))
+    save(fitter, folder, "learned", {"steps": module.steps, "fractions": module.fractions})
+
+
+def equal_gradients_accumulated(folder, strategy):
+    module, fitter = gradients(folder, 2, strategy, UNGATED, Split(2))
+    save(fitter, folder, "learned", {"steps": module.steps})
 
 
 def two_domains_one_after_the_other(folder, strategy):

@@ -301,6 +301,16 @@ def test_quickstart(tmp_path):
     assert (tmp_path / "outputs" / "quickstart" / "digits.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_budget(tmp_path):
+    process = start("budget.py", "--quick", folder=tmp_path)
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, printed
+    assert "pieces of" in printed
+    assert "gradients add up" in printed
+    assert not list(tmp_path.iterdir())
+
+
 def test_mixed_ways_give_the_same():
     import mixed
     from datasets import load_domain

@@ -355,3 +355,24 @@ def test_the_command_that_holds_predictions_against_real_steps(monkeypatch, caps
     assert capsys.readouterr().out.count("pass") == 3
     monkeypatch.setattr(known_before, "PEAK_WITHIN", -1)
     assert known_before.main() == 1
+
+
+def test_the_command_holds_to_a_budget(capsys):
+    arguments = ["plan", "mobilenet_v2", "--image-size", "96", "--batch-size", "32"]
+    assert main([*arguments, "--format", "json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert (whole["budget_bytes"], whole["parts"]) == (None, [])
+    assert main([*arguments, "--budget", str(whole["peak_bytes"] * 3 // 4)]) == 0
+    assert "the batch goes through the network in" in capsys.readouterr().out
+    budget = whole["peak_bytes"] * 3 // 4
+    assert main([*arguments, "--budget", f"{budget}", "--format", "json"]) == 0
+    held = json.loads(capsys.readouterr().out)
+    assert held["budget_bytes"] == budget >= held["peak_bytes"]
+    assert sum(held["parts"]) == 32
+    with pytest.raises(SystemExit):
+        main([*arguments, "--budget", "1KiB"])
+    error = capsys.readouterr().err
+    assert "cannot be held. The smallest is" in error
+    with pytest.raises(SystemExit):
+        main([*arguments, "--budget", "much"])
+    assert "`budget` must be bytes" in capsys.readouterr().err

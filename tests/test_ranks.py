@@ -48,6 +48,16 @@ def test_gradients_are_those_of_one_process_with_the_same_global_batch(tmp_path,
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "da3_ddp"])
+def test_split_batches_give_the_gradients_of_the_global_batch(tmp_path, strategy):
+    learned = succeeds("equal_gradients_in_pieces", tmp_path, strategy)
+    module, _ = ranks.gradients(tmp_path, 1, "auto")
+    torch.testing.assert_close(module.steps, learned["steps"], rtol=1e-4, atol=1e-6)
+    learned = succeeds("equal_gradients_accumulated", tmp_path, strategy)
+    module, _ = ranks.gradients(tmp_path, 1, "auto", ranks.UNGATED)
+    torch.testing.assert_close(module.steps, learned["steps"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "da3_ddp"])
 def test_domains_are_switched_between_fits(tmp_path, strategy):
     learned = succeeds("two_domains_one_after_the_other", tmp_path, strategy)
     first = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]

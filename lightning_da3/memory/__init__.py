@@ -14,6 +14,7 @@ that a custom Function hides in closures or in objects of its own, and a library
 memory that does not come from PyTorch's allocator.
 """
 
+from lightning_da3.memory.free import free_bytes
 from lightning_da3.memory.predicted import (
     BatchPrediction,
     NodeCost,
@@ -21,6 +22,7 @@ from lightning_da3.memory.predicted import (
     StepPredictor,
     fake_mode_of,
     predict_step,
+    resized,
     without_values,
 )
 from lightning_da3.memory.saved import SavedActivations, saved_activation_bytes
@@ -35,9 +37,11 @@ __all__ = [
     "StepPrediction",
     "StepPredictor",
     "fake_mode_of",
+    "free_bytes",
     "measure_step",
     "predict_step",
     "resident_bytes",
+    "resized",
     "saved_activation_bytes",
     "without_values",
 ]

@@ -166,10 +166,10 @@ class StepPredictor:
             inputs: As the network takes them; axis 0 of every tensor is the batch, of any size.
         """
 
-        def resized(count: int) -> tuple[Any, ...]:
-            return tree_map_only(Tensor, lambda x: _with_batch(x, count), inputs)  # type: ignore[no-any-return]
+        def some(count: int) -> tuple[Any, ...]:
+            return tree_map_only(Tensor, lambda x: resized(x, count), inputs)  # type: ignore[no-any-return]
 
-        return BatchPrediction(lambda count: self(*resized(count)))
+        return BatchPrediction(lambda count: self(*some(count)))
 
     def _fake(self, x: Tensor) -> Tensor:
         device = "cpu" if x.device.type == "meta" else x.device
@@ -362,8 +362,8 @@ def _place(tensor: Tensor) -> torch.device:
     return torch.device("cpu") if tensor.device.type == "meta" else tensor.device
 
 
-def _with_batch(x: Tensor, count: int) -> Tensor:
-    """Without values, with so many samples, laid out as `x` is."""
+def resized(x: Tensor, count: int) -> Tensor:
+    """A tensor without values, with so many samples along axis 0, laid out as `x` is."""
     if x.dim() == 0:
         return x
     strides = x.stride()

@@ -101,15 +101,18 @@ def _use_numpy(x: Tensor) -> bool:
 
 
 def _pack_numpy(x: Tensor, low: float, high: float) -> Tensor:
-    elements = flat(x)
+    elements = flat(x.detach())
+    inside = torch.empty(elements.shape, dtype=torch.bool)
     if x.dtype not in _NUMPY_DTYPES:  # bfloat16 has no numpy type
-        inside = ((elements > low) & (elements < high)).numpy()
+        torch.logical_and(elements > low, elements < high, out=inside)
     else:
-        values = elements.numpy()
-        inside = values > low
+        values, found = elements.numpy(), inside.numpy()
+        np.greater(values, low, out=found)
         if not math.isinf(high):
-            inside &= values < high
-    return torch.from_numpy(np.packbits(inside))
+            found &= values < high
+    bits = torch.empty((elements.numel() + 7) // 8, dtype=torch.uint8)
+    bits.numpy()[:] = np.packbits(inside.numpy())  # in memory that PyTorch knows of: it is kept
+    return bits
 
 
 def _pack_fake(x: Tensor) -> Tensor:
