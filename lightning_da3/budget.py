@@ -237,6 +237,7 @@ class Holder:
         budget: As of `MemoryConfig`.
         by: Likewise its `split`.
         split: If it is set, what every batch is split by, whatever the budget.
+        predicted: What the training step of the batch met last takes; None: not known.
         tell: Called with a line for people whenever a new kind of batch is decided upon.
     """
 
@@ -244,15 +245,24 @@ class Holder:
         self.budget: Budget | None = memory.budget
         self.by: Literal["pieces", "accumulate"] = memory.split
         self.split: Split | None = None
+        self.predicted: StepPrediction | None = None
         self.tell: Callable[[str], object] | None = None
         self._costs: dict[Any, SplitCosts] = {}
         self._chosen: dict[Any, Split | None] = {}
+        self._steps: dict[Any, StepPrediction] = {}
         self._parts: dict[Any, int] = {}  # by kind of batch, most samples
         self._part: int | None = None  # of what the network was given last
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was predicted."""
-        return {**vars(self), "_costs": {}, "_chosen": {}, "_parts": {}}
+        empty: dict[str, Any] = {
+            "_costs": {},
+            "_chosen": {},
+            "_steps": {},
+            "_parts": {},
+            "predicted": None,
+        }
+        return {**vars(self), **empty}
 
     def hold(self, memory: MemoryConfig) -> None:
         """Keep to another budget from now on."""
@@ -296,9 +306,10 @@ class Holder:
             split = costs.choose(count, self.bytes_on(_device(model)))
             if split is not WHOLE:
                 check(args, kwargs)
-            self._chosen[key] = split
+            self._chosen[key], self._steps[key] = split, costs.step(count, split)
             parts, again = ((), 0) if split is WHOLE else (split.counts(count), split.again)
             self._say(f"a batch of {count}: {how_split(parts, again)}")
+        self.predicted = self._steps[key]
         return self._chosen[key]
 
     @property

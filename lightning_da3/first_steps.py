@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_da3.memory import PeakBytes, SavedActivations, StepPrediction, StepPredictor
@@ -146,7 +146,8 @@ def _calls_of(network: nn.Module, calls: list[_Call]) -> Iterator[None]:
     """Notes every call that builds a graph."""
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled():
+        predicting = any(is_fake(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        if torch.is_grad_enabled() and not predicting:  # copies of the network have its hooks
             calls.append(_Call.of(args, kwargs))
 
     hook = network.register_forward_pre_hook(note, with_kwargs=True)
@@ -160,6 +161,9 @@ def _prediction(network: nn.Module, calls: list[_Call]) -> StepPrediction | None
     if len(calls) != 1:
         return None
     (call,) = calls
+    holder = getattr(network, "holder", None)
+    if holder is not None and holder.predicted is not None:  # to split the batch, it was needed
+        return cast(StepPrediction, holder.predicted)
 
     def with_autocast(twin: nn.Module) -> None:
         if call.autocast is not None:
