@@ -114,7 +114,7 @@ def test_a_budget_is_held_in_a_trainer(tmp_path, by, caplog):
             fitter.fit(module, data(10, 128))
         peaks[budget] = float(fitter.callback_metrics["da3/peak_bytes"])
     assert peaks[None] > 900 * 2**10 >= peaks["900KiB"]
-        predicted = fitter.callback_metrics.get("da3/predicted_peak_bytes")
+    predicted = fitter.callback_metrics.get("da3/predicted_peak_bytes")
     assert by == "accumulate" or predicted <= 900 * 2**10  # of the split step, not of the whole
     assert module.net.holder.budget == "900KiB"
     assert "Held to a budget of 900KiB, " in caplog.text
