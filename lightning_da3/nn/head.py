@@ -102,4 +102,6 @@ class HeadSlot(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Features to scores."""
         head = self.original if self.active is None else self.active
+        if isinstance(head, nn.Linear):
+            x = x.contiguous()  # of a class token, a view, all tokens would be kept
         return cast(Tensor, head(x))
