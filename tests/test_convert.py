@@ -31,7 +31,7 @@ from lightning_da3 import (
     convert,
 )
 from lightning_da3.memory import SavedActivations, saved_activation_bytes
-from lightning_da3.nn.frozen import FrozenAffine, FrozenConv, TwoSlopes
+from lightning_da3.nn.frozen import FrozenAffine, FrozenConv, Sum, TwoSlopes
 from lightning_da3.ops.activation import RELU
 from lightning_da3.planning import NodePlan, Plan
 from lightning_da3.registry import Replacement, register
@@ -406,6 +406,43 @@ def test_an_activation_becomes_one_operation_with_the_convolution_that_it_alone_
     assert rows["point"].flops_forward > 0 == rows["point"].saved_bytes
     assert rows["fused"].flops_forward == 0
     assert rows["fused"].saved_bytes == 2 * 6 * 8 * 8 // 8
+
+
+class Sums(nn.Module):
+    """Sums whose first operand nobody else reads, one that is read again, one that broadcasts."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.third, self.fc = nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.first(x)
+        y = self.second(x) + x
+        z = y + x
+        w = self.third(z).mean((2, 3), keepdim=True) + z
+        return self.fc((w + y).mean((2, 3)))
+
+
+def test_sums_are_written_where_nobody_else_reads():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 6)
+    model = convert(Sums().eval(), DA3Config(AdapterConfig(4, min_stride=1)), example_inputs=x)
+    actions = {step.name: (step.action, step.inplace) for step in model.plan.nodes}
+    assert actions["add"] == actions["add_3"] == ("accumulate", True)
+    assert actions["add_1"] == actions["add_2"] == ("leave", False)
+
+
+def test_a_sum_takes_the_wider_type_and_shape():
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    total = x + y
+    assert Sum()(x, y) is x
+    torch.testing.assert_close(x, total, rtol=0, atol=0)
+    assert Sum(inplace=False)(x, y) is not x
+    narrow = torch.randn(2, 1)
+    torch.testing.assert_close(Sum()(narrow, y), narrow + y, rtol=0, atol=0)
+    half = torch.randn(2, 3).bfloat16()
+    assert Sum()(half, y).dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -290,6 +290,24 @@ class TwoSlopes(nn.Module):
         return f"{self.slopes}, inplace={self.inplace}"
 
 
+class Sum(nn.Module):
+    """``x + y``, in the memory of x.
+
+    Args:
+        inplace: The first input may be overwritten.
+    """
+
+    def __init__(self, inplace: bool = True) -> None:
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Two of a shape to the same; what broadcasts is added as ever."""
+        if self.inplace and x.shape == y.shape and x.dtype == y.dtype:
+            return x.add_(y)
+        return x + y
+
+
 class HardSigmoid(nn.Module):
     """``relu6(x + 3) / 6`` that keeps one bit an element."""
 

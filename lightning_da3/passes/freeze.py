@@ -13,6 +13,7 @@ from lightning_da3.nn.frozen import (
     FrozenAffine,
     FrozenConv,
     FrozenConvTranspose,
+    Sum,
     TwoSlopes,
     frozen,
 )
@@ -52,6 +53,8 @@ def freeze_(part: Part, plan: PartPlan, config: DA3Config) -> None:
             _call(gm, node, affine)
         elif step.action == "replace":
             _replace(part, node, step, config.memory)
+        elif step.action == "accumulate":
+            _call(gm, node, Sum(), node.args)
         elif step.action == "fuse":
             conv = cast(FrozenConv, module_of(gm, nodes[cast(str, step.fold_into)]))
             conv.slopes = cast(TwoSlopes, _replacement(part, node, step)).slopes

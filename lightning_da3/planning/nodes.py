@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -84,6 +85,8 @@ def _plan_node(
         return NodePlan(node.name, label, "fold", fold_into=folds[node.name])
     if has_statistics(called):
         return NodePlan(node.name, label, "affine", inplace=free)
+    if free and _is_sum(node):
+        return NodePlan(node.name, label, "accumulate", inplace=True)
     replacement = replacement_for(layer, exact) if layer is not None else None
     if replacement is None:
         keeps = "nothing" if _keeps_nothing(node, called, trained) else "pytorch"
@@ -92,6 +95,11 @@ def _plan_node(
         return NodePlan(node.name, label, "remove")
     inplace = _overwrites(replacement, free)
     return NodePlan(node.name, label, "replace", replacement.keeps, inplace)
+
+
+def _is_sum(node: fx.Node) -> bool:
+    two = len(node.args) == 2 and not node.kwargs and isinstance(node.args[1], fx.Node)
+    return two and node.target in (operator.add, operator.iadd, torch.add)
 
 
 def _is_conv_of_constants(node: fx.Node) -> bool:

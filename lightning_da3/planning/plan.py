@@ -47,8 +47,8 @@ class NodePlan:
         name: Of the node.
         layer: What it calls, for people.
         action: ``"freeze"``, ``"fold"`` (into the convolution before), ``"affine"``, ``"replace"``,
-            ``"fuse"`` (replaced, in one operation with the convolution before), ``"remove"`` or
-            ``"leave"``.
+            ``"fuse"`` (replaced, in one operation with the convolution before), ``"accumulate"``
+            (added to its first argument, in place), ``"remove"`` or ``"leave"``.
         keeps: What its backward keeps: ``"nothing"``, ``"bits"``, ``"bytes"``, ``"codes"`` (8-bit,
             of the derivative), ``"again"`` (computed again from what its segment keeps) or
             ``"pytorch"`` (whatever PyTorch's own operation keeps).
