@@ -17,7 +17,6 @@ import itertools
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -227,12 +226,11 @@ def inference(name: str, batch_size: int, image_size: int, rounds: int) -> bool:
 
 
 def tracked_bytes() -> int:
-    """Of the storages of all tensors that are alive."""
+    """Of the storages of all plain tensors that are alive."""
     gc.collect()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of attributes that warn when they are looked at
-        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    tensors = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter)]
+    plain = [t.untyped_storage() for t in tensors if t.layout == torch.strided]
+    storages = {storage._cdata: storage.nbytes() for storage in plain}
     return sum(storages.values())
 
 
