@@ -233,15 +233,7 @@ def _said(
 # keep more than eager mode does, and copies of weights in the layouts that it prefers.
 
 
-@torch.library.custom_op(
-    "lightning_da3::adapt",
-    mutates_args=(),
-    schema=(
-        "(Tensor p, Tensor? noise, Tensor[] weights, float eps, bool gated, bool coded,"
-        " bool tokens, int group, ScalarType lowered) -> Tensor[]"
-    ),
-)
-def _sealed_adapt(
+def _all_of_it(
     p: Tensor,
     noise: Tensor | None,
     weights: Sequence[Tensor],
@@ -266,16 +258,7 @@ def _sealed_adapt(
     return results
 
 
-@torch.library.custom_op(
-    "lightning_da3::adapt_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor? kept, Tensor hidden, Tensor? noise, Tensor[] weights, Tensor? grad_addend,"
-        " Tensor? grad_gate, float eps, bool exact, bool tokens, int group,"
-        " SymInt[] size, ScalarType p_dtype, bool wants_p, bool wants_squeeze) -> Tensor[]"
-    ),
-)
-def _sealed_gradients(*arguments: Any) -> list[Tensor]:
+def _all_gradients(*arguments: Any) -> list[Tensor]:
     """Those of p and all weights; empty where there is none."""
     found = _gradients(*arguments)
     empty = torch.empty(0, device=arguments[1].device)
@@ -284,13 +267,32 @@ def _sealed_gradients(*arguments: Any) -> list[Tensor]:
     ]
 
 
-_sealed_adapt.register_fake(_sealed_adapt._init_fn)
-_sealed_gradients.register_fake(_sealed_gradients._init_fn)
-
-
 def _preferred(x: Tensor) -> torch.memory_format:
     """A layout that depends on the shape alone: the compiler must know it beforehand."""
     return torch.channels_last if x.dim() == 4 else torch.contiguous_format
+
+
+_sealed_adapt = torch.library.custom_op(
+    "lightning_da3::adapt",
+    _all_of_it,
+    mutates_args=(),
+    schema=(
+        "(Tensor p, Tensor? noise, Tensor[] weights, float eps, bool gated, bool coded,"
+        " bool tokens, int group, ScalarType lowered) -> Tensor[]"
+    ),
+)
+_sealed_adapt.register_fake(_all_of_it)  # it computes shapes as well as values
+_sealed_gradients = torch.library.custom_op(
+    "lightning_da3::adapt_backward",
+    _all_gradients,
+    mutates_args=(),
+    schema=(
+        "(Tensor? kept, Tensor hidden, Tensor? noise, Tensor[] weights, Tensor? grad_addend,"
+        " Tensor? grad_gate, float eps, bool exact, bool tokens, int group,"
+        " SymInt[] size, ScalarType p_dtype, bool wants_p, bool wants_squeeze) -> Tensor[]"
+    ),
+)
+_sealed_gradients.register_fake(_all_gradients)
 
 
 def _sealed(
