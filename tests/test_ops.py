@@ -999,7 +999,7 @@ def test_the_compiled_adapter_keeps_what_the_eager_one_keeps(shape, exact, autoc
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             return adapt(p, None, Weights(*weights), How(1e-5, True, exact))
 
-    # with the partitioner of inductor, and without its long search for kernels
+    # quick: types and layouts of the op; what inductor keeps, test_works_with.py measures
     backend = "aot_eager_decomp_partition"
     compiled = torch.compile(ours, backend=backend, fullgraph=True)
     said, expected = compiled(p, *weights), ours(p, *weights)
