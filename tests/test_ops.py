@@ -1019,6 +1019,34 @@ def test_the_adapter_keeps_codes_and_few_channels():
         assert kept <= p.numel() * cell * (1 + 8 / 49) + 2 * 4 * 49 * FLOAT
 
 
+@pytest.mark.filterwarnings("ignore")  # of the compiler about itself
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("exact", [False, True], ids=["coded", "exact"])
+@pytest.mark.parametrize("shape", [(2, 64, 17), (2, 64, 4, 3)], ids=str)
+def test_the_compiled_adapter_keeps_what_the_eager_one_keeps(shape, exact, autocast):
+    torch._dynamo.reset()
+    kernel = [1] if len(shape) == 3 else [3, 3]
+    sizes = [(16, 64, *kernel), (16,), (16,), (1, 16), (1,), (32, 16), (32,)]
+    weights = [leaf(randn(*size).float()) for size in sizes]
+    p = leaf(randn(*shape).float())
+
+    def ours(p, *weights):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return adapt(p, None, Weights(*weights), How(1e-5, True, exact))
+
+    # quick: types and layouts of the op; what inductor keeps, test_works_with.py measures
+    backend = "aot_eager_decomp_partition"
+    compiled = torch.compile(ours, backend=backend, fullgraph=True)
+    said, expected = compiled(p, *weights), ours(p, *weights)
+    torch.testing.assert_close(said, expected)
+    others = [torch.randn_like(y) for y in expected]
+    got = torch.autograd.grad(said, [p, *weights], others)
+    want = torch.autograd.grad(expected, [p, *weights], others)
+    torch.testing.assert_close(got, want)
+    kept = [kept_bytes(f, p, *weights, constants=weights) for f in (compiled, ours)]
+    assert kept[0] <= kept[1]
+
+
 def test_the_adapter_without_a_trained_convolution():
     weights = Weights(
         *[torch.randn(s) for s in [(4, 6, 3, 3), (4,), (4,), (1, 4), (1,), (5, 4), (5,)]]

@@ -9,6 +9,7 @@ of few channels; everything behind h is computed again in the backward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,13 +63,18 @@ class _Adapt(torch.autograd.Function):
         ctx: Any, p: Tensor, noise: Tensor | None, how: How, *weights: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         w = Weights(*weights)
-        hidden = _squeezed(p, w.squeeze)
         trained = ctx.needs_input_grad[3]
         ctx.how, ctx.rows, ctx.like = how, Rows.of(p), (p.size(), p.dtype)
-        kept = (p if how.exact else ctx.rows.encode(p)) if trained else None
-        ctx.save_for_backward(kept, hidden, noise, *weights)
+        coded = trained and not how.exact
+        if torch.compiler.is_compiling():
+            addend, gate, hidden, codes = _sealed(p, noise, w, how, ctx.rows if coded else None)
+        else:
+            hidden = _squeezed(p, w.squeeze)
+            codes = ctx.rows.encode(p) if coded else None
+            addend, gate = _said(hidden, noise, w, how)
+        ctx.save_for_backward(p if trained and how.exact else codes, hidden, noise, *weights)
         ctx.set_materialize_grads(False)
-        return _said(hidden, noise, w, how)
+        return addend, gate
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -76,52 +82,80 @@ class _Adapt(torch.autograd.Function):
         ctx: Any, grad_addend: Tensor | None, grad_gate: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         kept, hidden, noise, *weights = ctx.saved_tensors
-        dtype = weights[0].dtype  # autocast may have lowered what lies between
-        hidden, w = hidden.to(dtype), Weights(*weights)
-        if torch.compiler.is_compiling():  # or what follows counts as the forward's, and is kept
-            hidden = hidden.clone()
-        norm, cells, logits = _attention(hidden, w, ctx.how.eps)
-        soft = torch.sigmoid(logits)
-        grads: list[Tensor | None] = [None] * len(w)
-        grad_cells, grad_logits = torch.zeros_like(cells), torch.zeros_like(logits)
-        if grad_addend is not None:
-            rows = _rows(grad_addend).to(dtype)
-            grads[5], grads[6] = rows.t() @ (soft * cells), rows.sum(0)
-            grad_cells = rows @ w.value  # of u, so far
-            grad_logits = _aten.sigmoid_backward((grad_cells * cells).sum(1, keepdim=True), soft)
-            grad_cells.mul_(soft)
-        if grad_gate is not None:  # straight through: as if it were the sigmoid
-            chance = soft if noise is None else torch.sigmoid(logits + noise.view(-1, 1))
-            grad_logits = grad_logits + _aten.sigmoid_backward(_rows(grad_gate).to(dtype), chance)
-        grads[3], grads[4] = grad_logits.t() @ cells, grad_logits.sum(0)
-        grad_cells.addmm_(grad_logits, w.attend)
-        grad_normal = _maps(_aten.threshold_backward(grad_cells, cells, 0), hidden.shape)
-        grad_hidden, grads[1], grads[2] = norm.backward(grad_normal, w.scale)
-        size, p_dtype = ctx.like
+        size, dtype = ctx.like
         wants_p, wants_squeeze = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        grad_p = None
-        if wants_p or wants_squeeze:
-            if kept is None:
-                p = hidden.new_empty(1).expand(size)  # its shape alone is read
-            else:
-                p = kept if ctx.how.exact else ctx.rows.decode(kept)
-                p = p.to(dtype).contiguous(memory_format=_layout(grad_hidden))
-            axes = len(size) - 2
-            grad_p, grads[0], _ = _aten.convolution_backward(
-                grad_hidden,
-                p,
-                w.squeeze,
-                None,
-                [1] * axes,
-                _padding(w.squeeze),
-                [1] * axes,
-                False,
-                [0] * axes,
-                1,
-                [wants_p, wants_squeeze, False],
-            )
-            grad_p = None if grad_p is None else grad_p.to(p_dtype)
+        arguments = (
+            *(kept, hidden, noise, weights, grad_addend, grad_gate),
+            *(ctx.how.eps, ctx.how.exact, ctx.rows.tokens, ctx.rows.group),
+            *(size, dtype, wants_p, wants_squeeze),
+        )
+        if torch.compiler.is_compiling():
+            found = _sealed_gradients(*arguments)
+            grad_p, *grads = [None if g.numel() == 0 else g for g in found]
+        else:
+            grad_p, *grads = _gradients(*arguments)
         return grad_p, None, None, *grads
+
+
+def _gradients(
+    kept: Tensor | None,
+    hidden: Tensor,
+    noise: Tensor | None,
+    weights: Sequence[Tensor],
+    grad_addend: Tensor | None,
+    grad_gate: Tensor | None,
+    eps: float,
+    exact: bool,
+    tokens: bool,
+    group: int,
+    size: Sequence[int],
+    p_dtype: torch.dtype,
+    wants_p: bool,
+    wants_squeeze: bool,
+) -> list[Tensor | None]:
+    """Of p, then of all weights; arguments as an op takes them."""
+    dtype = weights[0].dtype  # autocast may have lowered what lies between
+    hidden, w = hidden.to(dtype), Weights(*weights)
+    norm, cells, logits = _attention(hidden, w, eps)
+    soft = torch.sigmoid(logits)
+    grads: list[Tensor | None] = [None] * len(w)
+    grad_cells, grad_logits = torch.zeros_like(cells), torch.zeros_like(logits)
+    if grad_addend is not None:
+        rows = _rows(grad_addend).to(dtype)
+        grads[5], grads[6] = rows.t() @ (soft * cells), rows.sum(0)
+        grad_cells = rows @ w.value  # of u, so far
+        grad_logits = _aten.sigmoid_backward((grad_cells * cells).sum(1, keepdim=True), soft)
+        grad_cells.mul_(soft)
+    if grad_gate is not None:  # straight through: as if it were the sigmoid
+        chance = soft if noise is None else torch.sigmoid(logits + noise.view(-1, 1))
+        grad_logits = grad_logits + _aten.sigmoid_backward(_rows(grad_gate).to(dtype), chance)
+    grads[3], grads[4] = grad_logits.t() @ cells, grad_logits.sum(0)
+    grad_cells.addmm_(grad_logits, w.attend)
+    grad_normal = _maps(_aten.threshold_backward(grad_cells, cells, 0), hidden.shape)
+    grad_hidden, grads[1], grads[2] = norm.backward(grad_normal, w.scale)
+    grad_p = None
+    if wants_p or wants_squeeze:
+        if kept is None:
+            p = hidden.new_empty(1).expand(size)  # its shape alone is read
+        else:
+            p = kept if exact else Rows(tokens, group, torch.Size(size), p_dtype).decode(kept)
+            p = p.to(dtype).contiguous(memory_format=_layout(grad_hidden))
+        axes = len(size) - 2
+        grad_p, grads[0], _ = _aten.convolution_backward(
+            grad_hidden,
+            p,
+            w.squeeze,
+            None,
+            [1] * axes,
+            _padding(w.squeeze),
+            [1] * axes,
+            False,
+            [0] * axes,
+            1,
+            [wants_p, wants_squeeze, False],
+        )
+        grad_p = None if grad_p is None else grad_p.to(p_dtype)
+    return [grad_p, *grads]
 
 
 def _squeezed(p: Tensor, weight: Tensor) -> Tensor:
@@ -193,6 +227,86 @@ def _said(
         if noise is not None:
             logits = logits + noise.view(-1, 1)
         return addend, _maps((logits > 0).to(addend.dtype), hidden.shape)
+
+
+# Compiled, forward and backward are one operation each: of what lies between, the compiler would
+# keep more than eager mode does, and copies of weights in the layouts that it prefers.
+
+
+def _all_of_it(
+    p: Tensor,
+    noise: Tensor | None,
+    weights: Sequence[Tensor],
+    eps: float,
+    gated: bool,
+    coded: bool,
+    tokens: bool,
+    group: int,
+    lowered: torch.dtype,
+) -> list[Tensor]:
+    """Addend, h, and if there are such, gate and codes; `lowered` is the convolution's type."""
+    w = Weights(*weights)
+    with torch.no_grad(), torch.autocast(p.device.type, enabled=False):
+        hidden = _squeezed(p.to(lowered), w.squeeze.to(lowered))
+    hidden = hidden.contiguous(memory_format=_preferred(hidden))
+    addend, gate = _said(hidden, noise, w, How(eps, gated, not coded))
+    results = [addend, hidden]
+    if gate is not None:
+        results.append(gate)
+    if coded:
+        results.append(Rows(tokens, group, p.size(), p.dtype).encode(p))
+    return results
+
+
+def _all_gradients(*arguments: Any) -> list[Tensor]:
+    """Those of p and all weights; empty where there is none."""
+    found = _gradients(*arguments)
+    empty = torch.empty(0, device=arguments[1].device)
+    return [
+        empty.clone() if g is None else g.contiguous(memory_format=_preferred(g)) for g in found
+    ]
+
+
+def _preferred(x: Tensor) -> torch.memory_format:
+    """A layout that depends on the shape alone: the compiler must know it beforehand."""
+    return torch.channels_last if x.dim() == 4 else torch.contiguous_format
+
+
+_sealed_adapt = torch.library.custom_op(
+    "lightning_da3::adapt",
+    _all_of_it,
+    mutates_args=(),
+    schema=(
+        "(Tensor p, Tensor? noise, Tensor[] weights, float eps, bool gated, bool coded,"
+        " bool tokens, int group, ScalarType lowered) -> Tensor[]"
+    ),
+)
+_sealed_adapt.register_fake(_all_of_it)  # it computes shapes as well as values
+_sealed_gradients = torch.library.custom_op(
+    "lightning_da3::adapt_backward",
+    _all_gradients,
+    mutates_args=(),
+    schema=(
+        "(Tensor? kept, Tensor hidden, Tensor? noise, Tensor[] weights, Tensor? grad_addend,"
+        " Tensor? grad_gate, float eps, bool exact, bool tokens, int group,"
+        " SymInt[] size, ScalarType p_dtype, bool wants_p, bool wants_squeeze) -> Tensor[]"
+    ),
+)
+_sealed_gradients.register_fake(_all_gradients)
+
+
+def _sealed(
+    p: Tensor, noise: Tensor | None, w: Weights, how: How, rows: Rows | None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Addend, gate, h and codes."""
+    device, lowered = p.device.type, w.squeeze.dtype
+    if torch.is_autocast_enabled(device) and p.dtype != torch.float64:
+        lowered = torch.get_autocast_dtype(device)
+    tokens, group = (False, 0) if rows is None else (rows.tokens, rows.group)
+    addend, hidden, *rest = _sealed_adapt(
+        p, noise, list(w), how.eps, how.gated, rows is not None, tokens, group, lowered
+    )
+    return addend, rest[0] if how.gated else None, hidden, None if rows is None else rest[-1]
 
 
 def adapt(

@@ -212,6 +212,8 @@ def write_(f: Tensor, addend: Tensor, gate: Tensor | None) -> Tensor:
         gate = None if gate is None else upsample(gate, size)
     if gate is None:
         cells.add_(addend)
+    elif torch.compiler.is_compiling():  # fuses the two, and takes no `out` that has gaps
+        cells.mul_(gate).add_(addend)
     else:
         torch.addcmul(addend, cells, gate, out=cells)
     return f
