@@ -48,7 +48,7 @@ class KeepsLess(TorchFunctionMode):
     of both: in groups, so that what is small beside its neighbours alone is rounded much. A fixed
     grid, as that of smooth activations, would round all of what a loss computes of probabilities.
     What follows by elementwise functions from tensors that are kept anyway is not kept as well, but
-    computed again: a focal loss keeps its logits, their sigmoid and its targets, of some ten
+    computed again: a focal loss keeps its logits, their sigmoid and its targets, of eight
     tensors. Everything else, and what writes in place, is as ever.
 
     Args:

@@ -133,7 +133,7 @@ def test_nothing_is_left_behind():
 
 
 def focal(x, targets):
-    """Of ten tensors that PyTorch keeps, three are enough."""
+    """Of eight tensors that PyTorch keeps, three are enough."""
     p = torch.sigmoid(x)
     ce = F.binary_cross_entropy_with_logits(x, targets, reduction="none")
     right = p * targets + (1 - p) * (1 - targets)
