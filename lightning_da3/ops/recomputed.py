@@ -57,7 +57,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.piece, ctx.how = piece, how
         ctx.random = _Random(x.device) if how.random and not has_no_values(x) else None
         ctx.set_materialize_grads(False)
-        ctx.autocast = _autocast_of(x.device.type)
+        ctx.autocast = autocast_of(x.device.type)
         ctx.codes = [
             _Code.of(t) if (i == 0 or need) and not how.exact else None
             for i, (t, need) in enumerate(zip(activations, needed, strict=True))
@@ -152,7 +152,8 @@ class _Random:
             yield
 
 
-def _autocast_of(device: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+def autocast_of(device: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """Makes contexts with what autocasting does now on devices of this type."""
     if not torch.is_autocast_enabled(device):
         return contextlib.nullcontext
     dtype = torch.get_autocast_dtype(device)
