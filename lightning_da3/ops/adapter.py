@@ -86,7 +86,7 @@ class _Adapt(torch.autograd.Function):
         wants_p, wants_squeeze = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         arguments = (
             *(kept, hidden, noise, weights, grad_addend, grad_gate),
-            *(ctx.how.eps, ctx.how.exact, ctx.rows.tokens, ctx.rows.group),
+            *(ctx.how.eps, ctx.how.exact, ctx.rows.last, ctx.rows.group),
             *(size, dtype, wants_p, wants_squeeze),
         )
         if torch.compiler.is_compiling():
@@ -106,7 +106,7 @@ def _gradients(
     grad_gate: Tensor | None,
     eps: float,
     exact: bool,
-    tokens: bool,
+    last: bool,
     group: int,
     size: Sequence[int],
     p_dtype: torch.dtype,
@@ -138,7 +138,7 @@ def _gradients(
         if kept is None:
             p = hidden.new_empty(1).expand(size)  # its shape alone is read
         else:
-            p = kept if exact else Rows(tokens, group, torch.Size(size), p_dtype).decode(kept)
+            p = kept if exact else Rows(last, group, torch.Size(size), p_dtype).decode(kept)
             p = p.to(dtype).contiguous(memory_format=_layout(grad_hidden))
         axes = len(size) - 2
         grad_p, grads[0], _ = _aten.convolution_backward(
@@ -240,7 +240,7 @@ def _all_of_it(
     eps: float,
     gated: bool,
     coded: bool,
-    tokens: bool,
+    last: bool,
     group: int,
     lowered: torch.dtype,
 ) -> list[Tensor]:
@@ -254,7 +254,7 @@ def _all_of_it(
     if gate is not None:
         results.append(gate)
     if coded:
-        results.append(Rows(tokens, group, p.size(), p.dtype).encode(p))
+        results.append(Rows(last, group, p.size(), p.dtype).encode(p))
     return results
 
 
@@ -278,7 +278,7 @@ _sealed_adapt = torch.library.custom_op(
     mutates_args=(),
     schema=(
         "(Tensor p, Tensor? noise, Tensor[] weights, float eps, bool gated, bool coded,"
-        " bool tokens, int group, ScalarType lowered) -> Tensor[]"
+        " bool last, int group, ScalarType lowered) -> Tensor[]"
     ),
 )
 _sealed_adapt.register_fake(_all_of_it)  # it computes shapes as well as values
@@ -288,7 +288,7 @@ _sealed_gradients = torch.library.custom_op(
     mutates_args=(),
     schema=(
         "(Tensor? kept, Tensor hidden, Tensor? noise, Tensor[] weights, Tensor? grad_addend,"
-        " Tensor? grad_gate, float eps, bool exact, bool tokens, int group,"
+        " Tensor? grad_gate, float eps, bool exact, bool last, int group,"
         " SymInt[] size, ScalarType p_dtype, bool wants_p, bool wants_squeeze) -> Tensor[]"
     ),
 )
@@ -302,9 +302,9 @@ def _sealed(
     device, lowered = p.device.type, w.squeeze.dtype
     if torch.is_autocast_enabled(device) and p.dtype != torch.float64:
         lowered = torch.get_autocast_dtype(device)
-    tokens, group = (False, 0) if rows is None else (rows.tokens, rows.group)
+    last, group = (False, 0) if rows is None else (rows.last, rows.group)
     addend, hidden, *rest = _sealed_adapt(
-        p, noise, list(w), how.eps, how.gated, rows is not None, tokens, group, lowered
+        p, noise, list(w), how.eps, how.gated, rows is not None, last, group, lowered
     )
     return addend, rest[0] if how.gated else None, hidden, None if rows is None else rest[-1]
 
