@@ -99,7 +99,7 @@ def measure(case: Case, image_size: int, rounds: int, fast: bool) -> bool:
     times = alternate(steps, rounds)
     good = True
     for name, peak in peaks.items():
-        slower = times[name] / times["no budget"]
+        slower = times[name].wall_ms / times["no budget"].wall_ms
         row = f"  {name:38}{peak / MIB:10.1f} MiB{tuned / peak:8.1f}x less{slower:8.2f}x the time"
         if name in ways and not fast:
             budget, _, least, most = ways[name]

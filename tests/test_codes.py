@@ -162,19 +162,6 @@ def test_codes_of_cells(shape):
         assert rows.group % x[0, 0].numel() == 0
 
 
-def test_cells_whose_many_channels_lie_last_are_coded_as_they_lie():
-    x = torch.randn(2, 96, 5, 4).contiguous(memory_format=torch.channels_last)
-    rows = Rows.of(x)
-    back = rows.decode(rows.encode(x))
-    assert (rows.last, rows.group) == (True, 96)
-    assert back.stride() == x.stride()
-    error, span = (back - x).abs().amax(1), x.amax(1) - x.amin(1)
-    assert (error <= span / 510 + 1e-6).all()  # no position shares the range of another
-    few = torch.randn(2, 24, 5, 4).contiguous(memory_format=torch.channels_last)
-    assert not Rows.of(few).last  # the eight bytes of so small a group would weigh too much
-    assert (Rows.of(few).decode(Rows.of(few).encode(few)) - few).abs().max() < 0.02
-
-
 def test_tokens_do_not_share_a_range():
     tokens = torch.randn(2, 7, 300)
     tokens[:, 0] *= 1e-3  # a class token

@@ -21,7 +21,6 @@ from lightning_da3.ops.bits import dense, flat, has_no_values
 
 GROUP = 256  # elements that share one range
 ROW = 128  # elements of a row that shares its range with no other
-MANY = 64  # channels of one position that may share a range
 EXTRA = 8  # bytes of a group's step and lowest value
 
 _SMALL = 1e-8  # added to a range before it divides, as FBGEMM does
@@ -169,8 +168,8 @@ def sample_group(x: Tensor) -> int:
 class Rows(NamedTuple):
     """Codes of cells (N, C, *grid), in groups whose values are of one kind.
 
-    Cells share a range by channel; where the channels lie last in memory and are many, and for
-    tokens (one axis), by position, which spares a copy: a class token may be far from the others.
+    Cells share a range by channel, tokens (one axis, channels last in memory) by token: a class
+    token may be far from the others.
 
     Attributes:
         last: Channels lie last in memory, and groups within one position.
@@ -189,10 +188,8 @@ class Rows(NamedTuple):
         """How to code `x`."""
         size, dtype = x.size(), x.dtype
         cells, channels = max(1, math.prod(size[2:])), max(1, size[1])
-        if x.stride(1) == 1 and min(cells, channels) > 1:
-            group = _largest_divisor(channels, GROUP)
-            if x.dim() == 3 or group >= MANY:
-                return cls(True, group, size, dtype)
+        if x.dim() == 3 and x.stride(1) == 1 and min(cells, channels) > 1:
+            return cls(True, _largest_divisor(channels, GROUP), size, dtype)
         group = cells * _largest_divisor(channels, max(1, 128 // cells))
         return cls(False, group, size, dtype)
 
