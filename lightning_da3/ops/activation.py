@@ -46,7 +46,7 @@ class Slopes(NamedTuple):
         self, grad: Tensor, bits: Tensor, size: torch.Size, stride: tuple[int, ...]
     ) -> Tensor:
         """dL/dx, a new tensor, from dL/dy and the bits of x, of this shape and layout."""
-        # in the type of the gradient: products of two types are many times slower on CPU
+        # in the type of the gradient: products of two types are slower on CPU
         slopes = unpack(bits, size, stride).to(grad.dtype)
         if self.slope != 0.0:
             slopes.mul_(1.0 - self.slope).add_(self.slope)
