@@ -45,26 +45,32 @@ class AdapterConfig:
         hidden_channels: Channels ``m`` of the adapter's hidden map; more learn more and cost more.
         kernel_size: Window of the adapter's first convolution on the coarse grid: 1 or 3.
         max_cells: Largest number of cells of the coarse grid (49: at most 7 x 7 on images).
-        min_stride: Hosts get an adapter only where the network has downsampled its input by at
-            least this factor. Larger maps keep the most and adapt the least; nothing upstream of
-            the first host is trained through, so a larger value starts the graph later.
+        min_stride: Hosts get an adapter only where the network, their own stride included, has
+            downsampled its input by at least this factor. Larger maps keep the most and adapt the least; nothing upstream of
+            the first host is trained through, so a larger value starts the graph later. "auto":
+            half of the network's own downsampling, but at least 8 and at most 16.
     """
 
     hidden_channels: int = 16
     kernel_size: int = 3
     max_cells: int = 49
-    min_stride: int = 8
+    min_stride: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         """Check every field and report all problems at once."""
         problems: list[str] = []
-        for name in ("hidden_channels", "max_cells", "min_stride"):
+        for name in ("hidden_channels", "max_cells"):
             value = getattr(self, name)
             _require(
                 problems,
                 _is_int(value) and value >= 1,
                 f"`{name}` must be an int of at least 1, got {value!r}.",
             )
+        _require(
+            problems,
+            self.min_stride == "auto" or (_is_int(self.min_stride) and self.min_stride >= 1),
+            f'`min_stride` must be "auto" or an int of at least 1, got {self.min_stride!r}.',
+        )
         _require(
             problems,
             _is_int(self.kernel_size) and self.kernel_size in (1, 3),

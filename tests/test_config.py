@@ -25,12 +25,19 @@ def refused(make, *messages):
         assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["hidden_channels", "max_cells", "min_stride"])
+@pytest.mark.parametrize("name", ["hidden_channels", "max_cells"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "4", None])
 def test_counts_are_ints_of_at_least_1(name, value):
     message = f"`{name}` must be an int of at least 1, got {value!r}."
     refused(lambda: AdapterConfig(**{name: value}), message)
     assert getattr(AdapterConfig(**{name: 1}), name) == 1
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "4", "Auto", None])
+def test_min_stride_is_auto_or_an_int_of_at_least_1(value):
+    message = f'`min_stride` must be "auto" or an int of at least 1, got {value!r}.'
+    refused(lambda: AdapterConfig(min_stride=value), message)
+    assert [AdapterConfig(min_stride=s).min_stride for s in (1, "auto")] == [1, "auto"]
 
 
 @pytest.mark.parametrize("value", [0, 2, 5, 3.0, True, "3"])

@@ -2,6 +2,8 @@
 
 import copy
 import io
+import itertools
+import operator
 import pickle
 
 import models
@@ -296,7 +298,7 @@ def test_nothing_is_kept_upstream_of_the_first_host(memory):
     model.set_domain("a")
     x = torch.randn(2, 3, 64, 64)
     first = model.plan.hosts[0].name
-    assert first == "layer2.0.conv1"  # the first to work on a map downsampled by 8
+    assert first == "layer3.0.conv1"  # the first to work on a map downsampled by 16
     with SavedActivations(model, inputs=x) as saved:
         y = model(x)
     assert y.requires_grad
@@ -512,6 +514,24 @@ def test_min_stride_leaves_early_maps_alone():
     assert [host.name for host in plan.hosts] == ["conv1", "conv2"]
     assert step["relu"].keeps == "nothing"  # upstream of the first host
     assert step["relu_1"].keeps == "bits"
+
+
+@pytest.mark.parametrize(
+    ("whole", "least"), [(2, 2), (4, 4), (8, 8), (16, 8), (24, 12), (32, 16), (128, 16)]
+)
+def test_by_default_hosts_begin_behind_half_of_the_downsampling(whole, least):
+    """At least 8, or as far as it goes, and at most 16."""
+
+    def conv(stride):
+        return nn.Conv2d(3, 3, 3, stride=stride, padding=1)
+
+    strides = [2, 2, 2, 3] if whole == 24 else [2] * (whole.bit_length() - 1)
+    network = nn.Sequential(*[conv(s) for s in strides], conv(1), nn.Flatten(1), nn.LazyLinear(2))
+    size = 2 * whole
+    network(torch.randn(1, 3, size, size))
+    plan = convert(network, example_inputs=torch.randn(1, 3, size, size)).plan
+    at = itertools.accumulate([*strides, 1], operator.mul)  # the output of every convolution
+    assert len(plan.hosts) == sum(reduction >= least for reduction in at)
 
 
 def test_plan_of_other_axes():

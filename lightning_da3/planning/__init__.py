@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from torch import fx
@@ -64,10 +65,17 @@ def plan(traced: Traced, config: DA3Config) -> Plan:
     found = [reduction for draft in drafts for reduction, _ in draft.candidates]
     if not found:
         raise ConversionError(_nothing_message(traced))
-    least = min(config.adapter.min_stride, max(found))
+    least = _least_reduction(config.adapter.min_stride, max(found))
     parts = tuple(_plan_part(draft, least, config) for draft in drafts)
     python = tuple(traced.python.items())
     return Plan(traced.network, parts, head, _input_channels(traced), python)
+
+
+def _least_reduction(min_stride: int | str, most: float) -> float:
+    """Which downsampling a host's input needs, in a network that gets to `most`."""
+    if isinstance(min_stride, str):
+        min_stride = math.ceil(min(16.0, max(8.0, most / 2)))
+    return min(min_stride, most)
 
 
 def _draft(part: Part, head: str | None) -> _Draft:
