@@ -46,9 +46,10 @@ class AdapterConfig:
         kernel_size: Window of the adapter's first convolution on the coarse grid: 1 or 3.
         max_cells: Largest number of cells of the coarse grid (49: at most 7 x 7 on images).
         min_stride: Hosts get an adapter only where the network, their own stride included, has
-            downsampled its input by at least this factor. Larger maps keep the most and adapt the least; nothing upstream of
-            the first host is trained through, so a larger value starts the graph later. "auto":
-            half of the network's own downsampling, but at least 8 and at most 16.
+            downsampled its input by at least this factor. Larger maps keep the most and adapt the
+            least; nothing upstream of the first host is trained through, so a larger value starts
+            the graph later. "auto": half of the network's own downsampling, but at least 8 and at
+            most 16.
     """
 
     hidden_channels: int = 16
