@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_da3.errors import InputError
-from lightning_da3.ops.adapter import How, Weights, adapt
+from lightning_da3.ops.adapter import How, Kept, Weights, adapt, keep
+from lightning_da3.ops.codes import sample_group
 from lightning_da3.ops.host import coarse_grid, read, write
 from lightning_da3.ops.tokens import Place, read_tokens, write_tokens
 
@@ -30,10 +31,12 @@ class Adapted(NamedTuple):
     Attributes:
         addend: What is added, (N, O, *grid).
         gate: Zeros and ones, (N, 1, *grid), or None without gates.
+        kept: What the adapter keeps of its input, if it keeps that for others as well.
     """
 
     addend: Tensor
     gate: Tensor | None
+    kept: Kept | None = None
 
 
 class Adapter(nn.Module):
@@ -89,8 +92,9 @@ class Adapter(nn.Module):
             cells = (len(p), p.shape[2:].numel(), 1)
             uniform = torch.rand(cells, dtype=p.dtype, device=p.device)
             noise = torch.logit(uniform.clamp_(1e-6, 1 - 1e-6))
-        how = How(self.norm.eps, self.gated, self.exact)
-        return Adapted(*adapt(p, noise, self.weights, how))
+        how, weights = How(self.norm.eps, self.gated, self.exact), self.weights
+        kept = keep(p, weights, how)
+        return Adapted(*adapt(p, noise, weights, how, kept), kept)
 
     @property
     def weights(self) -> Weights:
@@ -119,6 +123,7 @@ class MixedAdapters(nn.Module):
     """
 
     noisy = False  # its adapters know by themselves; nothing is computed again
+    exact = False  # they keep rows of their own
 
     def __init__(
         self, host: str, adapters: Sequence[Adapter], samples: Sequence[Tensor], count: int
@@ -153,7 +158,7 @@ class MixedAdapters(nn.Module):
 
 
 class HostInput(nn.Module):
-    """Where a host begins: ``x`` becomes ``x, adapter(pool(x))``.
+    """Where a host begins: ``x`` becomes ``x, adapter(pool(x)), codes``.
 
     Refers to the active domain's adapter, which lives (and is saved) with its domain.
 
@@ -180,19 +185,27 @@ class HostInput(nn.Module):
             return x.flatten(2).mean(2)
         return x.flatten(1, -2).mean(1) if x.dim() > 2 else x
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Adapted | None]:
-        """x and what the adapter says of it."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Adapted | None, Tensor | None]:
+        """x, what the adapter says of it, and codes of x itself if the adapter keeps such."""
         if self.active is None:
-            return x, None
+            return x, None, None
         if self.stride is None:
             tokens = x.unsqueeze(1) if x.dim() == 2 else x  # one token a sample
             place = Place.of(tokens.shape[1:-1], self.own_tokens, self.max_cells)
-            tokens, pooled = read_tokens(tokens, place)
-            x = tokens.squeeze(1) if x.dim() == 2 else tokens
-        else:
-            out = [-(-n // s) for n, s in zip(x.shape[2:], self.stride, strict=True)]
-            x, pooled = read(x, coarse_grid(out, self.max_cells))
-        return x, self.active(pooled)
+            tokens, pooled = read_tokens(tokens, place, apart=self.active.exact)
+            adapted = self.active(pooled)
+            codes = _codes_of(tokens, adapted.kept) if place.whole else None
+            return tokens.squeeze(1) if x.dim() == 2 else tokens, adapted, codes
+        out = [-(-n // s) for n, s in zip(x.shape[2:], self.stride, strict=True)]
+        x, pooled = read(x, coarse_grid(out, self.max_cells))
+        return x, self.active(pooled), None
+
+
+def _codes_of(tokens: Tensor, kept: Kept | None) -> Tensor | None:
+    """The codes of cells that are single tokens, if these are coded alike by themselves."""
+    if kept is None or kept.rows is None or not kept.rows.last or not tokens.is_contiguous():
+        return None
+    return kept.tensor if kept.rows.group == sample_group(tokens) else None
 
 
 class HostOutput(nn.Module):

@@ -57,22 +57,44 @@ class How(NamedTuple):
     exact: bool
 
 
+class Kept(NamedTuple):
+    """What an adapter keeps of p.
+
+    Attributes:
+        tensor: The codes of p, or p itself if exact.
+        rows: How it is coded; None if exact.
+    """
+
+    tensor: Tensor
+    rows: Rows | None
+
+    @classmethod
+    def of(cls, p: Tensor, exact: bool) -> Kept:
+        """Codes of `p`, or `p`."""
+        if exact:
+            return cls(p, None)
+        rows = Rows.of(p)
+        return cls(rows.encode(p), rows)
+
+
 class _Adapt(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, p: Tensor, noise: Tensor | None, how: How, *weights: Tensor
+        ctx: Any, p: Tensor, noise: Tensor | None, kept: Kept | None, how: How, *weights: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         w = Weights(*weights)
-        trained = ctx.needs_input_grad[3]
-        ctx.how, ctx.rows, ctx.like = how, Rows.of(p), (p.size(), p.dtype)
-        coded = trained and not how.exact
+        trained = ctx.needs_input_grad[4]
+        ctx.how, ctx.like = how, (p.size(), p.dtype)
+        ctx.rows = Rows.of(p) if kept is None or kept.rows is None else kept.rows
         if torch.compiler.is_compiling():
+            coded = trained and not how.exact
             addend, gate, hidden, codes = _sealed(p, noise, w, how, ctx.rows if coded else None)
+            saved = p if trained and how.exact else codes
         else:
             hidden = _squeezed(p, w.squeeze)
-            codes = ctx.rows.encode(p) if coded else None
             addend, gate = _said(hidden, noise, w, how)
-        ctx.save_for_backward(p if trained and how.exact else codes, hidden, noise, *weights)
+            saved = None if kept is None else kept.tensor
+        ctx.save_for_backward(saved, hidden, noise, *weights)
         ctx.set_materialize_grads(False)
         return addend, gate
 
@@ -83,7 +105,7 @@ class _Adapt(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         kept, hidden, noise, *weights = ctx.saved_tensors
         size, dtype = ctx.like
-        wants_p, wants_squeeze = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        wants_p, wants_squeeze = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         arguments = (
             *(kept, hidden, noise, weights, grad_addend, grad_gate),
             *(ctx.how.eps, ctx.how.exact, ctx.rows.last, ctx.rows.group),
@@ -94,7 +116,7 @@ class _Adapt(torch.autograd.Function):
             grad_p, *grads = [None if g.numel() == 0 else g for g in found]
         else:
             grad_p, *grads = _gradients(*arguments)
-        return grad_p, None, None, *grads
+        return grad_p, None, None, None, *grads
 
 
 def _gradients(
@@ -309,8 +331,14 @@ def _sealed(
     return addend, rest[0] if how.gated else None, hidden, None if rows is None else rest[-1]
 
 
+def keep(p: Tensor, weights: Weights, how: How) -> Kept | None:
+    """What `adapt` will keep of `p`, for others to use; compiled, it keeps that to itself."""
+    needed = torch.is_grad_enabled() and weights.squeeze.requires_grad
+    return Kept.of(p, how.exact) if needed and not torch.compiler.is_compiling() else None
+
+
 def adapt(
-    p: Tensor, noise: Tensor | None, weights: Weights, how: How
+    p: Tensor, noise: Tensor | None, weights: Weights, how: How, kept: Kept | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """What an adapter adds, and where it lets the host run.
 
@@ -321,6 +349,7 @@ def adapt(
         noise: Added to s before the decision, (N, G, 1), or None.
         weights: The adapter's parameters.
         how: See `How`.
+        kept: Of p, if `keep` has made it.
 
     Returns:
         The addend (N, O, *grid) and the gate (N, 1, *grid), zeros and ones, or None.
@@ -328,5 +357,6 @@ def adapt(
     needed = p.requires_grad or any(weight.requires_grad for weight in weights)
     if not (torch.is_grad_enabled() and needed):
         return _said(_squeezed(p, weights.squeeze), noise, weights, how)
-    result: tuple[Tensor, Tensor | None] = _Adapt.apply(p, noise, how, *weights)
+    kept = keep(p, weights, how) if kept is None else kept
+    result: tuple[Tensor, Tensor | None] = _Adapt.apply(p, noise, kept, how, *weights)
     return result
