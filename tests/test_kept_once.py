@@ -1,9 +1,13 @@
 """What an adapter keeps of its host's input serves whatever else would keep the same."""
 
+import copy
+
 import pytest
 import torch
 import torchvision
-from comparing import add, assert_identical, gradients, mix_gates_
+from comparing import add, assert_identical, assert_relatively_close, gradients, mix_gates_, score
+from plain import PlainPyTorch
+from torch import nn
 
 from lightning_da3 import AdapterConfig, DA3Config, MemoryConfig, convert
 from lightning_da3.memory import SavedActivations, StepPredictor
@@ -18,10 +22,10 @@ def _seed():
     torch.manual_seed(0)
 
 
-def converted(network, x, cells=49, *, exact=False):
+def converted(network, x, cells=49, **memory):
     """With a domain that has learned something, and gates partly closed."""
     adapter = AdapterConfig(hidden_channels=4, max_cells=cells, min_stride=1)
-    config = DA3Config(adapter=adapter, memory=MemoryConfig(exact=exact))
+    config = DA3Config(adapter=adapter, memory=MemoryConfig(**memory))
     model = add(convert(network.eval(), config), "a")
     model.set_domain("a")
     mix_gates_(model, (x,))
@@ -91,3 +95,88 @@ def test_single_tokens_are_not_copied(size, own):
     assert read_tokens(x, place, apart=True)[1].data_ptr() != x.data_ptr()
     (grad,) = torch.autograd.grad(through.sum() + 2 * p.sum(), x)
     assert_identical(grad, torch.full_like(x, 3.0))
+
+
+# --- maps
+
+
+def narrow(stride=1, channels=32, **conv):
+    """A map of 7x7 pixels, on which one convolution is a host."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, channels, 3, 2, 1), nn.BatchNorm2d(channels), nn.ReLU()),
+        *(nn.Conv2d(channels, channels, 3, stride, **conv), nn.BatchNorm2d(channels), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 3)),
+    )
+
+
+def of_outputs(model, x):
+    """Bytes that the last host's output keeps."""
+    return saved(model, x).by_module["backbone.host_outputs.3"]
+
+
+GATES, MEANS = 2 * 49 * 4, 2 * 49 * 32
+ALONE = {
+    "grouped": {"padding": 1, "groups": 4},
+    "mirrored": {"padding": 1, "padding_mode": "reflect"},
+    "dilated": {"padding": 2, "dilation": 2},
+}
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["coded", "exact"])
+@pytest.mark.parametrize("name", ALONE)
+def test_a_gate_keeps_no_means_that_follow_from_the_hosts_input(name, exact):
+    network, x = narrow(**ALONE[name]), torch.randn(2, 3, 14, 14)
+    model = converted(network, x, exact=exact)
+    if not exact:  # else all of it is computed again
+        assert of_outputs(model, x) == GATES
+    predicted = StepPredictor(model)(x).saved_activation_bytes
+    assert 0 <= predicted - saved(model, x).bytes < 64  # the loss
+    plain = PlainPyTorch(network, model, folded=True)
+    loss = score(plain(x)) + plain.loss()
+    want = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+    got = gradients(model, (x,))
+    assert_relatively_close(got, want, 1e-4 if exact else 0.03)
+
+
+@pytest.mark.parametrize(
+    ("size", "conv"),
+    [
+        (28, {"padding": 1, "groups": 4}),  # cells of several pixels
+        (14, {"padding": 1, "groups": 4, "stride": 2}),
+        (14, {"padding": 1, "channels": 128}),  # many multiply-accumulates for one output
+    ],
+    ids=["coarse", "strided", "dense"],
+)
+def test_other_means_are_kept(size, conv):
+    x = torch.randn(2, 3, size, size)
+    cells = 49 if conv.get("stride", 1) == 1 else 16
+    kept = of_outputs(converted(narrow(**conv), x), x)
+    assert kept >= 2 * cells * (4 + conv.get("channels", 32))
+
+
+@pytest.mark.parametrize("weights", ["same", "bfloat16"])
+def test_means_under_autocast(weights):
+    network, x = narrow(**ALONE["grouped"]), torch.randn(2, 3, 14, 14)
+    model = converted(network, x, weights=weights)
+
+    def lowered():
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(x)
+        return gradients(model, (x,), output)
+
+    got = lowered()
+    model.backbone.get_submodule("host_outputs.3").set_conv(None)
+    want = lowered()
+    assert_relatively_close(got, want, 0.02)
+    assert any(not torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
+def test_a_copy_computes_its_own_convolution_again():
+    x = torch.randn(2, 3, 14, 14)
+    model = converted(narrow(**ALONE["grouped"]), x)
+    want = gradients(model, (x,))
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        model.backbone.get_submodule("3").weight.zero_()
+    assert_identical(gradients(copied, (x,)), want)
+    assert not torch.equal(score(model(x)), score(copied(x)))

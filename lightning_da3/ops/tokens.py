@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_da3.ops.codes import Rows
 from lightning_da3.ops.host import (
+    Means,
     add_pool_gradient_,
     cell_sums,
     coarse_grid,
@@ -137,14 +137,15 @@ class _WriteTokens(torch.autograd.Function):
     def forward(
         ctx: Any, f: Tensor, addend: Tensor, gate: Tensor | None, place: Place, exact: bool
     ) -> Tensor:
-        ctx.place, ctx.gated, ctx.rows, ctx.exact = place, gate is not None, None, exact
+        ctx.place, ctx.gated, ctx.read = place, gate is not None, None
         saved: tuple[Tensor, ...] = ()
         if gate is not None:
             saved = (gate,)
             if ctx.needs_input_grad[2]:
-                means = _cells(f, place, apart=exact)
-                ctx.rows = Rows.of(means)
-                saved = (gate, means.contiguous() if exact else ctx.rows.encode(means))
+                cells = _cells(f, place, apart=exact)
+                means = Means.of(cells.contiguous() if exact else cells, exact)
+                ctx.read = means.read
+                saved = (gate, means.kept)
         ctx.save_for_backward(*saved)
         return _written(f, addend, gate, place)
 
@@ -157,8 +158,8 @@ class _WriteTokens(torch.autograd.Function):
             return grad, sums, None, None, None
         gate, *kept = ctx.saved_tensors
         grad_f = grad_gate = None
-        if ctx.rows is not None:
-            means = kept[0] if ctx.exact else ctx.rows.decode(kept[0]).to(grad.dtype)
+        if ctx.read is not None:
+            means = ctx.read(kept[0]).to(grad.dtype)
             grad_gate = (sums * means).sum(dim=1, keepdim=True)
         if ctx.needs_input_grad[0]:
             grad_f = torch.empty_like(grad)
