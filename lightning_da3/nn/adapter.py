@@ -9,14 +9,17 @@ Multi-Domain Learning", arXiv 2012.01362.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_da3.errors import InputError
-from lightning_da3.ops.adapter import How, Weights, adapt
-from lightning_da3.ops.host import coarse_grid, read, write
+from lightning_da3.nn.frozen import FrozenConv
+from lightning_da3.ops.adapter import How, Kept, Weights, adapt, keep, read_back
+from lightning_da3.ops.codes import Rows, sample_group
+from lightning_da3.ops.host import Means, coarse_grid, read, write
 from lightning_da3.ops.tokens import Place, read_tokens, write_tokens
 
 CONV_OF = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -30,10 +33,17 @@ class Adapted(NamedTuple):
     Attributes:
         addend: What is added, (N, O, *grid).
         gate: Zeros and ones, (N, 1, *grid), or None without gates.
+        kept: What the adapter keeps of the host's input, if every position of it is a cell.
     """
 
     addend: Tensor
     gate: Tensor | None
+    kept: Kept | None = None
+
+    @property
+    def alone(self) -> Adapted:
+        """The same, and nothing kept for others."""
+        return Adapted(self.addend, self.gate)
 
 
 class Adapter(nn.Module):
@@ -89,8 +99,9 @@ class Adapter(nn.Module):
             cells = (len(p), p.shape[2:].numel(), 1)
             uniform = torch.rand(cells, dtype=p.dtype, device=p.device)
             noise = torch.logit(uniform.clamp_(1e-6, 1 - 1e-6))
-        how = How(self.norm.eps, self.gated, self.exact)
-        return Adapted(*adapt(p, noise, self.weights, how))
+        how, weights = How(self.norm.eps, self.gated, self.exact), self.weights
+        kept = keep(p, weights, how)
+        return Adapted(*adapt(p, noise, weights, how, kept), kept)
 
     @property
     def weights(self) -> Weights:
@@ -119,6 +130,7 @@ class MixedAdapters(nn.Module):
     """
 
     noisy = False  # its adapters know by themselves; nothing is computed again
+    exact = False  # they keep rows of their own
 
     def __init__(
         self, host: str, adapters: Sequence[Adapter], samples: Sequence[Tensor], count: int
@@ -153,7 +165,7 @@ class MixedAdapters(nn.Module):
 
 
 class HostInput(nn.Module):
-    """Where a host begins: ``x`` becomes ``x, adapter(pool(x))``.
+    """Where a host begins: ``x`` becomes ``x, adapter(pool(x)), codes``.
 
     Refers to the active domain's adapter, which lives (and is saved) with its domain.
 
@@ -180,19 +192,30 @@ class HostInput(nn.Module):
             return x.flatten(2).mean(2)
         return x.flatten(1, -2).mean(1) if x.dim() > 2 else x
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Adapted | None]:
-        """x and what the adapter says of it."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Adapted | None, Tensor | None]:
+        """x, what the adapter says of it, and codes of x itself if the adapter keeps such."""
         if self.active is None:
-            return x, None
+            return x, None, None
         if self.stride is None:
             tokens = x.unsqueeze(1) if x.dim() == 2 else x  # one token a sample
             place = Place.of(tokens.shape[1:-1], self.own_tokens, self.max_cells)
-            tokens, pooled = read_tokens(tokens, place)
+            tokens, pooled = read_tokens(tokens, place, apart=self.active.exact)
+            adapted = self.active(pooled)
+            codes = _codes_of(tokens, adapted.kept) if place.whole else None
             x = tokens.squeeze(1) if x.dim() == 2 else tokens
-        else:
-            out = [-(-n // s) for n, s in zip(x.shape[2:], self.stride, strict=True)]
-            x, pooled = read(x, coarse_grid(out, self.max_cells))
-        return x, self.active(pooled)
+            return x, adapted.alone, codes
+        out = [-(-n // s) for n, s in zip(x.shape[2:], self.stride, strict=True)]
+        grid = coarse_grid(out, self.max_cells)
+        x, pooled = read(x, grid)
+        adapted = self.active(pooled)
+        return x, adapted if x.shape[2:] == grid else adapted.alone, None
+
+
+def _codes_of(tokens: Tensor, kept: Kept | None) -> Tensor | None:
+    """The codes of cells that are single tokens, if these are coded alike by themselves."""
+    if kept is None or kept.rows is None or not kept.rows.last or not tokens.is_contiguous():
+        return None
+    return kept.tensor if kept.rows.group == sample_group(tokens) else None
 
 
 class HostOutput(nn.Module):
@@ -204,7 +227,12 @@ class HostOutput(nn.Module):
         max_cells: Most cells of the coarse grid, for tokens.
         own_tokens: None for maps; for tokens, how many are cells by themselves.
         inplace: `f` may be overwritten.
+
+    Attributes:
+        conv: The convolution that is all of the host, and cheap enough to compute f again.
     """
+
+    conv: FrozenConv | None
 
     def __init__(
         self,
@@ -217,6 +245,18 @@ class HostOutput(nn.Module):
         super().__init__()
         self.macs_per_output, self.exact, self.inplace = macs_per_output, exact, inplace
         self.max_cells, self.own_tokens = max_cells, own_tokens
+        self.set_conv(None)
+
+    def set_conv(self, conv: FrozenConv | None) -> None:
+        """Refer to `conv` without owning it."""
+        object.__setattr__(self, "conv", conv)
+
+    def _means(self, f: Tensor, adapted: Adapted) -> Means | None:
+        """Where cells are single pixels, of the input as of the output: f of the input's cells."""
+        addend, kept = adapted.addend, adapted.kept
+        if self.conv is None or kept is None or f.shape[2:] != addend.shape[2:]:
+            return None
+        return Means(kept.tensor.detach(), partial(_again, self.conv, kept.rows, addend.dtype))
 
     def forward(
         self, f: Tensor, adapted: Adapted | None
@@ -227,7 +267,7 @@ class HostOutput(nn.Module):
         if self.own_tokens is None:
             size = f.shape[2:]
             f = f if self.inplace else f.clone()
-            y = write(f, adapted.addend, adapted.gate, self.exact)
+            y = write(f, adapted.addend, adapted.gate, self.exact, self._means(f, adapted))
         else:
             tokens = f.unsqueeze(1) if f.dim() == 2 else f
             size = tokens.shape[1:-1]
@@ -235,3 +275,7 @@ class HostOutput(nn.Module):
             y = write_tokens(tokens, adapted.addend, adapted.gate, place, self.exact)
             y = y.squeeze(1) if f.dim() == 2 else y
         return y, adapted.gate, self.macs_per_output * size.numel()
+
+
+def _again(conv: FrozenConv, rows: Rows | None, dtype: torch.dtype, kept: Tensor) -> Tensor:
+    return conv.forward(read_back(kept, rows).to(dtype))  # no hook has to know

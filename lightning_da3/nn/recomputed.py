@@ -29,8 +29,8 @@ class Recomputed(nn.Module):
         object.__setattr__(self, "piece", piece)
         self.exact = exact
 
-    def forward(self, x: Any, *rest: Any) -> tuple[Any, ...]:
-        """What the piece returns."""
+    def forward(self, x: Any, *rest: Any, codes: Tensor | None = None) -> tuple[Any, ...]:
+        """What the piece returns; `codes` are those of x, where a host's input has made them."""
         if not (isinstance(x, Tensor) and all(map(_is_plain, rest))):
             return cast(tuple[Any, ...], self.piece(x, *rest))  # a list of tensors, say
         doors = [m for m in self.piece.modules() if isinstance(m, HostInput | HeadSlot)]
@@ -42,6 +42,7 @@ class Recomputed(nn.Module):
             exact=self.exact,
             parameters=tuple(p for module in active for p in module.parameters()),
             random=any(getattr(m, "noisy", False) and m.training for m in active),
+            codes=None if self.exact else codes,
         )
 
 

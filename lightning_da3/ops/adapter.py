@@ -4,7 +4,9 @@ Shapes: p (N, C, *grid) of G cells, m hidden channels, O outputs; ``h = conv(p)`
 ``r = relu(norm(h))``, ``s = w . r + b`` (N * G, 1), ``u = sigmoid(s) r``, addend ``V u + v`` and
 gate ``1[s + noise > 0]``.
 Kept: the 8-bit codes of p (p itself if exact) for the gradient of the convolution's weight, and h,
-of few channels; everything behind h is computed again in the backward.
+of few channels; everything behind h is computed again in the backward. The norm leaves nothing of
+h but ``n = (h - mean) * rstd``, which is bounded: kept are n in float16 and rstd (N, 1), h itself
+if exact.
 """
 
 from __future__ import annotations
@@ -49,30 +51,62 @@ class How(NamedTuple):
     Attributes:
         eps: Of the group norm.
         gated: Make a gate.
-        exact: Keep p itself.
+        exact: Keep p and h themselves.
     """
 
     eps: float
     gated: bool
     exact: bool
 
+    def halves(self, weights: Weights) -> bool:
+        """Whether the hidden map is kept in half precision."""
+        return not self.exact and weights.value.dtype == torch.float32
+
+
+class Kept(NamedTuple):
+    """What an adapter keeps of p.
+
+    Attributes:
+        tensor: The codes of p, or p itself if exact.
+        rows: How it is coded; None if exact.
+    """
+
+    tensor: Tensor
+    rows: Rows | None
+
+    @classmethod
+    def of(cls, p: Tensor, exact: bool) -> Kept:
+        """Codes of `p`, or `p`."""
+        if exact:
+            return cls(p, None)
+        rows = Rows.of(p)
+        return cls(rows.encode(p), rows)
+
+
+def read_back(tensor: Tensor, rows: Rows | None) -> Tensor:
+    """p from the two fields of `Kept`."""
+    return tensor if rows is None else rows.decode(tensor)
+
 
 class _Adapt(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, p: Tensor, noise: Tensor | None, how: How, *weights: Tensor
+        ctx: Any, p: Tensor, noise: Tensor | None, kept: Kept | None, how: How, *weights: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         w = Weights(*weights)
-        trained = ctx.needs_input_grad[3]
-        ctx.how, ctx.rows, ctx.like = how, Rows.of(p), (p.size(), p.dtype)
-        coded = trained and not how.exact
+        trained = ctx.needs_input_grad[4]
+        ctx.how, ctx.like = how, (p.size(), p.dtype)
+        ctx.rows = Rows.of(p) if kept is None or kept.rows is None else kept.rows
         if torch.compiler.is_compiling():
-            addend, gate, hidden, codes = _sealed(p, noise, w, how, ctx.rows if coded else None)
+            coded = trained and not how.exact
+            addend, gate, *hidden, codes = _sealed(p, noise, w, how, ctx.rows if coded else None)
+            saved = p if trained and how.exact else codes
         else:
-            hidden = _squeezed(p, w.squeeze)
-            codes = ctx.rows.encode(p) if coded else None
-            addend, gate = _said(hidden, noise, w, how)
-        ctx.save_for_backward(p if trained and how.exact else codes, hidden, noise, *weights)
+            squeezed = _squeezed(p, w.squeeze)
+            addend, gate, norm = _said(squeezed, noise, w, how)
+            hidden = [*_halved(norm, how.eps)] if how.halves(w) else [squeezed, None]
+            saved = None if kept is None else kept.tensor
+        ctx.save_for_backward(saved, *hidden, noise, *weights)
         ctx.set_materialize_grads(False)
         return addend, gate
 
@@ -81,11 +115,11 @@ class _Adapt(torch.autograd.Function):
     def backward(
         ctx: Any, grad_addend: Tensor | None, grad_gate: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        kept, hidden, noise, *weights = ctx.saved_tensors
+        kept, hidden, rstd, noise, *weights = ctx.saved_tensors
         size, dtype = ctx.like
-        wants_p, wants_squeeze = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        wants_p, wants_squeeze = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         arguments = (
-            *(kept, hidden, noise, weights, grad_addend, grad_gate),
+            *(kept, hidden, rstd, noise, weights, grad_addend, grad_gate),
             *(ctx.how.eps, ctx.how.exact, ctx.rows.last, ctx.rows.group),
             *(size, dtype, wants_p, wants_squeeze),
         )
@@ -94,12 +128,13 @@ class _Adapt(torch.autograd.Function):
             grad_p, *grads = [None if g.numel() == 0 else g for g in found]
         else:
             grad_p, *grads = _gradients(*arguments)
-        return grad_p, None, None, *grads
+        return grad_p, None, None, None, *grads
 
 
 def _gradients(
     kept: Tensor | None,
     hidden: Tensor,
+    rstd: Tensor | None,
     noise: Tensor | None,
     weights: Sequence[Tensor],
     grad_addend: Tensor | None,
@@ -115,12 +150,17 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Of p, then of all weights; arguments as an op takes them."""
     dtype = weights[0].dtype  # autocast may have lowered what lies between
-    hidden, w = hidden.to(dtype), Weights(*weights)
+    w = Weights(*weights)
+    if rstd is None:
+        hidden = hidden.to(dtype)
+    else:  # its mean is lost, and nothing reads that
+        hidden = hidden / rstd.view(-1, *[1] * (hidden.dim() - 1))
     norm, cells, logits = _attention(hidden, w, eps)
     soft = torch.sigmoid(logits)
     grads: list[Tensor | None] = [None] * len(w)
-    grad_cells, grad_logits = torch.zeros_like(cells), torch.zeros_like(logits)
-    if grad_addend is not None:
+    if grad_addend is None:
+        grad_cells, grad_logits = torch.zeros_like(cells), torch.zeros_like(logits)
+    else:
         rows = _rows(grad_addend).to(dtype)
         grads[5], grads[6] = rows.t() @ (soft * cells), rows.sum(0)
         grad_cells = rows @ w.value  # of u, so far
@@ -187,6 +227,12 @@ class _Norm(NamedTuple):
         )
 
 
+def _halved(norm: _Norm, eps: float) -> tuple[Tensor, Tensor]:
+    """n, (N, m, *grid) in float16, and rstd, (N, 1)."""
+    n, _, _ = torch.native_group_norm(norm.x, None, None, *norm.sizes(), eps)
+    return n.half(), norm.rstd
+
+
 def _attention(hidden: Tensor, w: Weights, eps: float) -> tuple[_Norm, Tensor, Tensor]:
     """The norm, r (N * G, m) and s (N * G, 1)."""
     x = hidden.contiguous(memory_format=_layout(hidden))
@@ -215,18 +261,18 @@ def _maps(rows: Tensor, size: torch.Size) -> Tensor:
 
 def _said(
     hidden: Tensor, noise: Tensor | None, w: Weights, how: How
-) -> tuple[Tensor, Tensor | None]:
-    """Addend and gate."""
+) -> tuple[Tensor, Tensor | None, _Norm]:
+    """Addend, gate and the norm."""
     with torch.autocast(hidden.device.type, enabled=False):  # few cells: as precise as the weights
         hidden = hidden.to(w.value.dtype)
-        _, cells, logits = _attention(hidden, w, how.eps)
+        norm, cells, logits = _attention(hidden, w, how.eps)
         scaled = torch.sigmoid(logits).mul(cells)
         addend = _maps(torch.addmm(w.value_bias, scaled, w.value.t()), hidden.shape)
         if not how.gated:
-            return addend, None
+            return addend, None, norm
         if noise is not None:
             logits = logits + noise.view(-1, 1)
-        return addend, _maps((logits > 0).to(addend.dtype), hidden.shape)
+        return addend, _maps((logits > 0).to(addend.dtype), hidden.shape), norm
 
 
 # Compiled, forward and backward are one operation each: of what lies between, the compiler would
@@ -239,18 +285,22 @@ def _all_of_it(
     weights: Sequence[Tensor],
     eps: float,
     gated: bool,
+    exact: bool,
     coded: bool,
     last: bool,
     group: int,
     lowered: torch.dtype,
 ) -> list[Tensor]:
-    """Addend, h, and if there are such, gate and codes; `lowered` is the convolution's type."""
-    w = Weights(*weights)
+    """Addend, hidden map, and if there are such, rstd, gate and codes.
+
+    `lowered` is the convolution's type.
+    """
+    w, how = Weights(*weights), How(eps, gated, exact)
     with torch.no_grad(), torch.autocast(p.device.type, enabled=False):
         hidden = _squeezed(p.to(lowered), w.squeeze.to(lowered))
     hidden = hidden.contiguous(memory_format=_preferred(hidden))
-    addend, gate = _said(hidden, noise, w, How(eps, gated, not coded))
-    results = [addend, hidden]
+    addend, gate, norm = _said(hidden, noise, w, how)
+    results = [addend, *(_halved(norm, eps) if how.halves(w) else [hidden])]
     if gate is not None:
         results.append(gate)
     if coded:
@@ -277,8 +327,8 @@ _sealed_adapt = torch.library.custom_op(
     _all_of_it,
     mutates_args=(),
     schema=(
-        "(Tensor p, Tensor? noise, Tensor[] weights, float eps, bool gated, bool coded,"
-        " bool last, int group, ScalarType lowered) -> Tensor[]"
+        "(Tensor p, Tensor? noise, Tensor[] weights, float eps, bool gated, bool exact,"
+        " bool coded, bool last, int group, ScalarType lowered) -> Tensor[]"
     ),
 )
 _sealed_adapt.register_fake(_all_of_it)  # it computes shapes as well as values
@@ -287,8 +337,8 @@ _sealed_gradients = torch.library.custom_op(
     _all_gradients,
     mutates_args=(),
     schema=(
-        "(Tensor? kept, Tensor hidden, Tensor? noise, Tensor[] weights, Tensor? grad_addend,"
-        " Tensor? grad_gate, float eps, bool exact, bool last, int group,"
+        "(Tensor? kept, Tensor hidden, Tensor? rstd, Tensor? noise, Tensor[] weights,"
+        " Tensor? grad_addend, Tensor? grad_gate, float eps, bool exact, bool last, int group,"
         " SymInt[] size, ScalarType p_dtype, bool wants_p, bool wants_squeeze) -> Tensor[]"
     ),
 )
@@ -297,20 +347,28 @@ _sealed_gradients.register_fake(_all_gradients)
 
 def _sealed(
     p: Tensor, noise: Tensor | None, w: Weights, how: How, rows: Rows | None
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Addend, gate, h and codes."""
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Addend, gate, hidden map, rstd and codes."""
     device, lowered = p.device.type, w.squeeze.dtype
     if torch.is_autocast_enabled(device) and p.dtype != torch.float64:
         lowered = torch.get_autocast_dtype(device)
     last, group = (False, 0) if rows is None else (rows.last, rows.group)
     addend, hidden, *rest = _sealed_adapt(
-        p, noise, list(w), how.eps, how.gated, rows is not None, last, group, lowered
+        p, noise, list(w), how.eps, how.gated, how.exact, rows is not None, last, group, lowered
     )
-    return addend, rest[0] if how.gated else None, hidden, None if rows is None else rest[-1]
+    rstd = rest.pop(0) if how.halves(w) else None
+    gate = rest.pop(0) if how.gated else None
+    return addend, gate, hidden, rstd, rest[0] if rows is not None else None
+
+
+def keep(p: Tensor, weights: Weights, how: How) -> Kept | None:
+    """What `adapt` will keep of `p`, for others to use; compiled, it keeps that to itself."""
+    needed = torch.is_grad_enabled() and weights.squeeze.requires_grad
+    return Kept.of(p, how.exact) if needed and not torch.compiler.is_compiling() else None
 
 
 def adapt(
-    p: Tensor, noise: Tensor | None, weights: Weights, how: How
+    p: Tensor, noise: Tensor | None, weights: Weights, how: How, kept: Kept | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """What an adapter adds, and where it lets the host run.
 
@@ -321,12 +379,15 @@ def adapt(
         noise: Added to s before the decision, (N, G, 1), or None.
         weights: The adapter's parameters.
         how: See `How`.
+        kept: Of p, if `keep` has made it.
 
     Returns:
         The addend (N, O, *grid) and the gate (N, 1, *grid), zeros and ones, or None.
     """
     needed = p.requires_grad or any(weight.requires_grad for weight in weights)
     if not (torch.is_grad_enabled() and needed):
-        return _said(_squeezed(p, weights.squeeze), noise, weights, how)
-    result: tuple[Tensor, Tensor | None] = _Adapt.apply(p, noise, how, *weights)
+        addend, gate, _ = _said(_squeezed(p, weights.squeeze), noise, weights, how)
+        return addend, gate
+    kept = keep(p, weights, how) if kept is None else kept
+    result: tuple[Tensor, Tensor | None] = _Adapt.apply(p, noise, kept, how, *weights)
     return result

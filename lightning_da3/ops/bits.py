@@ -45,6 +45,8 @@ def _memory_order(stride: Sequence[int]) -> list[int]:
 
 def flat(x: Tensor) -> Tensor:
     """Elements of a dense tensor in memory order, a view."""
+    if x.is_contiguous():
+        return x.view(-1)
     return x.permute(_memory_order(x.stride())).reshape(-1)  # dense: a view, no copy
 
 

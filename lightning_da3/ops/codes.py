@@ -40,11 +40,11 @@ def encode(x: Tensor, groups: int = GROUP) -> Tensor:
     Returns:
         uint8 (n + 8 * ceil(n / groups),), in the memory order of `dense(x)`.
     """
-    elements = flat(dense(x.detach())).float()
+    elements = flat(dense(x.detach() if x.requires_grad else x)).float()
     whole = elements.numel() - elements.numel() % groups
-    rows = _encode_rows(elements[:whole].view(-1, groups))
     if whole == elements.numel():
-        return rows
+        return _encode_rows(elements.view(-1, groups))
+    rows = _encode_rows(elements[:whole].view(-1, groups))
     return torch.cat((rows, _encode_rows(elements[whole:].view(1, -1))))
 
 
@@ -92,9 +92,11 @@ def decode(
         A new tensor of this shape, these strides and this type.
     """
     whole = codes.numel() - codes.numel() % (groups + EXTRA)
-    elements = _decode_rows(codes[:whole].view(-1, groups + EXTRA))
-    if whole < codes.numel():
-        elements = torch.cat((elements, _decode_rows(codes[whole:].view(1, -1))))
+    if whole == codes.numel():
+        elements = _decode_rows(codes.view(-1, groups + EXTRA))
+    else:
+        parts = codes[:whole].view(-1, groups + EXTRA), codes[whole:].view(1, -1)
+        elements = torch.cat([_decode_rows(part) for part in parts])
     return elements.to(dtype).as_strided(size, stride)
 
 
@@ -202,6 +204,6 @@ class Rows(NamedTuple):
         """What `encode` coded."""
         n, c, *grid = self.size
         size = [n, *grid, c] if self.last else [n, c, *grid]
-        stride = torch.empty(size, device="meta").stride()
+        stride = [math.prod(size[axis + 1 :]) for axis in range(len(size))]
         x = decode(codes, size, stride, self.dtype, self.group)
         return x.movedim(-1, 1) if self.last else x

@@ -3,14 +3,15 @@
 Shapes: x (N, C, *in) enters the host, f (N, O, *out) leaves it, everything else lives on a coarse
 grid of G cells: p (N, C, *grid), gate (N, 1, *grid), addend (N, O, *grid).
 Kept: by `read` nothing; by `write` the gate and, if it trains, the cell means of f (8-bit codes
-unless exact). No tensor of full resolution is kept, and f is overwritten.
+unless exact), or what these follow from. No tensor of full resolution is kept, and f is
+overwritten.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -157,21 +158,51 @@ def read(x: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return result
 
 
+class Means(NamedTuple):
+    """What the cell means of f are made from in the backward.
+
+    Attributes:
+        kept: Saved; never written to.
+        read: From `kept` to (N, O, *grid); must not hold `kept` itself.
+    """
+
+    kept: Tensor
+    read: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, means: Tensor, exact: bool) -> Means:
+        """The means themselves, or their 8-bit codes."""
+        if exact:
+            return cls(means, _itself)
+        rows = Rows.of(means)
+        return cls(rows.encode(means), rows.decode)
+
+
+def _itself(means: Tensor) -> Tensor:
+    return means
+
+
 class _Write(torch.autograd.Function):
     """``f -> up(gate) * f + up(addend)``, in place."""
 
     @staticmethod
-    def forward(ctx: Any, f: Tensor, addend: Tensor, gate: Tensor | None, exact: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        f: Tensor,
+        addend: Tensor,
+        gate: Tensor | None,
+        exact: bool,
+        means: Means | None,
+    ) -> Tensor:
         grid = addend.shape[2:]
-        ctx.grid, ctx.gated = tuple(grid), gate is not None
-        ctx.rows, ctx.exact = None, exact
+        ctx.grid, ctx.gated, ctx.read = tuple(grid), gate is not None, None
         saved: tuple[Tensor, ...] = ()
         if gate is not None:
             saved = (gate,)
             if ctx.needs_input_grad[2]:
-                means = pool(f, grid)
-                ctx.rows = Rows.of(means)
-                saved = (gate, means if exact else ctx.rows.encode(means))
+                means = Means.of(pool(f, grid), exact) if means is None else means
+                ctx.read = means.read
+                saved = (gate, means.kept)
         ctx.save_for_backward(*saved)
         ctx.mark_dirty(f)
         write_(f, addend, gate)
@@ -182,15 +213,15 @@ class _Write(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sums = cell_sums(grad, ctx.grid)  # (N, O, *grid)
         if not ctx.gated:
-            return grad, sums, None, None
+            return grad, sums, None, None, None
         gate, *kept = ctx.saved_tensors
         grad_f = grad_gate = None
-        if ctx.rows is not None:
-            means = kept[0] if ctx.exact else ctx.rows.decode(kept[0]).to(grad.dtype)
+        if ctx.read is not None:
+            means = ctx.read(kept[0]).to(grad.dtype)
             grad_gate = (sums * means).sum(dim=1, keepdim=True)
         if ctx.needs_input_grad[0]:
             grad_f = gated(grad, gate)
-        return grad_f, sums, grad_gate, None
+        return grad_f, sums, grad_gate, None, None
 
 
 def gated(x: Tensor, gate: Tensor) -> Tensor:
@@ -219,7 +250,13 @@ def write_(f: Tensor, addend: Tensor, gate: Tensor | None) -> Tensor:
     return f
 
 
-def write(f: Tensor, addend: Tensor, gate: Tensor | None, exact: bool = False) -> Tensor:
+def write(
+    f: Tensor,
+    addend: Tensor,
+    gate: Tensor | None,
+    exact: bool = False,
+    means: Means | None = None,
+) -> Tensor:
     """``y = up(gate) * f + up(addend)``, written into `f`.
 
     The exact gradient of the gate, the sum over a cell of dL/dy * f, would need f. Kept instead is
@@ -231,6 +268,7 @@ def write(f: Tensor, addend: Tensor, gate: Tensor | None, exact: bool = False) -
         addend: (N, O, *grid).
         gate: (N, 1, *grid) of zeros and ones, or None for an open gate.
         exact: Keep the cell means as they are, not as 8-bit codes.
+        means: What they follow from, if that is kept anyway.
 
     Returns:
         y, (N, O, *out), in the memory of `f`.
@@ -239,5 +277,5 @@ def write(f: Tensor, addend: Tensor, gate: Tensor | None, exact: bool = False) -
     needs_graph = needs_graph or (gate is not None and gate.requires_grad)
     if not (torch.is_grad_enabled() and needs_graph):
         return write_(f, addend, gate)
-    result: Tensor = _Write.apply(f, addend, gate, exact)
+    result: Tensor = _Write.apply(f, addend, gate, exact, means)
     return result

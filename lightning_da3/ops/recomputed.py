@@ -50,9 +50,11 @@ class _Code(NamedTuple):
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, piece: Piece, how: _How, *inputs: Any) -> tuple[Any, ...]:
+    def forward(
+        ctx: Any, piece: Piece, how: _How, made: Tensor | None, *inputs: Any
+    ) -> tuple[Any, ...]:
         parameters, activations = inputs[: how.parameters], inputs[how.parameters :]
-        needed = ctx.needs_input_grad[2 + how.parameters :]
+        needed = ctx.needs_input_grad[3 + how.parameters :]
         x = activations[0]
         ctx.piece, ctx.how = piece, how
         ctx.random = _Random(x.device) if how.random and not has_no_values(x) else None
@@ -66,8 +68,9 @@ class _Recomputed(torch.autograd.Function):
         kept = [
             t if code is None else code.encode(t)
             for t, code in zip(activations, ctx.codes, strict=True)
-            if isinstance(t, Tensor)
+            if isinstance(t, Tensor) and not (t is x and made is not None)
         ]
+        kept = kept if made is None else [made, *kept]
         with noting(not how.exact) as noted:
             outputs = piece(x.view_as(x), *activations[1:])
         outputs = tuple(_owner(y, activations) for y in outputs)
@@ -89,7 +92,7 @@ class _Recomputed(torch.autograd.Function):
             for other, code, need in zip(
                 ctx.others,
                 ctx.codes,
-                ctx.needs_input_grad[2 + ctx.how.parameters :],
+                ctx.needs_input_grad[3 + ctx.how.parameters :],
                 strict=True,
             )
         ]
@@ -111,7 +114,7 @@ class _Recomputed(torch.autograd.Function):
             if wanted and sources
             else [None] * len(sources)
         )
-        return None, None, *[None if t is None else next(found) for t in leaves]
+        return None, None, None, *[None if t is None else next(found) for t in leaves]
 
 
 class _Kept:
@@ -207,6 +210,7 @@ def recomputed(
     exact: bool = False,
     parameters: tuple[Tensor, ...] = (),
     random: bool = False,
+    codes: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """``piece(x, *rest)``, computed a second time in the backward instead of keeping anything.
 
@@ -217,6 +221,7 @@ def recomputed(
         exact: Keep activations themselves, not their 8-bit codes.
         parameters: Trainable tensors that `piece` uses by itself.
         random: `piece` draws random numbers, which must be the same again.
+        codes: Of `x`, by `encode` in groups of `sample_group`, if something else keeps such.
 
     Returns:
         What `piece` returns.
@@ -228,5 +233,5 @@ def recomputed(
     if torch.compiler.is_compiling():
         return _compiled(piece, x, *rest, exact=exact)
     how = _How(exact, random, len(parameters))
-    result: tuple[Any, ...] = _Recomputed.apply(piece, how, *parameters, x, *rest)
+    result: tuple[Any, ...] = _Recomputed.apply(piece, how, codes, *parameters, x, *rest)
     return result

@@ -3,6 +3,7 @@
 Shapes: x (N, *in, C) enters the host, f (N, *in, O) leaves it. With one axis of T tokens the first
 `own` of them (class and register tokens) are cells by themselves; the others lie on a grid of G
 cells. Cells stand in one row: p (N, C, own + G), gate (N, 1, own + G), addend (N, O, own + G).
+Where every token is a cell, p is a view of x.
 Kept: by `read_tokens` nothing; by `write_tokens` the gate and, if it trains, the cell means of f.
 """
 
@@ -15,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_da3.ops.codes import Rows
 from lightning_da3.ops.host import (
+    Means,
     add_pool_gradient_,
     cell_sums,
     coarse_grid,
@@ -51,6 +52,11 @@ class Place(NamedTuple):
         size = (side, side) if side > 1 and side * side == rest else (rest,)
         return cls(own, size, coarse_grid(size, max_cells))
 
+    @property
+    def whole(self) -> bool:
+        """Whether every token is a cell by itself."""
+        return self.grid == self.size
+
     def maps(self, x: Tensor) -> Tensor:
         """View of (N, *in, C) without its own tokens as (N, C, *size)."""
         if x.dim() != 3:
@@ -78,43 +84,49 @@ class _ReadTokens(torch.autograd.Function):
     """``x -> (x, cells(x))``; the backward adds the cells' gradient into that of x, in place."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, place: Place, apart: bool) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.size, ctx.place = x.size(), place
-        return x.view_as(x), _cells(x, place)
+        return x.view_as(x), _cells(x, place, apart)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, grad: Tensor | None, grad_cells: Tensor | None
-    ) -> tuple[Tensor | None, None]:
+    ) -> tuple[Tensor | None, None, None]:
         if grad_cells is None:
-            return grad, None
+            return grad, None, None
         place = ctx.place
         grad = writable(grad, ctx.size, grad_cells)
+        if place.whole:
+            return grad.add_(grad_cells.transpose(1, 2).reshape(ctx.size)), None, None
         add_pool_gradient_(place.maps(grad), place.on_grid(grad_cells))
         if place.own:
             place.own_tokens(grad).add_(grad_cells[:, :, : place.own])
-        return grad, None
+        return grad, None, None
 
 
-def _cells(x: Tensor, place: Place) -> Tensor:
+def _cells(x: Tensor, place: Place, apart: bool) -> Tensor:
+    """The cell means; if every token is a cell, a view of `x` unless that must stay `apart`."""
+    if place.whole and not apart and not torch.compiler.is_compiling():
+        return x.flatten(1, -2).transpose(1, 2)
     return place.in_row(x, pool(place.maps(x), place.grid))
 
 
-def read_tokens(x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+def read_tokens(x: Tensor, place: Place, apart: bool = False) -> tuple[Tensor, Tensor]:
     """The host's input and its cell means; see `lightning_da3.ops.host.read`.
 
     Args:
         x: (N, *in, C).
         place: Of its tokens.
+        apart: p has memory of its own: it may be kept while x is overwritten.
 
     Returns:
-        x (N, *in, C) and p (N, C, own + G).
+        x (N, *in, C) and p (N, C, own + G), which may be a view of x.
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return x, _cells(x, place)
-    result: tuple[Tensor, Tensor] = _ReadTokens.apply(x, place)
+        return x, _cells(x, place, apart)
+    result: tuple[Tensor, Tensor] = _ReadTokens.apply(x, place, apart)
     return result
 
 
@@ -125,14 +137,15 @@ class _WriteTokens(torch.autograd.Function):
     def forward(
         ctx: Any, f: Tensor, addend: Tensor, gate: Tensor | None, place: Place, exact: bool
     ) -> Tensor:
-        ctx.place, ctx.gated, ctx.rows, ctx.exact = place, gate is not None, None, exact
+        ctx.place, ctx.gated, ctx.read = place, gate is not None, None
         saved: tuple[Tensor, ...] = ()
         if gate is not None:
             saved = (gate,)
             if ctx.needs_input_grad[2]:
-                means = _cells(f, place)
-                ctx.rows = Rows.of(means)
-                saved = (gate, means.contiguous() if exact else ctx.rows.encode(means))
+                cells = _cells(f, place, apart=exact)
+                means = Means.of(cells.contiguous() if exact else cells, exact)
+                ctx.read = means.read
+                saved = (gate, means.kept)
         ctx.save_for_backward(*saved)
         return _written(f, addend, gate, place)
 
@@ -145,8 +158,8 @@ class _WriteTokens(torch.autograd.Function):
             return grad, sums, None, None, None
         gate, *kept = ctx.saved_tensors
         grad_f = grad_gate = None
-        if ctx.rows is not None:
-            means = kept[0] if ctx.exact else ctx.rows.decode(kept[0]).to(grad.dtype)
+        if ctx.read is not None:
+            means = ctx.read(kept[0]).to(grad.dtype)
             grad_gate = (sums * means).sum(dim=1, keepdim=True)
         if ctx.needs_input_grad[0]:
             grad_f = torch.empty_like(grad)

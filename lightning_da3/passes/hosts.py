@@ -1,4 +1,4 @@
-"""``y = f(x)`` becomes ``x, a = host_input(x); y, e = host_output(f(x), a)``."""
+"""``y = f(x)`` becomes ``x, a, c = host_input(x); y, e = host_output(f(x), a)``."""
 
 from __future__ import annotations
 

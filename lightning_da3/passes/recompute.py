@@ -45,7 +45,8 @@ def _recompute(gm: fx.GraphModule, segment: SegmentPlan, place: str, exact: bool
     for node in rest:  # constants, and numbers of other tensors
         _before(graph, node, inside[0])
     with graph.inserting_before(inside[0]):
-        call = graph.call_module(place, (x, *rest))
+        codes = _codes(graph, x)
+        call = graph.call_module(place, (x, *rest), {} if codes is None else {"codes": codes})
         results = [graph.call_function(operator.getitem, (call, k)) for k in range(len(exits))]
     for node, result in zip(exits, results, strict=True):
         result.meta[STANDS_FOR] = stands_for(node)
@@ -94,6 +95,14 @@ def _hands_on(node: fx.Node, source: str) -> bool:
     if not isinstance(door, fx.Node) or not str(door.target).startswith((INPUTS, OUTPUTS)):
         return False
     return any(source in stands_for(i) for i in door.all_input_nodes)
+
+
+def _codes(graph: fx.Graph, x: fx.Node) -> fx.Node | None:
+    """Codes of what a host's input hands on, where its adapter keeps such."""
+    door = x.args[0] if x.target is operator.getitem else None
+    if not isinstance(door, fx.Node) or not str(door.target).startswith(INPUTS):
+        return None
+    return graph.call_function(operator.getitem, (door, 2))
 
 
 def _before(graph: fx.Graph, node: fx.Node, place: fx.Node) -> None:
