@@ -11,6 +11,7 @@ if exact.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -104,7 +105,7 @@ class _Adapt(torch.autograd.Function):
         else:
             squeezed = _squeezed(p, w.squeeze)
             addend, gate, norm = _said(squeezed, noise, w, how)
-            hidden = [*_halved(norm, how.eps)] if how.halves(w) else [squeezed, None]
+            hidden = [*norm.halved()] if how.halves(w) else [squeezed, None]
             saved = None if kept is None else kept.tensor
         ctx.save_for_backward(saved, *hidden, noise, *weights)
         ctx.set_materialize_grads(False)
@@ -151,32 +152,29 @@ def _gradients(
     """Of p, then of all weights; arguments as an op takes them."""
     dtype = weights[0].dtype  # autocast may have lowered what lies between
     w = Weights(*weights)
-    if rstd is None:
-        hidden = hidden.to(dtype)
-    else:  # its mean is lost, and nothing reads that
-        hidden = hidden / rstd.view(-1, *[1] * (hidden.dim() - 1))
-    norm, cells, logits = _attention(hidden, w, eps)
+    norm = _Norm.of(hidden.to(dtype), eps) if rstd is None else _Norm.again(hidden, rstd)
+    cells, logits = _attention(norm.n, w)
     soft = torch.sigmoid(logits)
     grads: list[Tensor | None] = [None] * len(w)
     if grad_addend is None:
         grad_cells, grad_logits = torch.zeros_like(cells), torch.zeros_like(logits)
     else:
         rows = _rows(grad_addend).to(dtype)
-        grads[5], grads[6] = rows.t() @ (soft * cells), rows.sum(0)
-        grad_cells = rows @ w.value  # of u, so far
+        grads[5], grads[6] = torch.mm(rows.t(), soft * cells), rows.sum(0)
+        grad_cells = torch.mm(rows, w.value)  # of u, so far
         grad_logits = _aten.sigmoid_backward((grad_cells * cells).sum(1, keepdim=True), soft)
         grad_cells.mul_(soft)
     if grad_gate is not None:  # straight through: as if it were the sigmoid
         chance = soft if noise is None else torch.sigmoid(logits + noise.view(-1, 1))
         grad_logits = grad_logits + _aten.sigmoid_backward(_rows(grad_gate).to(dtype), chance)
-    grads[3], grads[4] = grad_logits.t() @ cells, grad_logits.sum(0)
+    grads[3], grads[4] = torch.mm(grad_logits.t(), cells), grad_logits.sum(0)
     grad_cells.addmm_(grad_logits, w.attend)
     grad_normal = _maps(_aten.threshold_backward(grad_cells, cells, 0), hidden.shape)
     grad_hidden, grads[1], grads[2] = norm.backward(grad_normal, w.scale)
     grad_p = None
     if wants_p or wants_squeeze:
         if kept is None:
-            p = hidden.new_empty(1).expand(size)  # its shape alone is read
+            p = grad_hidden.new_empty(1).expand(size)  # its shape alone is read
         else:
             p = kept if exact else Rows(last, group, torch.Size(size), p_dtype).decode(kept)
             p = p.to(dtype).contiguous(memory_format=_layout(grad_hidden))
@@ -208,40 +206,48 @@ def _padding(weight: Tensor) -> list[int]:
 
 
 class _Norm(NamedTuple):
-    """A group norm of one group, and what its backward reads."""
+    """A group norm of one group, before its scale and shift, and what its backward reads."""
 
-    x: Tensor
+    x: Tensor  # (N, m, *grid)
+    n: Tensor  # (x - mean) * rstd, (N * G, m)
     mean: Tensor
     rstd: Tensor
 
-    def sizes(self) -> tuple[int, int, int, int]:
-        n, m = self.x.shape[:2]
-        return n, m, self.x.shape[2:].numel(), 1
+    @classmethod
+    def of(cls, hidden: Tensor, eps: float) -> _Norm:
+        """Of h, (N, m, *grid)."""
+        x = hidden.contiguous(memory_format=_layout(hidden))
+        n, m = x.shape[:2]
+        normal, mean, rstd = torch.native_group_norm(
+            x, None, None, n, m, x.shape[2:].numel(), 1, eps
+        )
+        return cls(x, _rows(normal), mean, rstd)
+
+    def halved(self) -> tuple[Tensor, Tensor]:
+        """n, (N, m, *grid) in float16, and rstd."""
+        return _maps(self.n, self.x.shape).half(), self.rstd
+
+    @classmethod
+    def again(cls, n: Tensor, rstd: Tensor) -> _Norm:
+        """From what `halved` made of it; the mean of h is lost, and nothing reads that."""
+        n = n.to(rstd.dtype)
+        x = n / rstd.view(-1, *[1] * (n.dim() - 1))
+        return cls(x, _rows(n), torch.zeros_like(rstd), rstd)
 
     def backward(self, grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of x, scale and shift."""
         grad = grad.contiguous(memory_format=_layout(self.x))
-        statistics = (self.x, self.mean, self.rstd, scale)
+        n, m = self.x.shape[:2]
         return _aten.native_group_norm_backward(  # type: ignore[no-any-return]
-            grad, *statistics, *self.sizes(), [True, True, True]
+            *(grad, self.x, self.mean, self.rstd, scale),
+            *(n, m, self.x.shape[2:].numel(), 1, [True, True, True]),
         )
 
 
-def _halved(norm: _Norm, eps: float) -> tuple[Tensor, Tensor]:
-    """n, (N, m, *grid) in float16, and rstd, (N, 1)."""
-    n, _, _ = torch.native_group_norm(norm.x, None, None, *norm.sizes(), eps)
-    return n.half(), norm.rstd
-
-
-def _attention(hidden: Tensor, w: Weights, eps: float) -> tuple[_Norm, Tensor, Tensor]:
-    """The norm, r (N * G, m) and s (N * G, 1)."""
-    x = hidden.contiguous(memory_format=_layout(hidden))
-    n, m = x.shape[:2]
-    normal, mean, rstd = torch.native_group_norm(
-        x, w.scale, w.shift, n, m, x.shape[2:].numel(), 1, eps
-    )
-    cells = _rows(normal).relu()
-    return _Norm(x, mean, rstd), cells, torch.addmm(w.attend_bias, cells, w.attend.t())
+def _attention(n: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
+    """r (N * G, m) and s (N * G, 1)."""
+    cells = torch.addcmul(w.shift, n, w.scale).relu_()
+    return cells, torch.addmm(w.attend_bias, cells, w.attend.t())
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -251,21 +257,25 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 def _rows(x: Tensor) -> Tensor:
     """(N, C, *grid) as (N * G, C), a view if the channels lie last in memory."""
-    return x.movedim(1, -1).reshape(-1, x.shape[1])
+    return x.permute(0, *range(2, x.dim()), 1).reshape(-1, x.shape[1])
 
 
 def _maps(rows: Tensor, size: torch.Size) -> Tensor:
     """(N * G, O) as (N, O, *grid), a view that lies in memory as channels_last does."""
-    return rows.view(size[0], *size[2:], rows.shape[1]).movedim(-1, 1)
+    last = len(size) - 1
+    return rows.view(size[0], *size[2:], rows.shape[1]).permute(0, last, *range(1, last))
 
 
 def _said(
     hidden: Tensor, noise: Tensor | None, w: Weights, how: How
 ) -> tuple[Tensor, Tensor | None, _Norm]:
     """Addend, gate and the norm."""
-    with torch.autocast(hidden.device.type, enabled=False):  # few cells: as precise as the weights
-        hidden = hidden.to(w.value.dtype)
-        norm, cells, logits = _attention(hidden, w, how.eps)
+    device = hidden.device.type
+    with contextlib.ExitStack() as stack:
+        if torch.is_autocast_enabled(device):  # few cells: as precise as the weights
+            stack.enter_context(torch.autocast(device, enabled=False))
+        norm = _Norm.of(hidden.to(w.value.dtype), how.eps)
+        cells, logits = _attention(norm.n, w)
         scaled = torch.sigmoid(logits).mul(cells)
         addend = _maps(torch.addmm(w.value_bias, scaled, w.value.t()), hidden.shape)
         if not how.gated:
@@ -300,7 +310,7 @@ def _all_of_it(
         hidden = _squeezed(p.to(lowered), w.squeeze.to(lowered))
     hidden = hidden.contiguous(memory_format=_preferred(hidden))
     addend, gate, norm = _said(hidden, noise, w, how)
-    results = [addend, *(_halved(norm, eps) if how.halves(w) else [hidden])]
+    results = [addend, *(norm.halved() if how.halves(w) else [hidden])]
     if gate is not None:
         results.append(gate)
     if coded:

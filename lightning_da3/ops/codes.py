@@ -198,12 +198,11 @@ class Rows(NamedTuple):
     def encode(self, x: Tensor) -> Tensor:
         """See `encode`."""
         x = x.detach()
-        return encode((x.movedim(1, -1) if self.last else x).contiguous(), self.group)
+        x = (x.movedim(1, -1) if self.last else x).contiguous()
+        return _encode_rows(x.float().view(-1, self.group))  # no group is shorter
 
     def decode(self, codes: Tensor) -> Tensor:
         """What `encode` coded."""
         n, c, *grid = self.size
-        size = [n, *grid, c] if self.last else [n, c, *grid]
-        stride = [math.prod(size[axis + 1 :]) for axis in range(len(size))]
-        x = decode(codes, size, stride, self.dtype, self.group)
-        return x.movedim(-1, 1) if self.last else x
+        x = _decode_rows(codes.view(-1, self.group + EXTRA)).to(self.dtype)
+        return x.view(n, *grid, c).movedim(-1, 1) if self.last else x.view(self.size)

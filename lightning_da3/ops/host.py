@@ -75,10 +75,18 @@ def pool(x: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 def cell_sums(x: Tensor, grid: Sequence[int]) -> Tensor:
-    """Sums over the pixels of every cell, the transpose of `upsample`, (N, C, *grid)."""
+    """Sums over the pixels of every cell, the transpose of `upsample`, (N, C, *grid).
+
+    The result is `x` itself if cells are single pixels.
+    """
     size = x.shape[2:]
+    if tuple(size) == tuple(grid):
+        return x
     if divides(size, grid):
-        return pool(x, grid) * math.prod([n // c for n, c in zip(size, grid, strict=True)])
+        cell = [n // c for n, c in zip(size, grid, strict=True)]
+        if len(cell) == 2:
+            return F.avg_pool2d(x, cell, divisor_override=1)
+        return pool(x, grid) * math.prod(cell)
     transpose = {
         1: _aten.upsample_nearest1d_backward,
         2: _aten.upsample_nearest2d_backward,
@@ -121,8 +129,8 @@ def add_pool_gradient_(grad: Tensor, grad_pooled: Tensor) -> None:
     """Add to dL/dx (N, C, *in) what dL/dp (N, C, *grid) says of it."""
     size, grid = grad.shape[2:], grad_pooled.shape[2:]
     if divides(size, grid):
-        share = grad_pooled / math.prod([n // c for n, c in zip(size, grid, strict=True)])
-        split(grad, grid).add_(spread(share))
+        pixels = math.prod([n // c for n, c in zip(size, grid, strict=True)])
+        split(grad, grid).add_(spread(grad_pooled), alpha=1.0 / pixels)
     else:
         grad.add_(pool_transpose(grad_pooled, grad.shape))
 
