@@ -162,6 +162,14 @@ def test_codes_of_cells(shape):
         assert rows.group % x[0, 0].numel() == 0
 
 
+@pytest.mark.parametrize(("cells", "channels", "together"), [(7, 160, 5), (7, 32, 4), (4, 64, 16)])
+def test_channels_of_few_cells_share_a_range(cells, channels, together):
+    x = torch.randn(2, channels, cells, cells)
+    rows = Rows.of(x)
+    assert rows.group == together * cells**2
+    assert rows.encode(x).numel() == x.numel() + 2 * channels // together * 8
+
+
 def test_tokens_do_not_share_a_range():
     tokens = torch.randn(2, 7, 300)
     tokens[:, 0] *= 1e-3  # a class token

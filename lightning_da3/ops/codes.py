@@ -192,7 +192,7 @@ class Rows(NamedTuple):
         cells, channels = max(1, math.prod(size[2:])), max(1, size[1])
         if x.dim() == 3 and x.stride(1) == 1 and min(cells, channels) > 1:
             return cls(True, _largest_divisor(channels, GROUP), size, dtype)
-        group = cells * _largest_divisor(channels, max(1, 128 // cells))
+        group = cells * _largest_divisor(channels, max(1, GROUP // cells))
         return cls(False, group, size, dtype)
 
     def encode(self, x: Tensor) -> Tensor:
