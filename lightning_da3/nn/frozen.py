@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from lightning_da3.errors import CheckpointError
 from lightning_da3.ops.activation import Slopes, hard_sigmoid, two_slopes
-from lightning_da3.ops.convolution import frozen_conv, frozen_conv_transpose, pad_mode
+from lightning_da3.ops.convolution import (
+    conv_input_gradient,
+    frozen_conv,
+    frozen_conv_transpose,
+    pad_mode,
+)
+from lightning_da3.ops.linear import at_work_again
 from lightning_da3.ops.normalization import frozen_affine
 from lightning_da3.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
 from lightning_da3.ops.smooth import Smooth, coded
@@ -142,6 +148,11 @@ class FrozenConv(nn.Module):
         return {"weight": weight} if self.bias is None else {"weight": weight, "bias": bias}
 
     @property
+    def pads_zeros_alike(self) -> bool:
+        """Whether the kernel pads by itself: zeros, as many on both sides."""
+        return self.padding_mode == "zeros" and self.symmetric_padding is not None
+
+    @property
     def symmetric_padding(self) -> tuple[int, ...] | None:
         """Zeros on both sides of every axis, or None where the sides differ."""
         before, after = self.pad[::2], self.pad[1::2]
@@ -156,6 +167,14 @@ class FrozenConv(nn.Module):
             padding = (0,) * len(self.stride)
         return frozen_conv(
             x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, self.slopes
+        )
+
+    def input_gradient(self, grad: Tensor, size: torch.Size) -> Tensor:
+        """dL/dx, of this size, from dL/dy; of a layer that pads alike, without an activation."""
+        weight, padding = at_work_again(self.weight, grad), self.symmetric_padding
+        assert padding is not None
+        return conv_input_gradient(
+            grad, weight, size, self.stride, padding, self.dilation, self.groups
         )
 
     def extra_repr(self) -> str:
