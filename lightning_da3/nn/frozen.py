@@ -102,6 +102,7 @@ class FrozenConv(nn.Module):
 
     Attributes:
         slopes: Of the activation that comes with it, or None.
+        symmetric_padding: On both sides of every axis, or None where the sides differ.
     """
 
     def __init__(
@@ -123,6 +124,8 @@ class FrozenConv(nn.Module):
         self.padding_mode = conv.padding_mode
         # last axis first, both sides: what torch.nn.functional.pad takes
         self.pad: list[int] = list(conv._reversed_padding_repeated_twice)
+        before, after = self.pad[::2], self.pad[1::2]
+        self.symmetric_padding = tuple(reversed(before)) if before == after else None
         weight, bias = fold(conv.weight, conv.bias, None if norm is None else Statistics.of(norm))
         # activations follow the weight's layout; channels_last is the one CPUs are fastest in
         layout = torch.channels_last if axes == 2 else torch.contiguous_format
@@ -151,12 +154,6 @@ class FrozenConv(nn.Module):
     def pads_zeros_alike(self) -> bool:
         """Whether the kernel pads by itself: zeros, as many on both sides."""
         return self.padding_mode == "zeros" and self.symmetric_padding is not None
-
-    @property
-    def symmetric_padding(self) -> tuple[int, ...] | None:
-        """Zeros on both sides of every axis, or None where the sides differ."""
-        before, after = self.pad[::2], self.pad[1::2]
-        return tuple(reversed(before)) if before == after else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, *in) to (N, O, *out)."""

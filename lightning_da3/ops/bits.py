@@ -24,7 +24,7 @@ def dense(x: Tensor) -> Tensor:
 
 
 def _is_dense(x: Tensor) -> bool:
-    if x.is_contiguous():
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return True
     expected = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):

@@ -78,7 +78,7 @@ def _inside(graph: fx.Graph, segment: SegmentPlan) -> list[fx.Node]:
 def _activated(
     gm: fx.GraphModule, x: fx.Node, inside: list[fx.Node]
 ) -> tuple[FrozenConv, Coded] | None:
-    """The layers of ``silu(conv(x))``, if that is all; not if the slope jumps or reads the value."""
+    """The layers of ``silu(conv(x))``, if that is all, and its backward reads conv(x) alone."""
     if len(inside) != 2 or inside[0].args != (x,) or inside[1].args != (inside[0],):
         return None
     conv, activation = (module_of(gm, node) for node in inside)
