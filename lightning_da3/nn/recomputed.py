@@ -23,6 +23,9 @@ class Recomputed(nn.Module):
         piece: From one activation and constants to a tuple.
         exact: Keep the activation, not its 8-bit codes.
         activated: The two layers of a piece that is ``silu(conv(x))`` and no more.
+
+    Attributes:
+        kept: Run the piece once, and let its operations keep what they keep by themselves.
     """
 
     piece: nn.Module
@@ -34,11 +37,11 @@ class Recomputed(nn.Module):
         object.__setattr__(self, "piece", piece)
         self.exact = exact
         self.doors = [m for m in piece.modules() if isinstance(m, HostInput | HeadSlot)]
-        self.activated = activated
+        self.activated, self.kept = activated, False
 
     def forward(self, x: Any, *rest: Any, codes: Tensor | None = None) -> tuple[Any, ...]:
         """What the piece returns; `codes` are those of x, where a host's input has made them."""
-        if not (isinstance(x, Tensor) and all(map(_is_plain, rest))):
+        if self.kept or not (isinstance(x, Tensor) and all(map(_is_plain, rest))):
             return cast(tuple[Any, ...], self.piece(x, *rest))  # a list of tensors, say
         if self.activated is not None and not torch.compiler.is_compiling():
             return (activated(x, *self.activated, exact=self.exact, codes=codes),)
