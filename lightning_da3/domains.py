@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from lightning_da3.budget import Holder
 from lightning_da3.checkpointing import domain_file_bytes, read_domain, write_domain
@@ -258,6 +258,7 @@ class DA3Model(nn.Module):
         if domains is not None:
             return self._run_mixed(domains, args, kwargs)
         output, ledger = self._run_split(args, kwargs)
+        output = _laid_out(output, args, kwargs)
         executed = self._executed(ledger)
         if not executed:
             return output
@@ -734,6 +735,19 @@ def _has_modes(layer: nn.Module) -> bool:
     if home.startswith("torch.nn."):
         return isinstance(layer, _MODAL)
     return not isinstance(layer, fx.GraphModule) and not home.startswith("lightning_da3.")
+
+
+def _laid_out(output: Any, args: Any, kwargs: Any) -> Any:
+    """Maps are contiguous if those of the input are: what follows may take views of them."""
+    if any(isinstance(x, Tensor) and _is_channels_last(x) for x in tree_leaves((args, kwargs))):
+        return output
+    return tree_map_only(Tensor, lambda y: y.contiguous() if _is_channels_last(y) else y, output)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """And not contiguous as well."""
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return layout is not None and not x.is_contiguous() and x.is_contiguous(memory_format=layout)
 
 
 def _carry(output: Any, loss: Tensor, scale: float) -> Any:

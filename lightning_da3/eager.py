@@ -49,7 +49,8 @@ class KeepsLess(TorchFunctionMode):
     grid, as that of smooth activations, would round all of what a loss computes of probabilities.
     What follows by elementwise functions from tensors that are kept anyway is not kept as well, but
     computed again: a focal loss keeps its logits, their sigmoid and its targets, of eight
-    tensors. Everything else, and what writes in place, is as ever.
+    tensors. Views that channels_last maps do not have are copies. Everything else, and what writes
+    in place, is as ever.
 
     Args:
         exact: Only what gives the exact gradient.
@@ -70,6 +71,8 @@ class KeepsLess(TorchFunctionMode):
         """Call `func`, or what stands for it."""
         del types
         kwargs = kwargs or {}
+        if func in _RESHAPES:
+            return _viewed(func, args, kwargs)
         if not torch.is_grad_enabled() or not args:
             return func(*args, **kwargs)
         if func in _ELEMENTWISE and _is_elementwise(func, args, kwargs):
@@ -102,6 +105,22 @@ class KeepsLess(TorchFunctionMode):
             return softmax(args[0], *args[1:], **_without(kwargs, "_stacklevel"))
         layer = _exact_layer(func, args, kwargs)
         return func(*args, **kwargs) if layer is None else layer(args[0])
+
+
+_RESHAPES: dict[Any, Callable[..., Tensor]] = {
+    Tensor.view: Tensor.reshape,
+    Tensor.view_as: Tensor.reshape_as,
+}
+
+
+def _viewed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A view, or a copy where the map is channels_last and a contiguous one would have the view."""
+    try:
+        return func(*args, **kwargs)
+    except RuntimeError:
+        if any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
+            raise
+        return _RESHAPES[func](*args, **kwargs)
 
 
 class _Lineage:

@@ -1,5 +1,7 @@
 """Networks as users write them: each converts, computes the same and has the right gradients."""
 
+import dataclasses
+
 import models
 import pytest
 import torch
@@ -199,9 +201,50 @@ def test_what_stays_python_is_named_and_its_children_are_graphs(name, python):
 def test_the_length_of_a_tensor_is_no_reason_to_stay_python():
     model = convert(zoo.network("VisionTransformer"), CONFIG)
     assert model.plan.python == ()
-    assert [host.own_tokens for host in model.plan.hosts] == [0, 1, 1, 1, 1]
+    assert [host.own_tokens for host in model.plan.hosts] == [1, 1, 1, 1]
     for count in (1, 3):
         assert model(torch.randn(count, 3, 12, 12)).shape == (count, zoo.CLASSES)
+
+
+def test_patches_are_embedded_as_they_were_if_there_is_more_to_adapt():
+    patches = nn.Conv2d(3, 8, 4, stride=4)
+    alone = nn.Sequential(patches, nn.Flatten(1), nn.Linear(72, 2))
+    more = nn.Sequential(patches, nn.Conv2d(8, 8, 3, padding=1), nn.Flatten(1), nn.Linear(72, 2))
+    x = torch.randn(2, 3, 12, 12)
+    found = [[h.name for h in convert(n, CONFIG, x).plan.hosts] for n in (alone, more)]
+    assert found == [["0"], ["1"]]
+
+
+def test_views_that_channels_last_maps_do_not_have_are_copies():
+    class Flat(nn.Module):
+        def __init__(self, python):
+            super().__init__()
+            self.python, self.conv1 = python, nn.Conv2d(3, 8, 3, padding=1)
+            self.conv2, self.fc = nn.Conv2d(8, 4, 3, padding=1), nn.Linear(64, 2)
+
+        def forward(self, x):
+            if self.python and x.sum() > 1e9:
+                x = -x
+            x = self.conv2(self.conv1(x).relu())
+            like = x.new_empty(len(x), 64)
+            return self.fc(x.view(x.size(0), -1) + x.view_as(like))
+
+    x = torch.randn(2, 3, 4, 4)
+    for python in (False, True):
+        network = Flat(python).eval()
+        model = convert(network, dataclasses.replace(CONFIG, head=None), x)
+        assert bool(model.plan.python) is python
+        assert_relatively_close([model(x)], [network(x)], 1e-5)
+
+
+def test_maps_come_out_laid_out_as_the_input_is():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1))
+    model = convert(network, dataclasses.replace(CONFIG, head=None))
+    x = torch.randn(2, 3, 4, 4)
+    assert model(x).view(-1).shape == (128,)
+    last = model(x.to(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert_relatively_close([last], [model(x)], 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)

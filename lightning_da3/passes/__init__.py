@@ -14,9 +14,17 @@ from lightning_da3.passes.hosts import attach_hosts_
 from lightning_da3.passes.means import compute_means_again_
 from lightning_da3.passes.pools import pool_first_
 from lightning_da3.passes.recompute import recompute_
+from lightning_da3.passes.views import reshape_
 from lightning_da3.planning import PartPlan
 from lightning_da3.tracing import Part
 
 Pass = Callable[[Part, PartPlan, DA3Config], None]
 
-ORDER: tuple[Pass, ...] = (attach_hosts_, freeze_, compute_means_again_, pool_first_, recompute_)
+ORDER: tuple[Pass, ...] = (
+    reshape_,
+    attach_hosts_,
+    freeze_,
+    compute_means_again_,
+    pool_first_,
+    recompute_,
+)

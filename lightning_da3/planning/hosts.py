@@ -73,11 +73,19 @@ class HostFinder:
                 first = self._neighbour(node, backwards=True) or node
                 last = self._neighbour(node, backwards=False) or node
             x = self.flow.inputs(first)[0]
-            kind = lone if is_depthwise(conv) and first is last else found
+            alone = (is_depthwise(conv) and first is last) or self._embeds_patches(node)
+            kind = lone if alone else found
             kind.append((self.flow.position[x], self.reduction[node], self._conv(first, last)))
-        # one that mixes channels nowhere has little to adapt: only for want of others
+        # one that mixes channels nowhere, or reads raw pixels, has little to adapt: only for want
+        # of others
         for _, reduction, host in sorted(found or lone, key=lambda item: item[0]):
             yield reduction, host
+
+    def _embeds_patches(self, node: fx.Node) -> bool:
+        """A convolution of the network's input whose windows lie side by side."""
+        conv: Any = module_of(self.gm, node)
+        raw = self.flow.inputs(node)[0].op == "placeholder" and not self.part.path
+        return raw and max(conv.stride) > 1 and conv.kernel_size == conv.stride
 
     def any_layers(self) -> Iterator[HostPlan]:
         """For a network with neither: every layer that mixes channels."""
