@@ -18,7 +18,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_da3.config import Budget, MemoryConfig, bytes_in
 from lightning_da3.errors import ConfigError, DA3Error
+from lightning_da3.keeping import Names, keep_only, most_kept
 from lightning_da3.memory import BatchPrediction, StepPrediction, StepPredictor, free_bytes, resized
+from lightning_da3.nn.recomputed import Recomputed
 from lightning_da3.pieces import Split, batch_size
 
 # what a piece costs beside its samples (reading and laying out weights, launching), in FLOPs a
@@ -249,6 +251,8 @@ class Holder:
         self.tell: Callable[[str], object] | None = None
         self._costs: dict[Any, SplitCosts] = {}
         self._chosen: dict[Any, Split | None] = {}
+        self._kept: dict[Any, Names] = {}  # stretches that are not computed again
+        self._keeping: tuple[Names, list[Recomputed]] | None = None  # now
         self._steps: dict[Any, StepPrediction] = {}
         self._parts: dict[Any, int] = {}  # by kind of batch, most samples
         self._part: int | None = None  # of what the network was given last
@@ -258,6 +262,8 @@ class Holder:
         empty: dict[str, Any] = {
             "_costs": {},
             "_chosen": {},
+            "_kept": {},
+            "_keeping": None,
             "_steps": {},
             "_parts": {},
             "predicted": None,
@@ -266,6 +272,8 @@ class Holder:
 
     def hold(self, memory: MemoryConfig) -> None:
         """Keep to another budget from now on."""
+        for stretch in self._keeping[1] if self._keeping else ():
+            stretch.kept = False
         self.__init__(memory)  # type: ignore[misc]
 
     @property
@@ -290,6 +298,7 @@ class Holder:
         """
         if self.accumulates:
             self._part = self.split.samples if self.split else self._largest(model, args, kwargs)
+            self._keep(model, ())
             return WHOLE
         if self.split is not None:
             return self.split
@@ -302,15 +311,33 @@ class Holder:
             )
         key = (_signature(args, kwargs, count), count)
         if key not in self._chosen:
-            costs = self.costs_of(model, args, kwargs)
-            split = costs.choose(count, self.bytes_on(_device(model)))
-            if split is not WHOLE:
-                check(args, kwargs)
-            self._chosen[key], self._steps[key] = split, costs.step(count, split)
-            parts, again = ((), 0) if split is WHOLE else (split.counts(count), split.again)
-            self._say(f"a batch of {count}: {how_split(parts, again)}")
+            self._choose(key, model, args, kwargs, check)
+        self._keep(model, self._kept[key])
         self.predicted = self._steps[key]
         return self._chosen[key]
+
+    def _keep(self, model: nn.Module, names: Names) -> None:
+        if self._keeping is None or self._keeping[0] != names:
+            self._keeping = names, keep_only(model, names)
+
+    def _choose(
+        self, key: Any, model: Any, args: Any, kwargs: Any, check: Callable[[Any, Any], None]
+    ) -> None:
+        count, most = key[-1], self.bytes_on(_device(model))
+        costs = self.costs_of(model, args, kwargs)
+        split = costs.choose(count, most)
+        kept: Names = ()
+        if split is WHOLE:
+            predictor = StepPredictor(model, prepare=without_budget)
+            kept, step = most_kept(predictor, args, kwargs, most / MARGIN)
+            parts, again = [count], 0
+        else:
+            check(args, kwargs)
+            step = costs.step(count, split)
+            parts, again = split.counts(count), split.again
+        self._chosen[key], self._kept[key], self._steps[key] = split, kept, step
+        stretches = len(kept), len(model.plan.segments)
+        self._say(f"a batch of {count}: {how_split(parts, again, kept=stretches)}")
 
     @property
     def holds(self) -> bool:
@@ -370,21 +397,29 @@ class Holder:
         return free_bytes(device) if self.budget == "auto" else bytes_in(self.budget)
 
 
-def how_split(parts: Sequence[int], again: int = 0, *, accumulated: bool = False) -> str:
+def how_split(
+    parts: Sequence[int],
+    again: int = 0,
+    *,
+    accumulated: bool = False,
+    kept: tuple[int, int] = (0, 0),
+) -> str:
     """How a step stays within a budget, for people.
 
     Args:
         parts: Samples of every part of the batch; one or none: it is not split.
         again: So many of them are computed again in the backward.
         accumulated: The parts are training steps of their own.
+        kept: So many of so many stretches keep, where they could be computed again.
     """
     if len(parts) < 2:
-        return "the whole batch fits"
+        room = ", and room to keep {} of {} stretches that can be computed again".format(*kept)
+        return f"the whole batch fits{room if kept[0] else ''}"
     most = max(parts)
     if accumulated:
         return f"{len(parts)} training steps on {most} samples at most, whose gradients add up"
-    kept = f"{again} of them computed again in the backward" if again else "all kept"
-    return f"the batch goes through the network in {len(parts)} pieces of {most} at most, {kept}"
+    stay = f"{again} of them computed again in the backward" if again else "all kept"
+    return f"the batch goes through the network in {len(parts)} pieces of {most} at most, {stay}"
 
 
 def split_costs(predictor: StepPredictor, args: Any, kwargs: Any) -> SplitCosts:
@@ -423,6 +458,7 @@ def split_costs(predictor: StepPredictor, args: Any, kwargs: Any) -> SplitCosts:
 def without_budget(twin: Any) -> None:
     """Let a copy compute whole batches, and by itself."""
     twin.holder.hold(MemoryConfig())
+    keep_only(twin, ())
     twin.gates_over_ranks = False
 
 

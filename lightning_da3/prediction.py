@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_da3.budget import how_split, split_costs, without_budget
+from lightning_da3.budget import MARGIN, how_split, split_costs, without_budget
 from lightning_da3.errors import ConfigError, DA3Error, InputError
+from lightning_da3.keeping import most_kept, stretches
 from lightning_da3.memory import (
     NodeCost,
     StepPrediction,
@@ -81,6 +82,7 @@ class PlanCosts:
         parts: Samples of each part of the batch, if it is split to stay within that.
         again: So many of the parts are computed again in the backward.
         accumulated: The parts are training steps whose gradients add up, not pieces of one.
+        kept: Modules of stretches that keep what they could compute again, as there is room.
         rows: Node by node, adapters and computed stretches where data meets them.
         domain_parameters: Numbers that one domain learns.
         domain_file_bytes: Size of its file.
@@ -103,6 +105,7 @@ class PlanCosts:
     parts: tuple[int, ...] = ()
     again: int = 0
     accumulated: bool = False
+    kept: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for programs; bytes and counts."""
@@ -122,6 +125,7 @@ class PlanCosts:
             "parts": list(self.parts),
             "parts_again": self.again,
             "accumulated": self.accumulated,
+            "kept": list(self.kept),
             "domain_parameters": self.domain_parameters,
             "domain_file_bytes": self.domain_file_bytes,
             "hosts": len(self.plan.hosts),
@@ -142,7 +146,8 @@ class PlanCosts:
             lines.append(f"left to PyTorch (more memory): {', '.join(self.plan.left_to_pytorch)}")
         lines += ["", *_table(list(self._summary())), f"peak of DA3 at {_where(self.ours)}"]
         if self.budget_bytes is not None:
-            way = how_split(self.parts, self.again, accumulated=self.accumulated)
+            kept = len(self.kept), len(self.plan.segments)
+            way = how_split(self.parts, self.again, accumulated=self.accumulated, kept=kept)
             lines.append(f"held to {size(self.budget_bytes)}: {way}")
         if self.finetune is not None:
             lines.append(f"peak of fine-tuning at {_where(self.finetune)}")
@@ -278,16 +283,18 @@ def _costs(
         name = twin.active_domain
         theirs, network, why = _fine_tuning(plan, model, twin, given, optimizer)
         domain = twin.domain(name)
-        held: dict[str, Any] = {}
+        held: dict[str, Any] = {"kept": ()}
+        whole = ours
         if model.holder.budget is not None:
             ours, held = _held(model, predictor, given)
+            whole = ours if held["kept"] else whole
         return PlanCosts(
             plan,
             tuple(tuple(x.shape) for x in tree_leaves(given) if isinstance(x, Tensor)),
             guessed,
             ours,
             theirs,
-            tuple(_rows(plan, ours, theirs)),
+            tuple(_rows(plan, whole, theirs, held["kept"])),
             sum(p.numel() for p in domain.parameters()),
             twin.domain_file_bytes(name),
             None if network is None else sum(p.numel() for p in network.parameters()),
@@ -310,6 +317,7 @@ def _held(
 ) -> tuple[StepPrediction, dict[str, Any]]:
     """The step within the budget, and how it stays there."""
     count = batch_size(given, {})
+    kept: tuple[str, ...] = ()
     if count is None:
         raise ConfigError(
             f"What {model.plan.network} does within a budget is known only of inputs with samples "
@@ -322,13 +330,17 @@ def _held(
         step, again = costs.accumulated(max(parts)), 0
     else:
         split = costs.choose(count, most)
-        parts, again = ([count], 0) if split is None else (split.counts(count), split.again)
-        step = costs.step(count, split)
+        if split is None:
+            kept, step = most_kept(predictor, given, {}, most / MARGIN)
+            parts, again = [count], 0
+        else:
+            parts, again, step = split.counts(count), split.again, costs.step(count, split)
     return step, {
         "budget_bytes": most,
         "parts": tuple(parts) if len(parts) > 1 else (),
         "again": again,
         "accumulated": model.holder.by == "accumulate",
+        "kept": kept,
     }
 
 
@@ -421,12 +433,16 @@ def _inputs(
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def _rows(plan: Plan, ours: StepPrediction, theirs: StepPrediction | None) -> Iterator[Row]:
+def _rows(
+    plan: Plan, ours: StepPrediction, theirs: StepPrediction | None, kept: Sequence[str]
+) -> Iterator[Row]:
+    own = [node for stretch in stretches(plan) if stretch.name in kept for node in stretch.nodes]
     costs = {cost.name: cost for cost in ours.nodes}
     tuned = {} if theirs is None else {_flat(n.name): n.saved_bytes for n in theirs.nodes if n.name}
     for part in plan.parts:
         prefix = ".".join(["backbone", *([part.path] if part.path else [])]) + "."
-        yield from _part_rows(part, prefix, costs, tuned if theirs is not None else None)
+        other_costs = tuned if theirs is not None else None
+        yield from _part_rows(part, prefix, costs, other_costs, frozenset(own))
     rest = _total(costs.values())
     other = None if theirs is None else sum(tuned.values()) + _unnamed(theirs)
     if any((*rest, other)):
@@ -434,9 +450,13 @@ def _rows(plan: Plan, ours: StepPrediction, theirs: StepPrediction | None) -> It
 
 
 def _part_rows(
-    part: PartPlan, prefix: str, costs: dict[str, NodeCost], tuned: dict[str, int] | None
+    part: PartPlan,
+    prefix: str,
+    costs: dict[str, NodeCost],
+    tuned: dict[str, int] | None,
+    kept: frozenset[str],
 ) -> Iterator[Row]:
-    """Takes what it lists out of `costs` and `tuned`."""
+    """Takes what it lists out of `costs` and `tuned`; `kept`: nodes not computed again."""
 
     def taken(*names: str) -> tuple[int, int, int]:
         return _total([costs.pop(name) for name in names if name in costs])
@@ -467,7 +487,10 @@ def _part_rows(
             cost = (bits.pop(node.fold_into, 0), 0, 0)
         elif node.name in with_bits:  # the convolution itself keeps nothing
             bits[node.name], cost = cost[0], (0, *cost[1:])
-        yield Row(name, node.layer, KEEPS[node.keeps], *cost, mine)
+        keeps = KEEPS[node.keeps]
+        if prefix + node.name in kept and keeps == "recomputed":
+            keeps = "kept" if cost[0] else "nothing"
+        yield Row(name, node.layer, keeps, *cost, mine)
 
 
 def _flat(name: str, least: int = 1) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import pickle
 
 import pytest
@@ -22,7 +23,14 @@ from lightning_da3 import (
     convert,
 )
 from lightning_da3.budget import MARGIN, split_costs, without_budget
-from lightning_da3.memory import SavedActivations, StepPredictor, measure_step
+from lightning_da3.keeping import most_kept, stretches
+from lightning_da3.memory import (
+    SavedActivations,
+    StepPredictor,
+    measure_step,
+    saved_activation_bytes,
+)
+from lightning_da3.nn.recomputed import Recomputed
 from lightning_da3.pieces import Split
 
 KIB = 2**10
@@ -89,6 +97,29 @@ class OverTheBatch(nn.Module):
     def forward(self, x):
         y = self.fc(self.conv(x).mean((2, 3)))
         return y @ y.T
+
+
+class Mlp(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.norm, self.fc1 = nn.LayerNorm(channels), nn.Linear(channels, 4 * channels)
+        self.fc2 = nn.Linear(4 * channels, channels)
+
+    def forward(self, x):
+        return x + self.fc2(F.gelu(self.fc1(self.norm(x))))
+
+
+class Tokens(nn.Module):
+    """Five residual branches, each of which can be computed again."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 32, 4, 4)
+        self.blocks = nn.Sequential(*[Mlp(32) for _ in range(5)])
+        self.fc = nn.Linear(32, 5)
+
+    def forward(self, x):
+        return self.fc(self.blocks(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
 
 
 def converted(network, *, noise=False, target=0.3, seed=0, **memory):
@@ -247,6 +278,78 @@ def test_the_least_extra_time_is_chosen():
     assert chosen[0] == Split(8)
     for part, split in zip((99, 60, 30, 20), chosen, strict=True):
         assert MARGIN * costs.peak(16, split).bytes <= whole * part / 100
+
+
+# --- room to keep
+
+
+def costs_of(model, x, budget):
+    """The peak that was predicted, and what a step really keeps and takes."""
+    model.holder.hold(MemoryConfig(budget=budget))
+    model(x)  # decides
+
+    def step():
+        model(x).square().mean().backward()
+        model.zero_grad()
+
+    peak = measure_step(step, repeats=0).peak_bytes
+    return model.holder.predicted, saved_activation_bytes(model, x), peak
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_where_a_budget_has_room_more_is_kept_and_less_computed_twice(exact):
+    model, x = converted(Tokens(), exact=exact), images(16, 64)
+    model(x)
+    least = StepPredictor(model, prepare=without_budget)(x)
+    kept, flops = [least.saved_activation_bytes], [least.flops_backward]
+    for part in (1.15, 1.5, 100.0):
+        budget = round(MARGIN * least.peak_bytes * part)
+        said, saved, peak = costs_of(model, x, budget)
+        assert said.saved_activation_bytes == pytest.approx(saved, rel=1e-3)  # the loss apart
+        assert peak <= budget
+        kept.append(said.saved_activation_bytes)
+        flops.append(said.flops_backward)
+    assert kept == sorted(kept)
+    assert kept[-1] > 1.2 * kept[0]
+    assert flops == sorted(flops, reverse=True)
+    assert flops[-1] < flops[0]
+    model.holder.hold(MemoryConfig())
+    assert saved_activation_bytes(model, x) == pytest.approx(kept[0], rel=2e-3)  # as before
+
+
+def test_what_is_kept_comes_in_the_order_of_flops_for_a_byte():
+    model, x = converted(Tokens()), images(16, 64)
+    predictor = StepPredictor(model, prepare=without_budget)
+    least, every = (most_kept(predictor, (x,), {}, bound) for bound in (0, 1e12))
+    assert least[0] == ()
+    assert set(every[0]) == {stretch.name for stretch in stretches(model.plan)}
+    low, high = least[1].peak_bytes, every[1].peak_bytes
+    bounds = [low + (high - low) * part // 4 for part in (1, 2, 3)]
+    found = [most_kept(predictor, (x,), {}, bound)[0] for bound in bounds]
+    assert len(set(found)) > 1
+    for fewer, more in itertools.pairwise(found):
+        assert more[: len(fewer)] == fewer
+
+
+def test_what_is_kept_changes_no_exact_gradient():
+    model = converted(Tokens(), exact=True).double()
+    x = images(4, dtype=torch.float64)
+    output, expected = gradients(model, x, None)
+    model.holder.hold(MemoryConfig(exact=True, budget="1GiB"))
+    same, found = gradients(model, x, None)
+    assert any(module.kept for module in model.modules() if isinstance(module, Recomputed))
+    assert_relatively_close([same], [output], 1e-12)
+    assert_relatively_close(found, expected, 1e-12)
+
+
+def test_a_plan_names_what_is_kept():
+    model = converted(Tokens(), budget="1GiB")
+    costs = model.plan.at(4, 64)
+    segments = len(model.plan.segments)
+    assert f"and room to keep {segments} of {segments} stretches" in str(costs)
+    assert len(costs.to_dict()["kept"]) == segments
+    assert not [row for row in costs.rows if row.keeps == "recomputed"]
+    assert costs.ours.saved_activation_bytes == sum(row.saved_bytes for row in costs.rows)
 
 
 def test_an_impossible_budget_names_the_least_and_what_dominates_it():

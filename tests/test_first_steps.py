@@ -139,7 +139,7 @@ def test_lower_precision_is_predicted_as_such(tmp_path, precision):
     whole, *_ = fit(tmp_path, wide(), DataLoader(images(), 8), DA3Callback("a", 2))
     kept = steps.predicted.saved_activation_bytes
     assert kept == pytest.approx(steps.saved_activation_bytes, rel=0.01)
-    assert kept < 0.97 * whole.predicted.saved_activation_bytes
+    assert kept < 0.99 * whole.predicted.saved_activation_bytes
     assert steps.predicted.peak_bytes == pytest.approx(steps.peak_bytes, rel=0.1)
 
 

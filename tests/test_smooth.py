@@ -229,7 +229,7 @@ def test_an_odd_number_of_pairs():
 @EVERY
 def test_without_need_nothing_is_kept_or_coded(name):
     smooth, builtin = CASES[name]
-    smooth = replace(smooth, derivative=None)  # a call would raise
+    smooth = replace(smooth, backward=None)  # a call would raise
     x = randn(9)
     with torch.no_grad():
         assert coded(leaf(x), smooth).grad_fn is None

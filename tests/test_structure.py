@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_da3"
 # a file or folder may import what stands before it
 ORDER = (
     "errors config ops memory checkpointing metrics plotting nn registry functions eager tracing "
-    "planning passes rewriting pieces budget prediction state mixing domains accumulating "
+    "planning passes rewriting pieces keeping budget prediction state mixing domains accumulating "
     "converting exporting folder hub attaching first_steps refusals binding loaders loggers "
     "callbacks strategies sequence command __main__"
 ).split()

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 from lightning_da3.errors import CheckpointError
 from lightning_da3.ops.activation import Slopes, hard_sigmoid, two_slopes
-from lightning_da3.ops.convolution import frozen_conv, frozen_conv_transpose, pad_mode
+from lightning_da3.ops.convolution import (
+    conv_input_gradient,
+    frozen_conv,
+    frozen_conv_transpose,
+    pad_mode,
+)
 from lightning_da3.ops.normalization import frozen_affine
 from lightning_da3.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
 from lightning_da3.ops.smooth import Smooth, coded
@@ -96,6 +101,7 @@ class FrozenConv(nn.Module):
 
     Attributes:
         slopes: Of the activation that comes with it, or None.
+        symmetric_padding: On both sides of every axis, or None where the sides differ.
     """
 
     def __init__(
@@ -117,6 +123,8 @@ class FrozenConv(nn.Module):
         self.padding_mode = conv.padding_mode
         # last axis first, both sides: what torch.nn.functional.pad takes
         self.pad: list[int] = list(conv._reversed_padding_repeated_twice)
+        before, after = self.pad[::2], self.pad[1::2]
+        self.symmetric_padding = tuple(reversed(before)) if before == after else None
         weight, bias = fold(conv.weight, conv.bias, None if norm is None else Statistics.of(norm))
         # activations follow the weight's layout; channels_last is the one CPUs are fastest in
         layout = torch.channels_last if axes == 2 else torch.contiguous_format
@@ -142,10 +150,9 @@ class FrozenConv(nn.Module):
         return {"weight": weight} if self.bias is None else {"weight": weight, "bias": bias}
 
     @property
-    def symmetric_padding(self) -> tuple[int, ...] | None:
-        """Zeros on both sides of every axis, or None where the sides differ."""
-        before, after = self.pad[::2], self.pad[1::2]
-        return tuple(reversed(before)) if before == after else None
+    def pads_zeros_alike(self) -> bool:
+        """Whether the kernel pads by itself: zeros, as many on both sides."""
+        return self.padding_mode == "zeros" and self.symmetric_padding is not None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, *in) to (N, O, *out)."""
@@ -156,6 +163,14 @@ class FrozenConv(nn.Module):
             padding = (0,) * len(self.stride)
         return frozen_conv(
             x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, self.slopes
+        )
+
+    def input_gradient(self, grad: Tensor, size: torch.Size) -> Tensor:
+        """dL/dx, of this size, from dL/dy; of a layer that pads alike, without an activation."""
+        padding = self.symmetric_padding
+        assert padding is not None
+        return conv_input_gradient(
+            grad, self.weight, size, self.stride, padding, self.dilation, self.groups
         )
 
     def extra_repr(self) -> str:

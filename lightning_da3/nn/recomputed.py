@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_da3.nn.adapter import HostInput
+from lightning_da3.nn.frozen import Coded, FrozenConv
 from lightning_da3.nn.head import HeadSlot
-from lightning_da3.ops.recomputed import recomputed
+from lightning_da3.ops.recomputed import activated, recomputed
 
 
 class Recomputed(nn.Module):
@@ -20,21 +22,30 @@ class Recomputed(nn.Module):
     Args:
         piece: From one activation and constants to a tuple.
         exact: Keep the activation, not its 8-bit codes.
+        activated: The two layers of a piece that is ``silu(conv(x))`` and no more.
+
+    Attributes:
+        kept: Run the piece once, and let its operations keep what they keep by themselves.
     """
 
     piece: nn.Module
 
-    def __init__(self, piece: nn.Module, exact: bool) -> None:
+    def __init__(
+        self, piece: nn.Module, exact: bool, activated: tuple[FrozenConv, Coded] | None = None
+    ) -> None:
         super().__init__()
         object.__setattr__(self, "piece", piece)
         self.exact = exact
+        self.doors = [m for m in piece.modules() if isinstance(m, HostInput | HeadSlot)]
+        self.activated, self.kept = activated, False
 
     def forward(self, x: Any, *rest: Any, codes: Tensor | None = None) -> tuple[Any, ...]:
         """What the piece returns; `codes` are those of x, where a host's input has made them."""
-        if not (isinstance(x, Tensor) and all(map(_is_plain, rest))):
+        if self.kept or not (isinstance(x, Tensor) and all(map(_is_plain, rest))):
             return cast(tuple[Any, ...], self.piece(x, *rest))  # a list of tensors, say
-        doors = [m for m in self.piece.modules() if isinstance(m, HostInput | HeadSlot)]
-        active = [m.active for m in doors if m.active is not None]
+        if self.activated is not None and not torch.compiler.is_compiling():
+            return (activated(x, *self.activated, exact=self.exact, codes=codes),)
+        active = [m.active for m in self.doors if m.active is not None]
         return recomputed(
             self.piece,
             x,

@@ -24,7 +24,7 @@ def dense(x: Tensor) -> Tensor:
 
 
 def _is_dense(x: Tensor) -> bool:
-    if x.is_contiguous():
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return True
     expected = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
@@ -47,7 +47,9 @@ def flat(x: Tensor) -> Tensor:
     """Elements of a dense tensor in memory order, a view."""
     if x.is_contiguous():
         return x.view(-1)
-    return x.permute(_memory_order(x.stride())).reshape(-1)  # dense: a view, no copy
+    if torch.compiler.is_compiling():
+        return x.permute(_memory_order(x.stride())).reshape(-1)  # dense: a view, no copy
+    return x.as_strided((x.numel(),), (1,))
 
 
 def pack_between(x: Tensor, low: float, high: float) -> Tensor:
@@ -93,6 +95,8 @@ def unpack(bits: Tensor, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
     else:
         planes = torch.arange(8, dtype=torch.uint8, device=bits.device).unsqueeze(1)
         flat = ((bits >> planes) & 1).view(-1)[:count]
+    if not torch.compiler.is_compiling():
+        return flat.as_strided(size, stride)
     order = _memory_order(stride)
     places = [order.index(axis) for axis in range(len(order))]
     return flat.view([size[axis] for axis in order]).permute(places)

@@ -60,6 +60,9 @@ class _FrozenConv(torch.autograd.Function):
         return grad_x.to(ctx.dtype), None, None, None, None
 
 
+_PLAIN = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}  # autocast knows these
+
+
 def conv(
     x: Tensor,
     weight: Tensor,
@@ -75,7 +78,7 @@ def conv(
     weight = at_work(weight, x)
     if _is_pointwise(weight, padding, groups) and _fast_matmul(x, weight):
         return _pointwise(_every(x, stride), weight.flatten(1), bias)
-    plain = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[len(stride)]  # autocast knows these
+    plain = _PLAIN[len(stride)]
     return plain(x, weight, bias, list(stride), list(padding), list(dilation), groups)
 
 
@@ -112,13 +115,14 @@ def conv_input_gradient(
         spread = grad_x.new_zeros(size).to(memory_format=torch.channels_last)
         _every(spread, stride).copy_(grad_x)
         return spread
-    # rows and columns of x that no window of a strided convolution reached
-    rest = [
-        n - ((o - 1) * s - 2 * p + d * (k - 1) + 1)
-        for n, o, s, p, d, k in zip(
-            size[2:], grad.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
-        )
-    ]
+    rest = [0] * len(stride)
+    if max(stride) > 1:  # rows and columns of x that no window reached
+        rest = [
+            n - ((o - 1) * s - 2 * p + d * (k - 1) + 1)
+            for n, o, s, p, d, k in zip(
+                size[2:], grad.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
+            )
+        ]
     if is_sealed(weight):
         return sealed(grad, weight, None, stride, padding, dilation, groups, grad.dtype, rest)
     return torch.convolution(grad, weight, None, stride, padding, dilation, True, rest, groups)
@@ -198,9 +202,8 @@ class _FrozenConvTranspose(torch.autograd.Function):
         if is_sealed(weight):
             grad_x = sealed(grad, weight, None, stride, padding, dilation, groups, grad.dtype)
         else:
-            plain = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[len(stride)]
             weight = at_work_again(weight, grad)
-            grad_x = plain(grad, weight, None, stride, padding, dilation, groups)
+            grad_x = _PLAIN[len(stride)](grad, weight, None, stride, padding, dilation, groups)
         return grad_x.to(ctx.dtype), *[None] * 7
 
 

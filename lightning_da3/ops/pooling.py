@@ -235,6 +235,20 @@ def avg_pool(
     return result
 
 
+class _Mean(torch.autograd.Function):
+    """Over the last axes; the gradient is one number a channel, and is not written out."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axes: int) -> Tensor:
+        ctx.size, ctx.pixels = x.size(), x.shape[-axes:].numel()
+        return x.mean(dim=tuple(range(-axes, 0)), keepdim=True)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return (grad / ctx.pixels).expand(ctx.size), None
+
+
 def adaptive_avg_pool(x: Tensor, grid: Sequence[int | None]) -> Tensor:
     """Adaptive average pooling over one to three axes; keeps nothing.
 
@@ -247,8 +261,11 @@ def adaptive_avg_pool(x: Tensor, grid: Sequence[int | None]) -> Tensor:
     """
     axes = len(grid)
     sizes = [x.shape[i - axes] if n is None else n for i, n in enumerate(grid)]
-    if math.prod(sizes) == 1:  # PyTorch keeps nothing either: a mean
-        return x.mean(dim=tuple(range(-axes, 0)), keepdim=True)
+    if math.prod(sizes) == 1:
+        if not _needs_graph(x):
+            return x.mean(dim=tuple(range(-axes, 0)), keepdim=True)
+        mean: Tensor = _Mean.apply(x, axes)
+        return mean
     if axes == 1:
         return adaptive_avg_pool(x.unsqueeze(-2), (1, *sizes)).squeeze(-2)
     forward, backward = {

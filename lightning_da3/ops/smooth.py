@@ -36,19 +36,33 @@ class Smooth:
     Attributes:
         name: For messages.
         value: ``y = value(x)``, a new tensor.
-        derivative: ``f'(x) = derivative(x, y)``, a new tensor; it may use either, and is given
-            float32 or float64.
+        backward: ``dL/dx = backward(dL/dy, x, y)``, a new tensor, in float32 or float64; reads x
+            alone, or y alone.
         low: Lowest value of the derivative.
         high: Highest value of the derivative.
         jumps: The two points at which the derivative jumps, if it does.
+        write: ``y = write(x)``, in the memory of x, if there is such a function.
+        reads_value: The backward reads y.
     """
 
     name: str
     value: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor, Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor], Tensor]
     low: float
     high: float
     jumps: tuple[float, float] | None = None
+    write: Callable[[Tensor], Tensor] | None = None
+    reads_value: bool = False
+
+    def derivative(self, x: Tensor, y: Tensor) -> Tensor:
+        """f'(x) of x and ``y = f(x)``, a new tensor."""
+        return self.backward(torch.ones_like(x), x, y)
+
+    def evaluate(self, x: Tensor, inplace: bool) -> Tensor:
+        """The function of `x`, or of what `x` was."""
+        if not inplace:
+            return self.value(x)
+        return x.copy_(self.value(x)) if self.write is None else self.write(x)
 
     def step(self, bits: int = 8) -> float:
         """Between two codes; a decoded derivative is off by at most half of it."""
@@ -77,9 +91,9 @@ def coded(x: Tensor, smooth: Smooth, bits: int = 8, inplace: bool = False) -> Te
         raise ConfigError(f"`bits` must be 4 or 8, got {bits}.")
     if computed_twice():  # there nothing is kept for long, and PyTorch's own backward is quicker
         x = x if smooth.jumps is None else settled(x, *smooth.jumps)
-        return smooth.value(x)
+        return smooth.value(x) if torch.is_grad_enabled() else smooth.evaluate(x, inplace)
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return x.copy_(smooth.value(x)) if inplace else smooth.value(x)
+        return smooth.evaluate(x, inplace)
     result: Tensor = _Coded.apply(x, smooth, bits, inplace)
     return result
 
@@ -115,59 +129,61 @@ def _widen(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.to(torch.promote_types(dtype or x.dtype, torch.float32))
 
 
-# --- derivatives: the backward of PyTorch's own function, one vectorised pass, of a gradient of 1
+# --- the backward of PyTorch's own functions, one vectorised pass each
 
 
-def _one(x: Tensor) -> Tensor:
-    return x.new_ones(()).expand_as(x)
+def _silu(grad: Tensor, x: Tensor, _: Tensor) -> Tensor:
+    return aten.silu_backward(grad, x)  # type: ignore[no-any-return]
 
 
-def _silu(x: Tensor, _: Tensor) -> Tensor:
-    return aten.silu_backward(_one(x), x)  # type: ignore[no-any-return]
+def _gelu(grad: Tensor, x: Tensor, _: Tensor, approximate: str) -> Tensor:
+    return aten.gelu_backward(grad, x, approximate=approximate)  # type: ignore[no-any-return]
 
 
-def _gelu(x: Tensor, _: Tensor, approximate: str) -> Tensor:
-    ones = torch.ones_like(x)  # oneDNN does not broadcast
-    return aten.gelu_backward(ones, x, approximate=approximate)  # type: ignore[no-any-return]
+def _hardswish(grad: Tensor, x: Tensor, _: Tensor) -> Tensor:
+    return aten.hardswish_backward(grad, x)  # type: ignore[no-any-return]
 
 
-def _hardswish(x: Tensor, _: Tensor) -> Tensor:
-    return aten.hardswish_backward(_one(x), x)  # type: ignore[no-any-return]
+def _mish(grad: Tensor, x: Tensor, _: Tensor) -> Tensor:
+    return aten.mish_backward(grad, x)  # type: ignore[no-any-return]
 
 
-def _mish(x: Tensor, _: Tensor) -> Tensor:
-    return aten.mish_backward(_one(x), x)  # type: ignore[no-any-return]
+def _sigmoid(grad: Tensor, _: Tensor, y: Tensor) -> Tensor:
+    return aten.sigmoid_backward(grad, y)  # type: ignore[no-any-return]
 
 
-def _sigmoid(_: Tensor, y: Tensor) -> Tensor:
-    return aten.sigmoid_backward(_one(y), y)  # type: ignore[no-any-return]
+def _tanh(grad: Tensor, _: Tensor, y: Tensor) -> Tensor:
+    return aten.tanh_backward(grad, y)  # type: ignore[no-any-return]
 
 
-def _tanh(_: Tensor, y: Tensor) -> Tensor:
-    return aten.tanh_backward(_one(y), y)  # type: ignore[no-any-return]
+def _elu(
+    grad: Tensor, x: Tensor, _: Tensor, alpha: float, scale: float, input_scale: float
+) -> Tensor:
+    return aten.elu_backward(grad, alpha, scale, input_scale, False, x)  # type: ignore[no-any-return]
 
 
-def _elu(x: Tensor, _: Tensor, alpha: float, scale: float, input_scale: float) -> Tensor:
-    return aten.elu_backward(_one(x), alpha, scale, input_scale, False, x)  # type: ignore[no-any-return]
+def _softplus(grad: Tensor, x: Tensor, _: Tensor, beta: float, threshold: float) -> Tensor:
+    return aten.softplus_backward(grad, x, beta, threshold)  # type: ignore[no-any-return]
 
 
-def _softplus(x: Tensor, _: Tensor, beta: float, threshold: float) -> Tensor:
-    return aten.softplus_backward(_one(x), x, beta, threshold)  # type: ignore[no-any-return]
+def _softsign(grad: Tensor, x: Tensor, _: Tensor) -> Tensor:
+    return x.abs().add_(1.0).square_().reciprocal_().mul_(grad)
 
 
-def _softsign(x: Tensor, _: Tensor) -> Tensor:
-    return x.abs().add_(1.0).square_().reciprocal_()
+def _logsigmoid(grad: Tensor, x: Tensor, _: Tensor) -> Tensor:
+    return x.neg().sigmoid_().mul_(grad)
 
 
-def _logsigmoid(x: Tensor, _: Tensor) -> Tensor:
-    return x.neg().sigmoid_()
-
-
-def _tanhshrink(x: Tensor, _: Tensor) -> Tensor:
-    return x.tanh().square_()
+def _tanhshrink(grad: Tensor, x: Tensor, _: Tensor) -> Tensor:
+    return x.tanh().square_().mul_(grad)
 
 
 # --- the functions of torch.nn
+
+
+def _into(value: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+    return partial(value, inplace=True)
+
 
 _ALPHA, _SCALE = 1.6732632423543772, 1.0507009873554805  # of SELU
 _GELU = {  # extremes of the derivative; of erf: Phi(t) + t phi(t), t = sqrt(2)
@@ -186,34 +202,44 @@ def gelu(approximate: str = "none") -> Smooth:
 
 def elu(alpha: float = 1.0) -> Smooth:
     """`torch.nn.ELU`."""
-    derivative = partial(_elu, alpha=alpha, scale=1.0, input_scale=1.0)
-    return Smooth("elu", partial(F.elu, alpha=alpha), derivative, min(0.0, alpha), max(1.0, alpha))
+    backward = partial(_elu, alpha=alpha, scale=1.0, input_scale=1.0)
+    return Smooth("elu", partial(F.elu, alpha=alpha), backward, min(0.0, alpha), max(1.0, alpha))
 
 
 def celu(alpha: float = 1.0) -> Smooth:
     """`torch.nn.CELU`; below 0, `alpha` would make the derivative unbounded."""
     if alpha <= 0.0:
         raise ConfigError(f"`alpha` must be above 0, got {alpha}.")
-    derivative = partial(_elu, alpha=alpha, scale=1.0, input_scale=1.0 / alpha)
-    return Smooth("celu", partial(F.celu, alpha=alpha), derivative, 0.0, 1.0)
+    backward = partial(_elu, alpha=alpha, scale=1.0, input_scale=1.0 / alpha)
+    return Smooth("celu", partial(F.celu, alpha=alpha), backward, 0.0, 1.0)
 
 
 def softplus(beta: float = 1.0, threshold: float = 20.0) -> Smooth:
     """`torch.nn.Softplus`."""
     value = partial(F.softplus, beta=beta, threshold=threshold)
-    derivative = partial(_softplus, beta=beta, threshold=threshold)
-    return Smooth("softplus", value, derivative, 0.0, 1.0)
+    backward = partial(_softplus, beta=beta, threshold=threshold)
+    return Smooth("softplus", value, backward, 0.0, 1.0)
 
 
 SMOOTH: dict[str, Smooth] = {
     smooth.name: smooth
     for smooth in (
-        Smooth("silu", F.silu, _silu, -0.09983932012886694, 1.099839320128867),
-        Smooth("hardswish", F.hardswish, _hardswish, -0.5, 1.5, jumps=(-3.0, 3.0)),
-        Smooth("mish", F.mish, _mish, -0.11252612238946262, 1.088498161251728),
-        Smooth("sigmoid", torch.sigmoid, _sigmoid, 0.0, 0.25),
+        Smooth("silu", F.silu, _silu, -0.09983932012886694, 1.099839320128867, write=_into(F.silu)),
+        Smooth(
+            "hardswish",
+            F.hardswish,
+            _hardswish,
+            -0.5,
+            1.5,
+            jumps=(-3.0, 3.0),
+            write=_into(F.hardswish),
+        ),
+        Smooth("mish", F.mish, _mish, -0.11252612238946262, 1.088498161251728, write=_into(F.mish)),
+        Smooth(
+            "sigmoid", torch.sigmoid, _sigmoid, 0.0, 0.25, write=torch.sigmoid_, reads_value=True
+        ),
         Smooth("logsigmoid", F.logsigmoid, _logsigmoid, 0.0, 1.0),
-        Smooth("tanh", torch.tanh, _tanh, 0.0, 1.0),
+        Smooth("tanh", torch.tanh, _tanh, 0.0, 1.0, reads_value=True),
         Smooth("tanhshrink", F.tanhshrink, _tanhshrink, 0.0, 1.0),
         Smooth("softsign", F.softsign, _softsign, 0.0, 1.0),
         Smooth(

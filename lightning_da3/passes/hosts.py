@@ -23,13 +23,16 @@ def host_key(name: str) -> str:
 def attach_hosts_(part: Part, plan: PartPlan, config: DA3Config) -> None:
     """Put an input and an output around every host, and a recorder of what was executed."""
     nodes = {node.name: node for node in part.gm.graph.nodes}
-    for host in plan.hosts:
-        _attach(part.gm, host, nodes, config)
+    for (
+        host
+    ) in plan.hosts:  # one that reads another's output comes later, and reads what is written
+        nodes[host.last] = _attach(part.gm, host, nodes, config)
 
 
 def _attach(
     gm: fx.GraphModule, host: HostPlan, nodes: dict[str, fx.Node], config: DA3Config
-) -> None:
+) -> fx.Node:
+    """The node whose value is the host's, with what was added."""
     key, cells, tokens = host_key(host.name), config.adapter.max_cells, host.stride is None
     gm.add_submodule(f"{INPUTS}.{key}", HostInput(cells, host.stride, host.own_tokens))
     gm.add_submodule(
@@ -61,3 +64,4 @@ def _attach(
     last.replace_all_uses_with(y, delete_user_cb=lambda user: user is not exit_)
     with graph.inserting_after(macs):
         graph.call_module(f"{RECORDERS}.{key}", (gate, macs))
+    return y

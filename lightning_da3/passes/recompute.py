@@ -8,6 +8,7 @@ import operator
 from torch import fx
 
 from lightning_da3.config import DA3Config
+from lightning_da3.nn.frozen import Coded, FrozenConv
 from lightning_da3.nn.recomputed import Recomputed
 from lightning_da3.passes.freeze import STANDS_FOR, stands_for
 from lightning_da3.passes.hosts import INPUTS, OUTPUTS
@@ -40,7 +41,8 @@ def _recompute(gm: fx.GraphModule, segment: SegmentPlan, place: str, exact: bool
         if node.args and node.args[0] is x:
             _leave_input_alone_(gm, copies[node], f"{place}_{node.name}".replace(".", "_"))
     piece.output(tuple(copies[node] for node in exits))
-    gm.add_submodule(place, Recomputed(fx.GraphModule(gm, piece), exact))
+    activated = _activated(gm, x, inside)
+    gm.add_submodule(place, Recomputed(fx.GraphModule(gm, piece), exact, activated))
 
     for node in rest:  # constants, and numbers of other tensors
         _before(graph, node, inside[0])
@@ -73,6 +75,21 @@ def _inside(graph: fx.Graph, segment: SegmentPlan) -> list[fx.Node]:
     return [node for node in graph.nodes if node in inside]
 
 
+def _activated(
+    gm: fx.GraphModule, x: fx.Node, inside: list[fx.Node]
+) -> tuple[FrozenConv, Coded] | None:
+    """The layers of ``silu(conv(x))``, if that is all, and its backward reads conv(x) alone."""
+    if len(inside) != 2 or inside[0].args != (x,) or inside[1].args != (inside[0],):
+        return None
+    conv, activation = (module_of(gm, node) for node in inside)
+    if type(conv) is not FrozenConv or conv.slopes is not None or not conv.pads_zeros_alike:
+        return None
+    if type(activation) is not Coded:
+        return None
+    smooth = activation.smooth
+    return None if smooth.jumps is not None or smooth.reads_value else (conv, activation)
+
+
 def _leave_input_alone_(gm: fx.GraphModule, node: fx.Node, name: str) -> None:
     """What the segment reads is kept, or read again: its first operation must not overwrite it."""
     if node.kwargs.get("inplace"):
@@ -86,7 +103,7 @@ def _leave_input_alone_(gm: fx.GraphModule, node: fx.Node, name: str) -> None:
 
 
 def _hands_on(node: fx.Node, source: str) -> bool:
-    """Whether `node` is the source, or what a host's input or output hands on of it."""
+    """Whether `node` is the source, or what hosts' outputs and inputs hand on of it."""
     if source in stands_for(node):
         return True
     if node.target is not operator.getitem or node.args[1] != 0:
@@ -94,7 +111,7 @@ def _hands_on(node: fx.Node, source: str) -> bool:
     door = node.args[0]
     if not isinstance(door, fx.Node) or not str(door.target).startswith((INPUTS, OUTPUTS)):
         return False
-    return any(source in stands_for(i) for i in door.all_input_nodes)
+    return any(_hands_on(i, source) for i in door.all_input_nodes)
 
 
 def _codes(graph: fx.Graph, x: fx.Node) -> fx.Node | None:
