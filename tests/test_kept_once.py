@@ -10,7 +10,7 @@ from plain import PlainPyTorch
 from torch import nn
 
 from lightning_da3 import AdapterConfig, DA3Config, MemoryConfig, convert
-from lightning_da3.memory import SavedActivations, StepPredictor
+from lightning_da3.memory import SavedActivations, StepPredictor, saved_activation_bytes
 from lightning_da3.nn import adapter as nn_adapter
 from lightning_da3.nn.adapter import HostInput
 from lightning_da3.ops.recomputed import recomputed
@@ -180,3 +180,19 @@ def test_a_copy_computes_its_own_convolution_again():
         model.backbone.get_submodule("3").weight.zero_()
     assert_identical(gradients(copied, (x,)), want)
     assert not torch.equal(score(model(x)), score(copied(x)))
+
+
+# --- compiled
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler about itself
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [32, 14], ids=["tokens", "means"])
+def test_compiled(size):
+    torch._dynamo.reset()
+    x = torch.randn(2, 3, size, size)
+    model = converted(vit() if size == 32 else narrow(**ALONE["grouped"]), x)
+    want, kept = gradients(model, (x,)), saved(model, x).bytes
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_relatively_close(gradients(compiled, (x,)), want, 1e-3)
+    assert saved_activation_bytes(compiled, x) <= 1.01 * kept

@@ -1,5 +1,6 @@
 """Every op against PyTorch's own: values, gradients, and what is kept for the backward."""
 
+import functools
 import math
 
 import pytest
@@ -14,7 +15,7 @@ from lightning_da3.ops.activation import Slopes, two_slopes
 from lightning_da3.ops.adapter import How, Weights, adapt
 from lightning_da3.ops.bits import dense, pack_between, unpack
 from lightning_da3.ops.codes import Rows
-from lightning_da3.ops.convolution import frozen_conv, pad_mode
+from lightning_da3.ops.convolution import frozen_conv, frozen_conv_transpose, pad_mode
 from lightning_da3.ops.host import coarse_grid, divides, read, upsample, write
 from lightning_da3.ops.normalization import frozen_affine
 from lightning_da3.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
@@ -1108,3 +1109,29 @@ def test_a_pointwise_convolution_of_one_sample_is_channels_last():
     y = frozen_conv(x, torch.randn(6, 8, 1, 1).to(memory_format=last))
     assert y.stride() == (150, 1, 30, 6)
     assert not y._is_view()
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler about itself
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_the_compiled_convolution_is_the_eager_one(transposed, layout, autocast):
+    """In value, gradient, type and layout; the weight rests in half."""
+    torch._dynamo.reset()
+    x = leaf(torch.randn(2, 4, 5, 6).to(memory_format=layout))
+    weight = torch.randn(4, 4, 3, 3).bfloat16().to(memory_format=layout)
+    of = frozen_conv
+    if transposed:
+        of = functools.partial(frozen_conv_transpose, output_padding=(0, 1), groups=1)
+
+    def ours(x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return of(x, weight, None, stride=(2, 2), padding=(1, 1), dilation=(1, 1))
+
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    said, expected = compiled(x), ours(x)
+    torch.testing.assert_close(said, expected, check_stride=True)
+    others = torch.randn_like(expected)
+    got = torch.autograd.grad(said, x, others)
+    torch.testing.assert_close(got, torch.autograd.grad(expected, x, others))
+    assert kept_bytes(compiled, x, constants=[weight]) == 0

@@ -56,9 +56,11 @@ def assert_close(got, want, tolerance):
 # --- the compiler
 
 
-def compiled_is_right(name, memory, backend, tolerance, kept_ratio=1.1):
+def compiled_is_right(name, memory, backend, tolerance, kept_ratio=1.1, layout=None):
     torch._dynamo.reset()
     model = converted(name, memory=memory)
+    if layout is not None:
+        model.to(memory_format=layout)
     want, kept = gradients(model, name), saved_activation_bytes(model, *zoo.batch(name))
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     assert_relatively_close(compiled(*zoo.batch(name)), model(*zoo.batch(name)), 1e-4)
@@ -83,9 +85,12 @@ def test_a_compiled_segment_keeps_codes():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.slow
-def test_compiled_by_inductor():
+@pytest.mark.parametrize(
+    ("name", "layout"), [("SqueezeExcite", None), ("Transposed", torch.contiguous_format)]
+)
+def test_compiled_by_inductor(name, layout):
     """Its partitioner has a mind of its own of what to keep and what to compute again."""
-    compiled_is_right("SqueezeExcite", MemoryConfig(), "inductor", 1e-2)
+    compiled_is_right(name, MemoryConfig(), "inductor", 1e-2, layout=layout)
 
 
 # --- types

@@ -20,7 +20,6 @@ from lightning_da3.ops.convolution import (
     frozen_conv_transpose,
     pad_mode,
 )
-from lightning_da3.ops.linear import at_work_again
 from lightning_da3.ops.normalization import frozen_affine
 from lightning_da3.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
 from lightning_da3.ops.smooth import Smooth, coded
@@ -168,10 +167,10 @@ class FrozenConv(nn.Module):
 
     def input_gradient(self, grad: Tensor, size: torch.Size) -> Tensor:
         """dL/dx, of this size, from dL/dy; of a layer that pads alike, without an activation."""
-        weight, padding = at_work_again(self.weight, grad), self.symmetric_padding
+        padding = self.symmetric_padding
         assert padding is not None
         return conv_input_gradient(
-            grad, weight, size, self.stride, padding, self.dilation, self.groups
+            grad, self.weight, size, self.stride, padding, self.dilation, self.groups
         )
 
     def extra_repr(self) -> str:

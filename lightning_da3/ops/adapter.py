@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_da3.ops.codes import Rows
 from lightning_da3.ops.convolution import conv
+from lightning_da3.ops.sealed import lowered
 
 _aten = torch.ops.aten
 
@@ -95,18 +96,15 @@ class _Adapt(torch.autograd.Function):
         ctx: Any, p: Tensor, noise: Tensor | None, kept: Kept | None, how: How, *weights: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         w = Weights(*weights)
-        trained = ctx.needs_input_grad[4]
         ctx.how, ctx.like = how, (p.size(), p.dtype)
         ctx.rows = Rows.of(p) if kept is None or kept.rows is None else kept.rows
         if torch.compiler.is_compiling():
-            coded = trained and not how.exact
-            addend, gate, *hidden, codes = _sealed(p, noise, w, how, ctx.rows if coded else None)
-            saved = p if trained and how.exact else codes
+            addend, gate, *hidden = _sealed(p, noise, w, how)
         else:
             squeezed = _squeezed(p, w.squeeze)
             addend, gate, norm = _said(squeezed, noise, w, how)
             hidden = [*norm.halved()] if how.halves(w) else [squeezed, None]
-            saved = None if kept is None else kept.tensor
+        saved = None if kept is None else kept.tensor
         ctx.save_for_backward(saved, *hidden, noise, *weights)
         ctx.set_materialize_grads(False)
         return addend, gate
@@ -296,26 +294,19 @@ def _all_of_it(
     eps: float,
     gated: bool,
     exact: bool,
-    coded: bool,
-    last: bool,
-    group: int,
-    lowered: torch.dtype,
+    dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Addend, hidden map, and if there are such, rstd, gate and codes.
+    """Addend, hidden map, and if there are such, rstd and gate.
 
-    `lowered` is the convolution's type.
+    `dtype` is the convolution's.
     """
     w, how = Weights(*weights), How(eps, gated, exact)
     with torch.no_grad(), torch.autocast(p.device.type, enabled=False):
-        hidden = _squeezed(p.to(lowered), w.squeeze.to(lowered))
+        hidden = _squeezed(p.to(dtype), w.squeeze.to(dtype))
     hidden = hidden.contiguous(memory_format=_preferred(hidden))
     addend, gate, norm = _said(hidden, noise, w, how)
     results = [addend, *(norm.halved() if how.halves(w) else [hidden])]
-    if gate is not None:
-        results.append(gate)
-    if coded:
-        results.append(Rows(last, group, p.size(), p.dtype).encode(p))
-    return results
+    return results if gate is None else [*results, gate]
 
 
 def _all_gradients(*arguments: Any) -> list[Tensor]:
@@ -338,7 +329,7 @@ _sealed_adapt = torch.library.custom_op(
     mutates_args=(),
     schema=(
         "(Tensor p, Tensor? noise, Tensor[] weights, float eps, bool gated, bool exact,"
-        " bool coded, bool last, int group, ScalarType lowered) -> Tensor[]"
+        " ScalarType dtype) -> Tensor[]"
     ),
 )
 _sealed_adapt.register_fake(_all_of_it)  # it computes shapes as well as values
@@ -356,25 +347,19 @@ _sealed_gradients.register_fake(_all_gradients)
 
 
 def _sealed(
-    p: Tensor, noise: Tensor | None, w: Weights, how: How, rows: Rows | None
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Addend, gate, hidden map, rstd and codes."""
-    device, lowered = p.device.type, w.squeeze.dtype
-    if torch.is_autocast_enabled(device) and p.dtype != torch.float64:
-        lowered = torch.get_autocast_dtype(device)
-    last, group = (False, 0) if rows is None else (rows.last, rows.group)
-    addend, hidden, *rest = _sealed_adapt(
-        p, noise, list(w), how.eps, how.gated, how.exact, rows is not None, last, group, lowered
-    )
+    p: Tensor, noise: Tensor | None, w: Weights, how: How
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Addend, gate, hidden map and rstd."""
+    dtype = lowered(p, w.squeeze.dtype)
+    addend, hidden, *rest = _sealed_adapt(p, noise, list(w), how.eps, how.gated, how.exact, dtype)
     rstd = rest.pop(0) if how.halves(w) else None
-    gate = rest.pop(0) if how.gated else None
-    return addend, gate, hidden, rstd, rest[0] if rows is not None else None
+    return addend, rest[0] if how.gated else None, hidden, rstd
 
 
 def keep(p: Tensor, weights: Weights, how: How) -> Kept | None:
-    """What `adapt` will keep of `p`, for others to use; compiled, it keeps that to itself."""
+    """What `adapt` will keep of `p`, for others to use."""
     needed = torch.is_grad_enabled() and weights.squeeze.requires_grad
-    return Kept.of(p, how.exact) if needed and not torch.compiler.is_compiling() else None
+    return Kept.of(p, how.exact) if needed else None
 
 
 def adapt(

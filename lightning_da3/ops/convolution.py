@@ -19,6 +19,7 @@ from lightning_da3.ops.activation import Slopes
 from lightning_da3.ops.bits import dense
 from lightning_da3.ops.decisions import decided
 from lightning_da3.ops.linear import at_work, at_work_again, is_fast, product
+from lightning_da3.ops.sealed import is_sealed, lowered, sealed
 
 
 class _Geometry(NamedTuple):
@@ -55,7 +56,6 @@ class _FrozenConv(torch.autograd.Function):
         weight, *bits = ctx.saved_tensors
         if bits:
             grad = ctx.slopes.gradient(grad, bits[0], ctx.size, ctx.stride)
-        weight = at_work_again(weight, grad)
         grad_x = conv_input_gradient(grad, weight, ctx.x_size, *ctx.geometry)
         return grad_x.to(ctx.dtype), None, None, None, None
 
@@ -73,6 +73,8 @@ def conv(
     groups: int,
 ) -> Tensor:
     """The convolution alone, as fast as PyTorch can; arguments as `frozen_conv`."""
+    if is_sealed(weight):
+        return sealed(x, weight, bias, stride, padding, dilation, groups, lowered(x, x.dtype))
     weight = at_work(weight, x)
     if _is_pointwise(weight, padding, groups) and _fast_matmul(x, weight):
         return _pointwise(_every(x, stride), weight.flatten(1), bias)
@@ -93,7 +95,7 @@ def conv_input_gradient(
 
     Args:
         grad: dL/dy, (N, O, *out).
-        weight: (O, C/groups, *kernel).
+        weight: (O, C/groups, *kernel), maybe resting in bfloat16.
         size: Shape of x, (N, C, *in).
         stride: Of the convolution, one number an axis; likewise the others.
         padding: Zeros on both sides.
@@ -103,6 +105,7 @@ def conv_input_gradient(
     Returns:
         dL/dx, (N, C, *in).
     """
+    weight = weight if is_sealed(weight) else at_work_again(weight, grad)
     if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
         grad = grad.contiguous(memory_format=torch.channels_last)  # as y was: see FrozenConv
     if _is_pointwise(weight, padding, groups) and _fast_matmul(grad, weight):
@@ -120,6 +123,8 @@ def conv_input_gradient(
                 size[2:], grad.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
             )
         ]
+    if is_sealed(weight):
+        return sealed(grad, weight, None, stride, padding, dilation, groups, grad.dtype, rest)
     return torch.convolution(grad, weight, None, stride, padding, dilation, True, rest, groups)
 
 
@@ -194,12 +199,18 @@ class _FrozenConvTranspose(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         stride, padding, _, groups, dilation = ctx.geometry
-        weight = at_work_again(weight, grad)
-        grad_x = _PLAIN[len(stride)](grad, weight, None, stride, padding, dilation, groups)
+        if is_sealed(weight):
+            grad_x = sealed(grad, weight, None, stride, padding, dilation, groups, grad.dtype)
+        else:
+            weight = at_work_again(weight, grad)
+            grad_x = _PLAIN[len(stride)](grad, weight, None, stride, padding, dilation, groups)
         return grad_x.to(ctx.dtype), *[None] * 7
 
 
 def _conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    if is_sealed(weight):
+        stride, padding, more, groups, dilation = geometry
+        return sealed(x, weight, bias, stride, padding, dilation, groups, lowered(x, x.dtype), more)
     conv = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
     result: Tensor = conv[weight.dim() - 2](x, at_work(weight, x), bias, *geometry)
     return result

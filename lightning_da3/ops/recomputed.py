@@ -255,7 +255,9 @@ def activated(
     return result
 
 
-def _compiled(piece: Piece, x: Tensor, *rest: Any, exact: bool) -> tuple[Any, ...]:
+def _compiled(
+    piece: Piece, x: Tensor, *rest: Any, exact: bool, codes: Tensor | None
+) -> tuple[Any, ...]:
     """In words that a compiler understands: it keeps what a checkpoint reads.
 
     The piece stands there twice, but what comes from the codes matters for the backward alone, so
@@ -267,7 +269,7 @@ def _compiled(piece: Piece, x: Tensor, *rest: Any, exact: bool) -> tuple[Any, ..
         outputs = piece(x, *rest)
     group = sample_group(x)
     dense_x = dense(x.detach())
-    codes = encode(dense_x, group)
+    codes = encode(dense_x, group) if codes is None else codes
     size, stride, dtype = x.size(), dense_x.stride(), x.dtype
 
     def from_codes(codes: Tensor, x: Tensor) -> tuple[Any, ...]:
@@ -309,7 +311,7 @@ def recomputed(
     if not (torch.is_grad_enabled() and wanted):
         return piece(x, *rest)
     if torch.compiler.is_compiling():
-        return _compiled(piece, x, *rest, exact=exact)
+        return _compiled(piece, x, *rest, exact=exact, codes=codes)
     how = _How(exact, random, len(parameters))
     result: tuple[Any, ...] = _Recomputed.apply(piece, how, codes, *parameters, x, *rest)
     return result
