@@ -31,7 +31,8 @@ from lightning_da3 import DA3Config, DA3Model, MemoryConfig, convert
 from lightning_da3.memory import SavedActivations
 
 CLASSES = 10
-GIANT = 30_000_000  # parameters from which two images are a batch
+# parameters from which two images are a batch, and one is
+GIANT, TITAN = 30_000_000, 500_000_000
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,9 @@ def measure(name: str, size: int | None, count: int) -> Row:
     network = build(name).train()
     size = own_size(name, network) if size is None else size
     total = sum(p.numel() for p in network.parameters())
-    inputs = batch_for(name, size, min(count, 2) if total > GIANT or size > 400 else count)
+    if total > GIANT or size > 400:
+        count = min(count, 1 if total > TITAN else 2)
+    inputs = batch_for(name, size, count)
     tuned = saved_bytes(network, inputs)
     network.requires_grad_(False)
 
