@@ -25,7 +25,7 @@ import torch
 import torchvision
 from plain import PlainPyTorch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_with_path
 
 from lightning_da3 import DA3Config, DA3Model, MemoryConfig, convert
 from lightning_da3.memory import SavedActivations
@@ -249,14 +249,19 @@ def _in_float64(network: nn.Module, inputs: tuple[Any, ...]) -> float:
     torch.set_default_dtype(torch.float64)
     try:
         network.double()
-        wide = tree_map(
-            lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, inputs
-        )
+        wide = tree_map_with_path(_widened, inputs)
         with mock.patch.object(Tensor, "float", Tensor.double):  # RAFT asks for float32
             return _against_plain(network, with_domain(network, exact=True), wide)[1]
     finally:
         network.float()
         torch.set_default_dtype(before)
+
+
+def _widened(path: tuple[Any, ...], leaf: Any) -> Any:
+    """In float64; keypoints, which networks want in float32, stay."""
+    stays = any(getattr(entry, "key", None) == "keypoints" for entry in path)
+    wide = isinstance(leaf, Tensor) and leaf.is_floating_point() and not stays
+    return leaf.double() if wide else leaf
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

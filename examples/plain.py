@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_da3 import DA3Model
 from lightning_da3.nn.gate import Executed, annealed_target, budget_loss
@@ -22,6 +23,16 @@ from lightning_da3.planning.sizes import mutable
 from lightning_da3.tracing import Part, trace
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class _Views(TorchFunctionMode):
+    """Maps have the layout of the folded weights, channels_last, of which not every view exists."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        reshapes = func is Tensor.view and not isinstance(args[1], torch.dtype)
+        return (Tensor.reshape if reshapes else func)(*args, **(kwargs or {}))
 
 
 class PlainPyTorch:
@@ -56,7 +67,8 @@ class PlainPyTorch:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns."""
         self.executed.clear()
-        return self.root(*args, **kwargs)
+        with _Views():
+            return self.root(*args, **kwargs)
 
     def loss(self) -> Tensor | float:
         """The gates' budget loss of the last call."""
