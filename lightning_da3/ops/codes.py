@@ -20,7 +20,8 @@ from torch import Tensor
 from lightning_da3.ops.bits import dense, flat, has_no_values
 
 GROUP = 256  # elements that share one range
-ROW = 128  # elements of a row that shares its range with no other
+# elements of a row that share a range with no other row's: one token may be far from the next
+ROW, LEAST_ROW = 128, 64
 EXTRA = 8  # bytes of a group's step and lowest value
 
 _SMALL = 1e-8  # added to a range before it divides, as FBGEMM does
@@ -154,13 +155,13 @@ def sample_group(x: Tensor) -> int:
     """Elements of a group such that none reaches into two samples of (N, ..), if at all possible.
 
     So the codes of a sample do not depend on the rest of its batch. Nor into two rows of at least
-    `ROW` elements, if possible: one token may be far from the next.
+    `LEAST_ROW` elements, if possible.
     """
     row = max(
         (n for n, step in zip(x.shape[1:], x.stride()[1:], strict=True) if step == 1), default=1
     )
-    part = _largest_divisor(row, GROUP) if row else 1
-    if part >= ROW:
+    part = _largest_divisor(row, ROW) if row else 1
+    if part >= LEAST_ROW:
         return part
     whole = x[0].numel() if x.dim() and x.numel() else 1
     divisor = _largest_divisor(whole, GROUP)
@@ -191,7 +192,7 @@ class Rows(NamedTuple):
         size, dtype = x.size(), x.dtype
         cells, channels = max(1, math.prod(size[2:])), max(1, size[1])
         if x.dim() == 3 and x.stride(1) == 1 and min(cells, channels) > 1:
-            return cls(True, _largest_divisor(channels, GROUP), size, dtype)
+            return cls(True, _largest_divisor(channels, ROW), size, dtype)
         group = cells * _largest_divisor(channels, max(1, GROUP // cells))
         return cls(False, group, size, dtype)
 
