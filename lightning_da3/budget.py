@@ -301,6 +301,7 @@ class Holder:
             self._keep(model, ())
             return WHOLE
         if self.split is not None:
+            self._keep(model, ())
             return self.split
         count = batch_size(args, kwargs)
         if count is None:

@@ -114,13 +114,16 @@ _RESHAPES: dict[Any, Callable[..., Tensor]] = {
 
 
 def _viewed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A view, or a copy where the map is channels_last and a contiguous one would have the view."""
+    """A view, or a copy where the map is channels_last and a contiguous one would have the view.
+
+    What writes through the view must not be refused one: it would write into the copy.
+    """
     try:
         return func(*args, **kwargs)
     except RuntimeError:
         if any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
             raise
-        return _RESHAPES[func](*args, **kwargs)
+        return _RESHAPES[func](*args, *kwargs.values())
 
 
 class _Lineage:

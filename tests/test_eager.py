@@ -11,7 +11,7 @@ from lightning_da3.eager import SMALL, KeepsLess
 from lightning_da3.memory import saved_activation_bytes
 
 FLOAT = 4  # bytes
-CODES = 1 + 8 / 256
+CODES = 1 + 8 / 64  # rows of 64
 
 
 def randn(*shape, seed=0):

@@ -273,3 +273,14 @@ def test_forward_mode_and_vmap_of_the_backbone_alone_are_right():
     torch.testing.assert_close(transformed(model, x, "vmap"), model(x))
     difference = (model(x + 1e-6) - model(x - 1e-6)) / 2e-6
     torch.testing.assert_close(transformed(model, x, "jvp"), difference, rtol=1e-5, atol=1e-7)
+
+
+def test_an_exported_network_needs_nothing_of_ours():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(1))
+    x = torch.randn(2, 3, 6, 6)
+    model = convert(network.eval(), DA3Config(head=None), x).eval()
+    program = torch.export.export(model, (x,))
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert any("conv" in target for target in targets)
+    assert not [target for target in targets if "lightning_da3" in target]
+    assert_relatively_close([program.module()(x)], [network(x)], 1e-5)

@@ -237,6 +237,21 @@ def test_views_that_channels_last_maps_do_not_have_are_copies():
         assert_relatively_close([model(x)], [network(x)], 1e-5)
 
 
+def test_views_of_a_type_and_views_that_are_written_to_stay_views():
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 2)
+
+        def forward(self, x):
+            x = self.conv(x).view(x.dtype)
+            x.view(size=(len(x), 8, -1)).mul_(2.0)
+            return self.fc(x.mean((2, 3)))
+
+    network, x = Written().eval(), torch.randn(2, 3, 4, 4)
+    assert_relatively_close([convert(network, CONFIG, x)(x)], [network(x)], 1e-5)
+
+
 def test_maps_come_out_laid_out_as_the_input_is():
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1))
     model = convert(network, dataclasses.replace(CONFIG, head=None))

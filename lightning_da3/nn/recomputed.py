@@ -39,6 +39,10 @@ class Recomputed(nn.Module):
         self.doors = [m for m in piece.modules() if isinstance(m, HostInput | HeadSlot)]
         self.activated, self.kept = activated, False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files keep the least: what is kept is decided for one model on one machine."""
+        return {**vars(self), "kept": False}
+
     def forward(self, x: Any, *rest: Any, codes: Tensor | None = None) -> tuple[Any, ...]:
         """What the piece returns; `codes` are those of x, where a host's input has made them."""
         if self.kept or not (isinstance(x, Tensor) and all(map(_is_plain, rest))):

@@ -21,7 +21,7 @@ from lightning_da3.ops.bits import dense, flat, has_no_values
 
 GROUP = 256  # elements that share one range
 # elements of a row that share a range with no other row's: one token may be far from the next
-ROW, LEAST_ROW = 128, 64
+ROW, LEAST_ROW = 64, 48
 EXTRA = 8  # bytes of a group's step and lowest value
 
 _SMALL = 1e-8  # added to a range before it divides, as FBGEMM does

@@ -68,8 +68,8 @@ class _Recomputed(torch.autograd.Function):
         ctx.others = [_Kept if isinstance(t, Tensor) else t for t in activations]
         kept = [
             t if code is None else code.encode(t)
-            for t, code in zip(activations, ctx.codes, strict=True)
-            if isinstance(t, Tensor) and not (t is x and made is not None)
+            for i, (t, code) in enumerate(zip(activations, ctx.codes, strict=True))
+            if isinstance(t, Tensor) and (i or made is None)
         ]
         kept = kept if made is None else [made, *kept]
         with noting(not how.exact) as noted:

@@ -16,10 +16,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
+
 
 def is_sealed(weight: Tensor) -> bool:
-    """Whether a convolution with this weight is to be such an op."""
-    return torch.compiler.is_compiling() and weight.dim() == 4
+    """Whether a convolution with this weight is to be such an op; never in an exported graph."""
+    return torch.compiler.is_compiling() and not _is_exporting() and weight.dim() == 4
 
 
 def lowered(x: Tensor, dtype: torch.dtype) -> torch.dtype:
