@@ -20,7 +20,8 @@ from torch import Tensor
 from lightning_da3.ops.bits import dense, flat, has_no_values
 
 GROUP = 256  # elements that share one range
-# elements of a row that share a range with no other row's: one token may be far from the next
+# elements of a token, or of a channel's cells, that share a range with no other's: one may be far
+# from the next; and what is too short to have ranges of its own
 ROW, LEAST_ROW = 64, 48
 EXTRA = 8  # bytes of a group's step and lowest value
 
@@ -193,7 +194,7 @@ class Rows(NamedTuple):
         cells, channels = max(1, math.prod(size[2:])), max(1, size[1])
         if x.dim() == 3 and x.stride(1) == 1 and min(cells, channels) > 1:
             return cls(True, _largest_divisor(channels, ROW), size, dtype)
-        group = cells * _largest_divisor(channels, max(1, GROUP // cells))
+        group = cells * _largest_divisor(channels, max(1, ROW // cells))
         return cls(False, group, size, dtype)
 
     def encode(self, x: Tensor) -> Tensor:
