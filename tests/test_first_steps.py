@@ -13,7 +13,14 @@ from lit import CONFIG, Lit, callback, data, lit, network, trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_da3 import DA3Callback, PredictionWarning, convert, first_steps
+from lightning_da3 import (
+    DA3Callback,
+    DA3Config,
+    MemoryConfig,
+    PredictionWarning,
+    convert,
+    first_steps,
+)
 from lightning_da3.first_steps import FirstSteps
 from lightning_da3.memory import resident_bytes
 
@@ -133,13 +140,16 @@ def test_a_prediction_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_lower_precision_is_predicted_as_such(tmp_path, precision):
-    learner = DA3Callback("a", 2)
-    steps, *_ = fit(tmp_path, wide(), DataLoader(images(), 8), learner, precision=precision)
-    whole, *_ = fit(tmp_path, wide(), DataLoader(images(), 8), DA3Callback("a", 2))
+@pytest.mark.parametrize(("exact", "most"), [(True, 0.7), (False, 1)])  # the rest is codes
+def test_lower_precision_is_predicted_as_such(tmp_path, precision, exact, most):
+    def steps_of(**kwargs):
+        learner = DA3Callback("a", 2, config=DA3Config(memory=MemoryConfig(exact=exact)))
+        return fit(tmp_path, wide(), DataLoader(images(), 8), learner, **kwargs)[0]
+
+    steps, whole = steps_of(precision=precision), steps_of()
     kept = steps.predicted.saved_activation_bytes
     assert kept == pytest.approx(steps.saved_activation_bytes, rel=0.01)
-    assert kept < 0.99 * whole.predicted.saved_activation_bytes
+    assert kept < most * whole.predicted.saved_activation_bytes
     assert steps.predicted.peak_bytes == pytest.approx(steps.peak_bytes, rel=0.1)
 
 
