@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_da3.errors import ConversionError
 from lightning_da3.ops.derived import Derived, Root, from_roots
 from lightning_da3.ops.recomputed import recomputed
 from lightning_da3.ops.sampling import grid_sample
@@ -60,6 +61,7 @@ class KeepsLess(TorchFunctionMode):
         super().__init__()
         self.exact = exact
         self._lineage = _Lineage()
+        self._copies = WeakTensorKeyDictionary()  # that stand for views
 
     def __torch_function__(
         self,
@@ -72,7 +74,9 @@ class KeepsLess(TorchFunctionMode):
         del types
         kwargs = kwargs or {}
         if func in _RESHAPES:
-            return _viewed(func, args, kwargs)
+            return self._viewed(func, args, kwargs)
+        if self._copies and args and _writes(func) and args[0] in self._copies:
+            raise ConversionError(_WRITES_INTO_A_COPY.format(func.__name__, args[0].shape))
         if not torch.is_grad_enabled() or not args:
             return func(*args, **kwargs)
         if func in _ELEMENTWISE and _is_elementwise(func, args, kwargs):
@@ -106,24 +110,34 @@ class KeepsLess(TorchFunctionMode):
         layer = _exact_layer(func, args, kwargs)
         return func(*args, **kwargs) if layer is None else layer(args[0])
 
+    def _viewed(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A view, or a copy where the map is channels_last and a contiguous one has the view."""
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError:
+            if any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
+                raise
+            copied = _RESHAPES[func](*args, *kwargs.values())
+            self._copies[copied] = None
+            return copied
+
 
 _RESHAPES: dict[Any, Callable[..., Tensor]] = {
     Tensor.view: Tensor.reshape,
     Tensor.view_as: Tensor.reshape_as,
 }
+_OPERATORS = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__setitem__")
+_WRITES_INTO_A_COPY = (
+    "`{}` writes through a view of shape {} into a map that lies channels_last in memory, where "
+    "there is no such view. Write into the map itself, or view `x.contiguous()`."
+)
 
 
-def _viewed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A view, or a copy where the map is channels_last and a contiguous one would have the view.
-
-    What writes through the view must not be refused one: it would write into the copy.
-    """
-    try:
-        return func(*args, **kwargs)
-    except RuntimeError:
-        if any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
-            raise
-        return _RESHAPES[func](*args, *kwargs.values())
+def _writes(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name in _OPERATORS
 
 
 class _Lineage:

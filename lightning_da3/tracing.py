@@ -364,10 +364,16 @@ def _overwrites(module: nn.Module, node: torch.fx.Node) -> bool:
         return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
     if node.op not in ("call_function", "call_method"):
         return False
+    return is_in_place(node) or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+
+
+IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ipow")
+
+
+def is_in_place(node: torch.fx.Node) -> bool:
+    """Whether an operation says so by its name: ``x.add_(y)``, ``x += y``."""
     name = _operation(node)
-    named = name.endswith("_") and not name.endswith("__")
-    written = named or name in ("iadd", "isub", "imul", "itruediv", "ipow")
-    return written or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+    return (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE_OPERATORS
 
 
 def _check(model: nn.Module) -> None:

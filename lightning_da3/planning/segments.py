@@ -16,11 +16,10 @@ from torch import fx, nn
 from lightning_da3.planning.flow import Flow, Nodes, dominators
 from lightning_da3.planning.layers import CONVS
 from lightning_da3.planning.plan import HostPlan, NodePlan, SegmentPlan
-from lightning_da3.tracing import module_of
+from lightning_da3.tracing import IN_PLACE_OPERATORS, is_in_place, module_of
 
 # pure functions: what they compute depends on nothing but their arguments
 _PURE = ("torch", "_operator", "operator", "math", "torchvision", "timm", "einops", "builtins")
-_IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "setitem")
 # passing a convolution or a matrix product must make the kept value at least so much smaller
 WORTH = 2.0
 
@@ -206,10 +205,10 @@ class SegmentFinder:
             return False
         name = str(getattr(node.target, "__name__", node.target))
         first = node.args[0] if node.args else None
-        if isinstance(first, fx.Node) and first in sources and self._overwrites(node, name):
+        if isinstance(first, fx.Node) and first in sources and self._overwrites(node):
             # the segment's first operation can leave its input alone, if nobody else would see it
             seen = len(first.users) > 1 or len(sources) > 1
-            if seen or node.op == "call_method" or name in _IN_PLACE_OPERATORS:
+            if seen or node.op == "call_method" or name in IN_PLACE_OPERATORS:
                 return False
         if node.op == "call_function":
             home = str(getattr(node.target, "__module__", "") or "")
@@ -219,12 +218,11 @@ class SegmentFinder:
             return home.split(".")[0] in _PURE and not random
         return True
 
-    def _overwrites(self, node: fx.Node, name: str) -> bool:
+    def _overwrites(self, node: fx.Node) -> bool:
         planned = self.plan.get(node.name)
         layer = module_of(self.gm, node)
-        named = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_OPERATORS
         asked = bool(getattr(layer, "inplace", False) or node.kwargs.get("inplace"))
-        return named or asked or (planned is not None and planned.inplace)
+        return is_in_place(node) or asked or (planned is not None and planned.inplace)
 
     def _saves(self, segment: _Segment) -> float:
         return sum(map(self._alone, segment.keepers)) - sum(map(self._cost, segment.sources))

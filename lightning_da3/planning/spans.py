@@ -15,7 +15,7 @@ from torch import fx
 
 from lightning_da3.planning.flow import Flow
 from lightning_da3.planning.plan import HostPlan, NodePlan, SegmentPlan
-from lightning_da3.tracing import output_node
+from lightning_da3.tracing import is_in_place, output_node
 
 # what a byte that lives during one stretch's backward counts, beside one that lives all the time
 TRANSIENT = 0.1
@@ -120,9 +120,8 @@ class SpanFinder:
             return False
         for user in node.users:
             step = self.plan.get(user.name)
-            name = str(getattr(user.target, "__name__", user.target))
-            over = name.endswith("_") or name in ("iadd", "isub", "imul", "itruediv", "setitem")
-            if user.args and user.args[0] is node and (over or (step and step.inplace)):
+            over = is_in_place(user) or (step is not None and step.inplace)
+            if user.args and user.args[0] is node and over:
                 return False
         return True
 
