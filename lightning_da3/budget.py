@@ -72,10 +72,32 @@ class Peak(NamedTuple):
     phase: str
 
 
+class Choice(NamedTuple):
+    """How a step on a batch stays within a budget.
+
+    Attributes:
+        split: Of the batch; None: it goes whole.
+        step: What it takes.
+        parts: Samples of every piece; empty if it goes whole.
+        kept: Stretches that keep what they could compute again.
+    """
+
+    split: Split | None
+    step: StepPrediction
+    parts: tuple[int, ...] = ()
+    kept: Names = ()
+
+    @property
+    def again(self) -> int:
+        """So many pieces are computed again."""
+        return 0 if self.split is None else self.split.again
+
+
 class SplitCosts:
     """What training steps on split batches cost, for every size of the batch.
 
     Args:
+        predictor: Of steps of the network.
         predict: A step on a whole batch of so many samples.
         parameters: Of the network.
         gradient_bytes: Of what trains.
@@ -84,11 +106,13 @@ class SplitCosts:
 
     def __init__(
         self,
+        predictor: StepPredictor,
         predict: Callable[[int], StepPrediction],
         parameters: int,
         gradient_bytes: int,
         sample_bytes: int,
     ) -> None:
+        self._predictor = predictor
         self._at = functools.cache(BatchPrediction(predict).at)
         self._moments = functools.cache(lambda samples: _Moments.of(self._at(samples)))
         self.parameters, self.gradient_bytes = parameters, gradient_bytes
@@ -149,6 +173,20 @@ class SplitCosts:
         """A step whose gradients are added to those of others, of so many samples at most."""
         step = self._at(samples)
         return dataclasses.replace(step, peak_bytes=step.peak_bytes + self.gradient_bytes)
+
+    def hold(self, args: Any, kwargs: Any, budget_bytes: int) -> Choice:
+        """What is decided for the step on these arguments.
+
+        Raises:
+            ConfigError: No split fits; the least possible peak, and where it is, are named.
+        """
+        count = batch_size(args, kwargs)
+        assert count is not None  # or these costs were not known
+        split = self.choose(count, budget_bytes)
+        if split is not WHOLE:
+            return Choice(split, self.step(count, split), tuple(split.counts(count)))
+        kept, step = most_kept(self._predictor, args, kwargs, budget_bytes / MARGIN)
+        return Choice(WHOLE, step, kept=kept)
 
     def choose(self, count: int, budget_bytes: int) -> Split | None:
         """The split of `count` samples whose step fits, at the least extra time; None: the whole.
@@ -250,10 +288,8 @@ class Holder:
         self.predicted: StepPrediction | None = None
         self.tell: Callable[[str], object] | None = None
         self._costs: dict[Any, SplitCosts] = {}
-        self._chosen: dict[Any, Split | None] = {}
-        self._kept: dict[Any, Names] = {}  # stretches that are not computed again
+        self._chosen: dict[Any, Choice] = {}
         self._keeping: tuple[Names, list[Recomputed]] | None = None  # now
-        self._steps: dict[Any, StepPrediction] = {}
         self._parts: dict[Any, int] = {}  # by kind of batch, most samples
         self._part: int | None = None  # of what the network was given last
 
@@ -262,9 +298,7 @@ class Holder:
         empty: dict[str, Any] = {
             "_costs": {},
             "_chosen": {},
-            "_kept": {},
             "_keeping": None,
-            "_steps": {},
             "_parts": {},
             "predicted": None,
         }
@@ -279,10 +313,10 @@ class Holder:
     @property
     def chosen(self) -> list[tuple[int, Split | None]]:
         """Sizes of the batches met so far, and how each goes through the network in pieces."""
-        return [(key[-1], split) for key, split in self._chosen.items()]
+        return [(key[-1], choice.split) for key, choice in self._chosen.items()]
 
     def split_of(
-        self, model: nn.Module, args: Any, kwargs: Any, check: Callable[[Any, Any], None]
+        self, model: Any, args: Any, kwargs: Any, check: Callable[[Any, Any], None]
     ) -> Split | None:
         """How a training batch goes through `model`; None: whole.
 
@@ -312,33 +346,22 @@ class Holder:
             )
         key = (_signature(args, kwargs, count), count)
         if key not in self._chosen:
-            self._choose(key, model, args, kwargs, check)
-        self._keep(model, self._kept[key])
-        self.predicted = self._steps[key]
-        return self._chosen[key]
+            costs = self.costs_of(model, args, kwargs)
+            choice = costs.hold(args, kwargs, self.bytes_on(_device(model)))
+            if choice.split is not WHOLE:
+                check(args, kwargs)
+            self._chosen[key] = choice
+            stretches = len(choice.kept), len(model.plan.segments)
+            how = how_split(choice.parts, choice.again, kept=stretches)
+            self._say(f"a batch of {count}: {how}")
+        choice = self._chosen[key]
+        self._keep(model, choice.kept)
+        self.predicted = choice.step
+        return choice.split
 
     def _keep(self, model: nn.Module, names: Names) -> None:
         if self._keeping is None or self._keeping[0] != names:
             self._keeping = names, keep_only(model, names)
-
-    def _choose(
-        self, key: Any, model: Any, args: Any, kwargs: Any, check: Callable[[Any, Any], None]
-    ) -> None:
-        count, most = key[-1], self.bytes_on(_device(model))
-        costs = self.costs_of(model, args, kwargs)
-        split = costs.choose(count, most)
-        kept: Names = ()
-        if split is WHOLE:
-            predictor = StepPredictor(model, prepare=without_budget)
-            kept, step = most_kept(predictor, args, kwargs, most / MARGIN)
-            parts, again = [count], 0
-        else:
-            check(args, kwargs)
-            step = costs.step(count, split)
-            parts, again = split.counts(count), split.again
-        self._chosen[key], self._kept[key], self._steps[key] = split, kept, step
-        stretches = len(kept), len(model.plan.segments)
-        self._say(f"a batch of {count}: {how_split(parts, again, kept=stretches)}")
 
     @property
     def holds(self) -> bool:
@@ -445,6 +468,7 @@ def split_costs(predictor: StepPredictor, args: Any, kwargs: Any) -> SplitCosts:
     network = predictor.twin
     trained = [p for p in network.parameters() if p.requires_grad]
     return SplitCosts(
+        predictor,
         predict,
         sum(p.numel() for p in network.parameters()),
         sum(p.numel() * p.itemsize for p in trained),

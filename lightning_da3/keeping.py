@@ -49,10 +49,9 @@ class Stretch(NamedTuple):
 def stretches(plan: Plan) -> Iterator[Stretch]:
     """Those of a DA3Model with this plan."""
     for part in plan.parts:
-        prefix = ".".join(["backbone", *([part.path] if part.path else [])])
         for i, segment in enumerate(part.segments):
-            nodes = frozenset(f"{prefix}.{node}" for node in segment.nodes)
-            yield Stretch(f"{prefix}.{PLACE}.{i}", nodes)
+            nodes = frozenset(f"{part.prefix}{node}" for node in segment.nodes)
+            yield Stretch(f"{part.prefix}{PLACE}.{i}", nodes)
 
 
 def most_kept(

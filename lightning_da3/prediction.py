@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_da3.budget import MARGIN, how_split, split_costs, without_budget
+from lightning_da3.budget import Choice, how_split, split_costs, without_budget
 from lightning_da3.errors import ConfigError, DA3Error, InputError
-from lightning_da3.keeping import most_kept, stretches
+from lightning_da3.keeping import stretches
 from lightning_da3.memory import (
     NodeCost,
     StepPrediction,
@@ -283,18 +283,18 @@ def _costs(
         name = twin.active_domain
         theirs, network, why = _fine_tuning(plan, model, twin, given, optimizer)
         domain = twin.domain(name)
-        held: dict[str, Any] = {"kept": ()}
         whole = ours
+        held: dict[str, Any] = {}
         if model.holder.budget is not None:
             ours, held = _held(model, predictor, given)
-            whole = ours if held["kept"] else whole
+        kept = held.get("kept", ())
         return PlanCosts(
             plan,
             tuple(tuple(x.shape) for x in tree_leaves(given) if isinstance(x, Tensor)),
             guessed,
             ours,
             theirs,
-            tuple(_rows(plan, whole, theirs, held["kept"])),
+            tuple(_rows(plan, ours if kept else whole, theirs, kept)),
             sum(p.numel() for p in domain.parameters()),
             twin.domain_file_bytes(name),
             None if network is None else sum(p.numel() for p in network.parameters()),
@@ -317,7 +317,6 @@ def _held(
 ) -> tuple[StepPrediction, dict[str, Any]]:
     """The step within the budget, and how it stays there."""
     count = batch_size(given, {})
-    kept: tuple[str, ...] = ()
     if count is None:
         raise ConfigError(
             f"What {model.plan.network} does within a budget is known only of inputs with samples "
@@ -327,20 +326,15 @@ def _held(
     most = model.holder.bytes_on(next(model.parameters()).device)
     if model.holder.by == "accumulate":
         parts = Split(costs.largest(most)).counts(count)
-        step, again = costs.accumulated(max(parts)), 0
+        choice = Choice(None, costs.accumulated(max(parts)), tuple(parts))
     else:
-        split = costs.choose(count, most)
-        if split is None:
-            kept, step = most_kept(predictor, given, {}, most / MARGIN)
-            parts, again = [count], 0
-        else:
-            parts, again, step = split.counts(count), split.again, costs.step(count, split)
-    return step, {
+        choice = costs.hold(given, {}, most)
+    return choice.step, {
         "budget_bytes": most,
-        "parts": tuple(parts) if len(parts) > 1 else (),
-        "again": again,
+        "parts": choice.parts if len(choice.parts) > 1 else (),
+        "again": choice.again,
         "accumulated": model.holder.by == "accumulate",
-        "kept": kept,
+        "kept": choice.kept,
     }
 
 
@@ -440,9 +434,8 @@ def _rows(
     costs = {cost.name: cost for cost in ours.nodes}
     tuned = {} if theirs is None else {_flat(n.name): n.saved_bytes for n in theirs.nodes if n.name}
     for part in plan.parts:
-        prefix = ".".join(["backbone", *([part.path] if part.path else [])]) + "."
         other_costs = tuned if theirs is not None else None
-        yield from _part_rows(part, prefix, costs, other_costs, frozenset(own))
+        yield from _part_rows(part, costs, other_costs, frozenset(own))
     rest = _total(costs.values())
     other = None if theirs is None else sum(tuned.values()) + _unnamed(theirs)
     if any((*rest, other)):
@@ -451,12 +444,12 @@ def _rows(
 
 def _part_rows(
     part: PartPlan,
-    prefix: str,
     costs: dict[str, NodeCost],
     tuned: dict[str, int] | None,
     kept: frozenset[str],
 ) -> Iterator[Row]:
     """Takes what it lists out of `costs` and `tuned`; `kept`: nodes not computed again."""
+    prefix = part.prefix
 
     def taken(*names: str) -> tuple[int, int, int]:
         return _total([costs.pop(name) for name in names if name in costs])

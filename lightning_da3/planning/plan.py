@@ -97,6 +97,11 @@ class PartPlan:
     hosts: tuple[HostPlan, ...]
     segments: tuple[SegmentPlan, ...] = ()
 
+    @property
+    def prefix(self) -> str:
+        """Of the names of its nodes and modules in a DA3Model."""
+        return f"backbone.{self.path}." if self.path else "backbone."
+
 
 @dataclass(frozen=True)
 class Plan:
