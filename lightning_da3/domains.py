@@ -30,6 +30,7 @@ from lightning_da3.nn.gate import (
 )
 from lightning_da3.nn.head import HeadSlot, MixedHeads, class_axis, classes_of, new_head
 from lightning_da3.nn.statistics import Statistics
+from lightning_da3.ops.bits import lies_channels_last
 from lightning_da3.passes.hosts import INPUTS, host_key
 from lightning_da3.pieces import batch_size, cut, run_in_pieces
 from lightning_da3.planning import HostPlan, Plan
@@ -739,15 +740,9 @@ def _has_modes(layer: nn.Module) -> bool:
 
 def _laid_out(output: Any, args: Any, kwargs: Any) -> Any:
     """Maps are contiguous if those of the input are: what follows may take views of them."""
-    if any(isinstance(x, Tensor) and _is_channels_last(x) for x in tree_leaves((args, kwargs))):
+    if any(isinstance(x, Tensor) and lies_channels_last(x) for x in tree_leaves((args, kwargs))):
         return output
-    return tree_map_only(Tensor, lambda y: y.contiguous() if _is_channels_last(y) else y, output)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    """And not contiguous as well."""
-    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    return layout is not None and not x.is_contiguous() and x.is_contiguous(memory_format=layout)
+    return tree_map_only(Tensor, lambda y: y.contiguous() if lies_channels_last(y) else y, output)
 
 
 def _carry(output: Any, loss: Tensor, scale: float) -> Any:

@@ -33,6 +33,7 @@ from lightning_da3 import (
     convert,
 )
 from lightning_da3.memory import SavedActivations, saved_activation_bytes
+from lightning_da3.nn.adapter import HostInput, HostOutput
 from lightning_da3.nn.frozen import FrozenAffine, FrozenConv, Sum, TwoSlopes
 from lightning_da3.ops.activation import RELU
 from lightning_da3.planning import NodePlan, Plan
@@ -532,6 +533,27 @@ def test_by_default_hosts_begin_behind_half_of_the_downsampling(whole, least):
     plan = convert(network, example_inputs=torch.randn(1, 3, size, size)).plan
     at = itertools.accumulate([*strides, 1], operator.mul)  # the output of every convolution
     assert len(plan.hosts) == sum(reduction >= least for reduction in at)
+
+
+def test_a_host_that_begins_where_another_ends_reads_what_was_written():
+    """Also where the output has memory of its own, which the other's adapter alone writes to."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
+    model = add(convert(network, choose(head=None)), "a")
+    model.set_domain("a")
+    for output in model.modules():
+        if isinstance(output, HostOutput):
+            output.inplace = False
+    seen = {}
+    for name, module in model.backbone.named_modules():
+        if isinstance(module, HostInput | HostOutput | FrozenConv):
+            module.register_forward_hook(lambda m, x, y, name=name: seen.update({name: (x[0], y)}))
+    with torch.no_grad():
+        next(iter(model.domain("a").adapters.values())).value.bias.add_(1.0)
+    model(torch.randn(2, 3, 6, 6))
+    written, read = seen["host_outputs.0"][1][0], seen["host_inputs.1"]
+    assert not torch.equal(written, seen["host_outputs.0"][0])
+    assert read[0] is written
+    assert seen["1"][0] is read[1][0]  # through the input, whose backward adds to its gradient
 
 
 def test_plan_of_other_axes():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_da3.memory import saved_activation_bytes
-from lightning_da3.nn.frozen import FrozenConvTranspose, frozen
+from lightning_da3.nn.frozen import Coded, FrozenConv, FrozenConvTranspose, frozen
 from lightning_da3.ops import activation, bits, convolution
 from lightning_da3.ops.activation import Slopes, two_slopes
 from lightning_da3.ops.adapter import How, Weights, adapt
@@ -19,7 +19,7 @@ from lightning_da3.ops.convolution import frozen_conv, frozen_conv_transpose, pa
 from lightning_da3.ops.host import coarse_grid, divides, read, upsample, write
 from lightning_da3.ops.normalization import frozen_affine
 from lightning_da3.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
-from lightning_da3.ops.recomputed import recomputed
+from lightning_da3.ops.recomputed import activated, recomputed
 from lightning_da3.ops.smooth import SMOOTH, coded
 from lightning_da3.ops.tokens import Place, read_tokens, write_tokens
 
@@ -294,6 +294,29 @@ def test_recomputed_keeps_its_input_and_gives_its_gradient(exact):
     want = gradient(piece)
     assert (got - want).norm() <= (1e-6 if exact else 0.01) * want.norm()
     assert exact or not torch.equal(got, want)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["silu", "gelu", "mish", "softsign", "tanhshrink"])
+def test_an_activated_convolution_is_computed_again_as_any_piece_is(name, dtype, exact):
+    conv = FrozenConv(nn.Conv2d(4, 48, 3, 2, 1)).to(dtype)
+    layer = Coded(SMOOTH[name], inplace=True)
+    x = leaf(randn(2, 4, 9, 9).to(dtype)) * 1
+    others = randn(2, 48, 5, 5, seed=1).to(dtype)
+
+    def alone(t):
+        return activated(t, conv, layer, exact=exact)
+
+    def piece(t):
+        return recomputed(lambda s: (SMOOTH[name].value(conv(s)),), t, exact=exact)[0]
+
+    constants = [conv.weight, conv.bias]
+    assert kept_bytes(alone, x) == kept_bytes(piece, x, constants=constants)
+    (got,), (want,) = (torch.autograd.grad(f(x), x, others) for f in (alone, piece))
+    assert torch.equal(alone(x), piece(x))
+    # in half the slope is computed in float32, and rounded once
+    assert (got - want).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * want.norm()
 
 
 DECISIONS = {  # what decides, and where

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_da3.errors import ConfigError
 from lightning_da3.ops.bits import dense
@@ -238,6 +239,25 @@ def test_without_need_nothing_is_kept_or_coded(name):
 
 
 # --- in place
+
+
+@pytest.mark.parametrize("name", ["silu", "hardswish", "mish", "sigmoid"])
+def test_without_a_gradient_nothing_is_written_beside_the_input(name):
+    """Not even for a moment: the largest maps of a network are in front of its first host."""
+    x, made = randn(64), []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            y = func(*args, **(kwargs or {}))
+            made.append(y.untyped_storage().data_ptr())
+            return y
+
+    want = SMOOTH[name].value(x)
+    with torch.no_grad(), Made():
+        got = coded(x, SMOOTH[name], inplace=True)
+    assert set(made) == {x.untyped_storage().data_ptr()}
+    assert got is x
+    torch.testing.assert_close(got, want)
 
 
 @BITS

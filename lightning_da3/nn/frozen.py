@@ -102,6 +102,7 @@ class FrozenConv(nn.Module):
     Attributes:
         slopes: Of the activation that comes with it, or None.
         symmetric_padding: On both sides of every axis, or None where the sides differ.
+        pads_zeros_alike: The kernel pads by itself: zeros, as many on both sides.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class FrozenConv(nn.Module):
         self.pad: list[int] = list(conv._reversed_padding_repeated_twice)
         before, after = self.pad[::2], self.pad[1::2]
         self.symmetric_padding = tuple(reversed(before)) if before == after else None
+        self.pads_zeros_alike = conv.padding_mode == "zeros" and before == after
         weight, bias = fold(conv.weight, conv.bias, None if norm is None else Statistics.of(norm))
         # activations follow the weight's layout; channels_last is the one CPUs are fastest in
         layout = torch.channels_last if axes == 2 else torch.contiguous_format
@@ -149,15 +151,10 @@ class FrozenConv(nn.Module):
         weight, bias = fold(state[f"{self.name}.weight"], state.get(f"{self.name}.bias"), norm)
         return {"weight": weight} if self.bias is None else {"weight": weight, "bias": bias}
 
-    @property
-    def pads_zeros_alike(self) -> bool:
-        """Whether the kernel pads by itself: zeros, as many on both sides."""
-        return self.padding_mode == "zeros" and self.symmetric_padding is not None
-
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, *in) to (N, O, *out)."""
         padding = self.symmetric_padding
-        if self.padding_mode != "zeros" or padding is None:
+        if padding is None or not self.pads_zeros_alike:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = pad_mode(x, self.pad, mode)
             padding = (0,) * len(self.stride)

@@ -268,10 +268,9 @@ def _said(
     hidden: Tensor, noise: Tensor | None, w: Weights, how: How
 ) -> tuple[Tensor, Tensor | None, _Norm]:
     """Addend, gate and the norm."""
-    device = hidden.device.type
-    with contextlib.ExitStack() as stack:
-        if torch.is_autocast_enabled(device):  # few cells: as precise as the weights
-            stack.enter_context(torch.autocast(device, enabled=False))
+    device = hidden.device.type  # few cells: as precise as the weights
+    lowers = torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if lowers else contextlib.nullcontext():
         norm = _Norm.of(hidden.to(w.value.dtype), how.eps)
         cells, logits = _attention(norm.n, w)
         scaled = torch.sigmoid(logits).mul(cells)

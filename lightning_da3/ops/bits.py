@@ -34,6 +34,12 @@ def _is_dense(x: Tensor) -> bool:
     return True
 
 
+def lies_channels_last(x: Tensor) -> bool:
+    """Of a map of two or three axes, and not contiguous as well."""
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return layout is not None and not x.is_contiguous() and x.is_contiguous(memory_format=layout)
+
+
 def has_no_values(x: Tensor) -> bool:
     """Whether `x` only stands for a tensor of its shape, and is not about to be compiled."""
     return not torch.compiler.is_compiling() and is_fake(x)

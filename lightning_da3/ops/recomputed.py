@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_da3.ops.bits import dense, has_no_values
 from lightning_da3.ops.codes import decode, encode, sample_group
 from lightning_da3.ops.decisions import following, noting
-from lightning_da3.ops.smooth import Smooth
+from lightning_da3.ops.smooth import Smooth, widened
 
 Piece = Callable[..., tuple[Any, ...]]
 
@@ -203,8 +203,9 @@ class _Activated(torch.autograd.Function):
         (kept,) = ctx.saved_tensors
         with ctx.autocast():
             y = ctx.linear(kept if ctx.code is None else ctx.code.decode(kept))
-        grad = ctx.smooth.backward(grad, y, y)  # it reads the first
-        return ctx.linear.input_gradient(grad, ctx.size).to(ctx.dtype), *[None] * 4
+        wide = widened(y)
+        slope = ctx.smooth.backward(widened(grad), wide, wide)  # it reads the first
+        return ctx.linear.input_gradient(slope.to(y.dtype), ctx.size).to(ctx.dtype), *[None] * 4
 
 
 class FrozenMap(Protocol):

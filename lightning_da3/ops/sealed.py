@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_da3.ops.bits import lies_channels_last
+
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
 
@@ -56,10 +58,7 @@ def _convolution(
 
 def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
     """Of y; told from axes longer than 1 alone, as the compiler may not know other strides."""
-    last = any(
-        t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
-        for t in (x, weight)
-    )
+    last = lies_channels_last(x) or lies_channels_last(weight)
     return torch.channels_last if last else torch.contiguous_format
 
 

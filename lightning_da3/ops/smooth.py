@@ -103,7 +103,7 @@ class _Coded(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, smooth: Smooth, bits: int, inplace: bool) -> Tensor:
         y = smooth.value(x)
         ctx.low, ctx.step, ctx.bits, ctx.dtype = smooth.low, smooth.step(bits), bits, x.dtype
-        slopes = smooth.derivative(_widen(x), _widen(y))
+        slopes = smooth.derivative(widened(x), widened(y))
         # elementwise results are dense, and in the memory order of x, whatever x is
         codes = to_bytes(slopes.mul_(1.0 / ctx.step).add_(0.5 - ctx.low / ctx.step))
         ctx.size, ctx.stride = codes.size(), codes.stride()
@@ -120,11 +120,11 @@ class _Coded(torch.autograd.Function):
         (codes,) = ctx.saved_tensors
         if ctx.bits == 4:
             codes = unpack_pairs(codes, ctx.size, ctx.stride)
-        slopes = _widen(codes, grad.dtype).mul_(ctx.step).add_(ctx.low)
+        slopes = widened(codes, grad.dtype).mul_(ctx.step).add_(ctx.low)
         return slopes.mul_(grad).to(ctx.dtype), None, None, None
 
 
-def _widen(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def widened(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """In float32 at least: half precision is coarser than the codes."""
     return x.to(torch.promote_types(dtype or x.dtype, torch.float32))
 

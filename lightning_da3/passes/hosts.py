@@ -23,9 +23,7 @@ def host_key(name: str) -> str:
 def attach_hosts_(part: Part, plan: PartPlan, config: DA3Config) -> None:
     """Put an input and an output around every host, and a recorder of what was executed."""
     nodes = {node.name: node for node in part.gm.graph.nodes}
-    for (
-        host
-    ) in plan.hosts:  # one that reads another's output comes later, and reads what is written
+    for host in plan.hosts:  # in the order of data: what one wrote, the next one reads
         nodes[host.last] = _attach(part.gm, host, nodes, config)
 
 
