@@ -113,7 +113,7 @@ class SplitCosts:
         sample_bytes: int,
     ) -> None:
         self._predictor = predictor
-        self._at = functools.cache(BatchPrediction(predict).at)
+        self._at = functools.cache(BatchPrediction(predict, predictor.cuts).at)
         self._moments = functools.cache(lambda samples: _Moments.of(self._at(samples)))
         self.parameters, self.gradient_bytes = parameters, gradient_bytes
         self.sample_bytes = sample_bytes

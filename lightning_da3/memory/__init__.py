@@ -17,6 +17,7 @@ memory that does not come from PyTorch's allocator.
 from lightning_da3.memory.free import free_bytes
 from lightning_da3.memory.predicted import (
     BatchPrediction,
+    CutsItsBatch,
     NodeCost,
     StepPrediction,
     StepPredictor,
@@ -30,6 +31,7 @@ from lightning_da3.memory.step import PeakBytes, StepMeasurement, measure_step, 
 
 __all__ = [
     "BatchPrediction",
+    "CutsItsBatch",
     "NodeCost",
     "PeakBytes",
     "SavedActivations",

@@ -13,9 +13,11 @@ import bisect
 import contextlib
 import copy
 import dataclasses
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -95,6 +97,27 @@ class StepPrediction:
         return "backward" if index < self.backward_end else "optimizer"
 
 
+class CutsItsBatch(nn.Module):
+    """A module that takes a large batch in pieces.
+
+    Without values, its third piece and those behind may run together, as `aside`, if they take no
+    more memory than the first two.
+
+    Attributes:
+        samples: Of a piece, for the kind of batch met last; 0: none was met.
+        aside: A context in which a prediction counts FLOPs alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.samples = 0
+        self.aside: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+
+
+def _cutting(network: nn.Module) -> Iterator[CutsItsBatch]:
+    return (module for module in network.modules() if isinstance(module, CutsItsBatch))
+
+
 class StepPredictor:
     """Predicts training steps of one network.
 
@@ -169,7 +192,12 @@ class StepPredictor:
         def some(count: int) -> tuple[Any, ...]:
             return tree_map_only(Tensor, lambda x: resized(x, count), inputs)  # type: ignore[no-any-return]
 
-        return BatchPrediction(lambda count: self(*some(count)))
+        return BatchPrediction(lambda count: self(*some(count)), self.cuts)
+
+    def cuts(self) -> Iterator[int]:
+        """Batches, of the kind met last, behind which a step's totals follow other lines."""
+        for module in _cutting(self.twin):
+            yield from (module.samples, 2 * module.samples) if module.samples else ()
 
     def _fake(self, x: Tensor) -> Tensor:
         device = "cpu" if x.device.type == "meta" else x.device
@@ -184,7 +212,8 @@ class StepPredictor:
         state = [s for s in tree_leaves(list(optimizer.state.values())) if isinstance(s, Tensor)]
         given = [t for t in tree_leaves((inputs, kwargs)) if isinstance(t, Tensor)]
         account = _Account(names, [*_tensors(self.twin), *state, *given])
-        with _quiet(), self._mode, names.of(self.twin), self._explained(given):
+        aside = account.used_by(self.twin)
+        with _quiet(), self._mode, names.of(self.twin), aside, self._explained(given):
             saved = _SavedByName(self.twin, (inputs, kwargs), names)
             with account:
                 with saved:
@@ -224,28 +253,37 @@ class BatchPrediction:
     """Predictions of one step by the size of its batch.
 
     Every total of the step is a constant and so much a sample, so that two steps tell all others:
-    the peak is the largest of thousands of such lines. Where operations are chosen by the size of
-    the batch, every size is a step of its own.
+    the peak is the largest of thousands of such lines. Where the start of a network cuts its batch,
+    others begin; where operations are chosen by its size, every size is a step of its own.
 
     Args:
         predict: A step with so many samples.
+        cuts: Batches behind which other lines begin, once a step is predicted.
     """
 
     SIZES = (2, 4)
 
-    def __init__(self, predict: Callable[[int], StepPrediction]) -> None:
-        self._predict = predict
-        self._small, self._large = (predict(size) for size in self.SIZES)
+    def __init__(
+        self,
+        predict: Callable[[int], StepPrediction],
+        cuts: Callable[[], Iterable[int]] = tuple,
+    ) -> None:
+        self._predict = functools.cache(predict)
+        self._predict(self.SIZES[0])  # so that the cuts are known
+        self._cuts = (*cuts(),)
 
     def at(self, batch_size: int) -> StepPrediction:
         """A step with so many samples."""
-        small, large = self._small, self._large
+        low = max((cut for cut in self._cuts if cut < batch_size), default=0)
+        first, second = (low + size for size in self.SIZES)
+        if any(low < cut < second for cut in self._cuts):
+            return self._predict(batch_size)
+        small, large = self._predict(first), self._predict(second)
         alike = small.names == large.names and [n.name for n in small.nodes] == [
             n.name for n in large.nodes
         ]
         if not alike:
             return self._predict(batch_size)
-        first, second = self.SIZES
 
         def line(one: int, other: int) -> int:
             return round(one + (other - one) * (batch_size - first) / (second - first))
@@ -544,6 +582,7 @@ class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.timeline: list[int] = []
         self.named: list[str] = []
         self.flops: dict[str, list[int]] = {}  # forward, backward
+        self._aside = False
         self.forward_end = self.backward_end = 2**62
 
     def __torch_dispatch__(
@@ -555,15 +594,36 @@ class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self._see(value)
         name = self.names.now
-        self.timeline.append(self.total + _scratch_bytes(func, args))
-        self.named.append(name)
+        if not self._aside:
+            for value in tree_leaves(result):
+                if isinstance(value, Tensor):
+                    self._see(value)
+            self.timeline.append(self.total + _scratch_bytes(func, args))
+            self.named.append(name)
         flops = self.flops.setdefault(name, [0, 0])
         flops[len(self.timeline) > self.forward_end] += _flops(func, args, kwargs, result)
         return result
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """FLOPs alone count in the block, whose tensors must not outlive it."""
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
+
+    @contextlib.contextmanager
+    def used_by(self, network: nn.Module) -> Iterator[None]:
+        """What takes its batch in pieces works aside in the block."""
+        try:
+            for module in _cutting(network):
+                module.aside = self.aside
+            yield
+        finally:
+            for module in _cutting(network):
+                module.aside = contextlib.nullcontext
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -14,6 +14,7 @@ from lightning_da3.passes.hosts import attach_hosts_
 from lightning_da3.passes.means import compute_means_again_
 from lightning_da3.passes.pools import pool_first_
 from lightning_da3.passes.recompute import recompute_
+from lightning_da3.passes.start import start_in_pieces_
 from lightning_da3.passes.views import reshape_
 from lightning_da3.planning import PartPlan
 from lightning_da3.tracing import Part
@@ -27,4 +28,5 @@ ORDER: tuple[Pass, ...] = (
     compute_means_again_,
     pool_first_,
     recompute_,
+    start_in_pieces_,
 )

@@ -16,10 +16,18 @@ from lightning_da3.planning.head import find_head
 from lightning_da3.planning.hosts import HostFinder
 from lightning_da3.planning.layers import CONVS, layer_called
 from lightning_da3.planning.nodes import INERT_LAYERS, plan_nodes, trained_through
-from lightning_da3.planning.plan import HostPlan, NodePlan, PartPlan, Plan, SegmentPlan
+from lightning_da3.planning.plan import (
+    HostPlan,
+    NodePlan,
+    PartPlan,
+    Plan,
+    SegmentPlan,
+    StartPlan,
+)
 from lightning_da3.planning.segments import SegmentFinder
 from lightning_da3.planning.sizes import Shapes, guess_shapes, sizes
 from lightning_da3.planning.spans import SpanFinder
+from lightning_da3.planning.start import find_start
 from lightning_da3.tracing import Part, Traced, module_of
 
 __all__ = [
@@ -29,6 +37,7 @@ __all__ = [
     "PartPlan",
     "Plan",
     "SegmentPlan",
+    "StartPlan",
     "layer_called",
     "plan",
 ]
@@ -120,7 +129,8 @@ def _plan_part(draft: _Draft, least: float, config: DA3Config) -> PartPlan:
         for node in nodes
     )
     nodes = fused(gm, nodes, hosts, segments)
-    return PartPlan(draft.part.path, nodes, _writable(hosts, gm), segments)
+    start = find_start(gm, draft.flow, draft.shapes, nodes, hosts)
+    return PartPlan(draft.part.path, nodes, _writable(hosts, gm), segments, start)
 
 
 def _writable(hosts: tuple[HostPlan, ...], gm: fx.GraphModule) -> tuple[HostPlan, ...]:

@@ -82,6 +82,23 @@ class SegmentPlan:
 
 
 @dataclass(frozen=True)
+class StartPlan:
+    """Frozen nodes before the first host, which take a large batch in pieces.
+
+    Attributes:
+        source: Name of the node with the samples: an input of the graph.
+        nodes: Names of the nodes, in order.
+        axes: Of the samples, (N, ..).
+        growth: Elements of the largest value for every element of the samples.
+    """
+
+    source: str
+    nodes: tuple[str, ...]
+    axes: int
+    growth: float
+
+
+@dataclass(frozen=True)
 class PartPlan:
     """The plan of one graph.
 
@@ -90,12 +107,14 @@ class PartPlan:
         nodes: One for every call in the graph, in order.
         hosts: In the order in which data meets them.
         segments: What is computed again.
+        start: What takes a large batch in pieces, if anything.
     """
 
     path: str
     nodes: tuple[NodePlan, ...]
     hosts: tuple[HostPlan, ...]
     segments: tuple[SegmentPlan, ...] = ()
+    start: StartPlan | None = None
 
     @property
     def prefix(self) -> str:
@@ -145,6 +164,11 @@ class Plan:
     def headline(self) -> str:
         """What there is to adapt, and what stays Python; for people."""
         lines = [f"{self.network}: {len(self.hosts)} hosts, head: {self.head or 'its own'}"]
+        for part in self.parts:
+            if part.start is not None:
+                where = f"{part.path}: " if part.path else ""
+                first, *_, last = part.start.nodes
+                lines.append(f"{where}{first} to {last} take a large batch in pieces (on CPU)")
         lines += [f"stays Python: {path or 'the network'}, {why}" for path, why in self.python]
         return "\n".join(lines)
 
