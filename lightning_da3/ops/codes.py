@@ -9,6 +9,7 @@ Kept: one byte an element and eight a group.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -148,6 +149,7 @@ def decode_16(
     return rows.view(-1)[:count].to(dtype).as_strided(size, stride)
 
 
+@functools.cache
 def _largest_divisor(number: int, most: int) -> int:
     return next(d for d in range(min(most, number), 0, -1) if number % d == 0)
 
