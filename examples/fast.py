@@ -1,9 +1,10 @@
 """How fast a domain is learned, used and switched to, beside the usual ways to do so.
 
-Training: one step of every contestant, forward, backward and SGD. All take turns in this one
-process, each in its faster memory format, which the run finds out first; medians, by the clock and
-of all threads together. Saved activations and the peak of the same steps stand in the same rows, so
-that whoever is fast is seen to be small at once. But for fine-tuning, networks are held in eval.
+Training: a step of every contestant, forward, backward and SGD. All take turns of a few steps in
+this one process, each in its faster memory format, which the run finds out first; medians, by the
+clock and of all threads together. Saved activations and the peak of the same steps stand in the
+same rows, so that whoever is fast is seen to be small at once. But for fine-tuning, networks are
+held in eval.
 Inference: the original network beside the converted one with an active domain, all gates open.
 Switching: among a hundred domains, and what one more of them adds to memory.
 The weights are random: neither bytes nor time depend on them.

@@ -149,9 +149,17 @@ def decode_16(
     return rows.view(-1)[:count].to(dtype).as_strided(size, stride)
 
 
-@functools.cache
 def _largest_divisor(number: int, most: int) -> int:
+    if torch.compiler.is_compiling():  # a compiler warns of caches
+        return _first_divisor(number, most)
+    return _known_divisor(number, most)
+
+
+def _first_divisor(number: int, most: int) -> int:
     return next(d for d in range(min(most, number), 0, -1) if number % d == 0)
+
+
+_known_divisor = functools.cache(_first_divisor)
 
 
 def sample_group(x: Tensor) -> int:

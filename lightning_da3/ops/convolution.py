@@ -115,6 +115,12 @@ def conv_input_gradient(
         spread = grad_x.new_zeros(size).to(memory_format=torch.channels_last)
         _every(spread, stride).copy_(grad_x)
         return spread
+    if grad.is_cpu and _turns(weight, stride, padding, dilation, groups) and not is_sealed(weight):
+        # oneDNN's own gradients of large depthwise kernels take up to twice as long
+        turned = weight.flip([*range(2, weight.dim())])
+        sides = zip(dilation, weight.shape[2:], padding, strict=True)
+        around = [d * (k - 1) - p for d, k, p in sides]
+        return conv(grad, turned, None, stride, around, dilation, groups)
     rest = [0] * len(stride)
     if max(stride) > 1:  # rows and columns of x that no window reached
         rest = [
@@ -130,6 +136,19 @@ def conv_input_gradient(
 
 def _is_pointwise(weight: Tensor, padding: Sequence[int], groups: int) -> bool:
     return weight.shape[2:] == (1, 1) and groups == 1 and max(padding) == 0
+
+
+def _turns(
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> bool:
+    """Whether the input gradient is the same convolution with the kernel turned around."""
+    depthwise = groups == len(weight) and weight.shape[1] == 1
+    sides = zip(dilation, weight.shape[2:], padding, strict=True)
+    return depthwise and max(stride) == 1 and all(p <= d * (k - 1) for d, k, p in sides)
 
 
 def _fast_matmul(x: Tensor, weight: Tensor) -> bool:
