@@ -1,10 +1,10 @@
 """How fast a domain is learned, used and switched to, beside the usual ways to do so.
 
 Training: a step of every contestant, forward, backward and SGD. All take turns of a few steps in
-this one process, each in its faster memory format, which the run finds out first; medians, by the
-clock and of all threads together. Saved activations and the peak of the same steps stand in the
-same rows, so that whoever is fast is seen to be small at once. But for fine-tuning, networks are
-held in eval.
+one process, a fresh one for every network and batch, each in its faster memory format, which the
+run finds out first; medians, by the clock and of all threads together. Saved activations and the
+peak of the same steps stand in the same rows, so that whoever is fast is seen to be small at once.
+But for fine-tuning, networks are held in eval.
 Inference: the original network beside the converted one with an active domain, all gates open.
 Switching: among a hundred domains, and what one more of them adds to memory.
 The weights are random: neither bytes nor time depend on them.
@@ -22,14 +22,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from measure import CLASSES, FORMATS, Cost, Step, alternate, build, costs, sgd, with_domain
+from measure import (
+    CLASSES,
+    FORMATS,
+    Cost,
+    Step,
+    alternate,
+    apart,
+    build,
+    costs,
+    sgd,
+    with_domain,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_da3 import DA3Config, DA3Model, MemoryConfig
 from lightning_da3.nn.adapter import Adapter
 
-FORMAT_ROUNDS = 4  # timed steps to choose a memory format by
+FORMAT_ROUNDS = 9  # timed steps to choose a memory format by
 DOMAINS, SWITCHES, SWITCH_MS = 100, 300, 1.0
 
 
@@ -278,15 +289,15 @@ def main() -> int:
     if unknown := {*given.parts} - {*parts}:
         parser.error(f"there are no parts {sorted(unknown)}; there are {', '.join(parts)}")
     parts, size, steps = given.parts or parts, given.image_size, given.steps
-    print(f"{torch.get_num_threads()} threads, {CLASSES} classes, random weights")
+    print(f"{torch.get_num_threads()} threads, {CLASSES} classes, random weights", flush=True)
     good = [True]
     for name, batch in itertools.product(given.models, given.batch_sizes):
         if "training" in parts:
-            good.append(training(name, batch, size, steps, given.contestants))
+            good.append(apart(training, name, batch, size, steps, given.contestants))
         if "inference" in parts:
-            good.append(inference(name, batch, size, steps))
+            good.append(apart(inference, name, batch, size, steps))
     if "switching" in parts:
-        good.append(switching(given.models[0], size))
+        good.append(apart(switching, given.models[0], size))
     print("\nall as fast as asked" if all(good) else "\nnot all as fast as asked")
     return 0 if all(good) else 1
 
