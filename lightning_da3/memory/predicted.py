@@ -18,7 +18,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -100,18 +100,26 @@ class StepPrediction:
 class CutsItsBatch(nn.Module):
     """A module that takes a large batch in pieces.
 
-    Without values, its third piece and those behind may run together, as `aside`, if they take no
-    more memory than the first two.
-
     Attributes:
-        samples: Of a piece, for the kind of batch met last; 0: none was met.
-        aside: A context in which a prediction counts FLOPs alone.
+        account: Of the prediction at work, if one is. Tell it of every batch that could be cut; and
+            from the third on, pieces may run together and aside.
     """
+
+    account: Account | None
 
     def __init__(self) -> None:
         super().__init__()
-        self.samples = 0
-        self.aside: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+        self.account = None
+
+
+class Account(Protocol):
+    """What a prediction offers to modules that cut their batch."""
+
+    def met(self, samples: int, count: int) -> None:
+        """A batch of `count`, of which pieces take so many samples at most."""
+
+    def aside(self) -> AbstractContextManager[None]:
+        """FLOPs alone count inside; tensors must not outlive it, nor take more than others did."""
 
 
 def _cutting(network: nn.Module) -> Iterator[CutsItsBatch]:
@@ -156,6 +164,7 @@ class StepPredictor:
         if prepare is not None:
             prepare(self.twin)
         self._name = name or type(network).__name__
+        self._cuts: frozenset[tuple[int, int]] = frozenset()
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> StepPrediction:
         """What a step on these inputs costs.
@@ -183,7 +192,7 @@ class StepPredictor:
         return self._step(inputs, kwargs, optimizer)
 
     def by_batch(self, *inputs: Any) -> BatchPrediction:
-        """Predictions for every size of the batch, from two steps.
+        """Predictions for every size of the batch, from a few steps.
 
         Args:
             inputs: As the network takes them; axis 0 of every tensor is the batch, of any size.
@@ -194,10 +203,9 @@ class StepPredictor:
 
         return BatchPrediction(lambda count: self(*some(count)), self.cuts)
 
-    def cuts(self) -> Iterator[int]:
-        """Batches, of the kind met last, behind which a step's totals follow other lines."""
-        for module in _cutting(self.twin):
-            yield from (module.samples, 2 * module.samples) if module.samples else ()
+    def cuts(self) -> Iterable[tuple[int, int]]:
+        """Of the step predicted last: samples of a piece, and the batch that could be cut."""
+        return self._cuts
 
     def _fake(self, x: Tensor) -> Tensor:
         device = "cpu" if x.device.type == "meta" else x.device
@@ -225,6 +233,7 @@ class StepPredictor:
                 with names.inside(OPTIMIZER):
                     optimizer.step()
                     optimizer.zero_grad()
+        self._cuts = frozenset(account.cuts)
         return account.prediction(saved)
 
     @contextlib.contextmanager
@@ -253,12 +262,13 @@ class BatchPrediction:
     """Predictions of one step by the size of its batch.
 
     Every total of the step is a constant and so much a sample, so that two steps tell all others:
-    the peak is the largest of thousands of such lines. Where the start of a network cuts its batch,
-    others begin; where operations are chosen by its size, every size is a step of its own.
+    the peak is the largest of thousands of such lines. Where the start of a network begins to cut
+    its batch, other lines begin; where operations are chosen by its size, every size is a step of
+    its own.
 
     Args:
         predict: A step with so many samples.
-        cuts: Batches behind which other lines begin, once a step is predicted.
+        cuts: As of `StepPredictor`, of the step predicted last.
     """
 
     SIZES = (2, 4)
@@ -266,17 +276,19 @@ class BatchPrediction:
     def __init__(
         self,
         predict: Callable[[int], StepPrediction],
-        cuts: Callable[[], Iterable[int]] = tuple,
+        cuts: Callable[[], Iterable[tuple[int, int]]] = tuple,
     ) -> None:
         self._predict = functools.cache(predict)
-        self._predict(self.SIZES[0])  # so that the cuts are known
-        self._cuts = (*cuts(),)
+        least = self.SIZES[0]
+        self._predict(least)  # so that the cuts are known
+        # a second piece grows until it is as large as the first, the third takes no more memory
+        self._edges = {n * part * least // count for part, count in cuts() for n in (1, 2)}
 
     def at(self, batch_size: int) -> StepPrediction:
         """A step with so many samples."""
-        low = max((cut for cut in self._cuts if cut < batch_size), default=0)
+        low = max((edge for edge in self._edges if edge < batch_size), default=0)
         first, second = (low + size for size in self.SIZES)
-        if any(low < cut < second for cut in self._cuts):
+        if any(low < edge < second for edge in self._edges):
             return self._predict(batch_size)
         small, large = self._predict(first), self._predict(second)
         alike = small.names == large.names and [n.name for n in small.nodes] == [
@@ -582,6 +594,7 @@ class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.timeline: list[int] = []
         self.named: list[str] = []
         self.flops: dict[str, list[int]] = {}  # forward, backward
+        self.cuts: set[tuple[int, int]] = set()
         self._aside = False
         self.forward_end = self.backward_end = 2**62
 
@@ -605,9 +618,13 @@ class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flops[len(self.timeline) > self.forward_end] += _flops(func, args, kwargs, result)
         return result
 
+    def met(self, samples: int, count: int) -> None:
+        """See `Account`."""
+        self.cuts.add((samples, count))
+
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """FLOPs alone count in the block, whose tensors must not outlive it."""
+        """See `Account`."""
         self._aside = True
         try:
             yield
@@ -616,14 +633,14 @@ class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def used_by(self, network: nn.Module) -> Iterator[None]:
-        """What takes its batch in pieces works aside in the block."""
+        """What takes its batch in pieces knows of this account in the block."""
         try:
             for module in _cutting(network):
-                module.aside = self.aside
+                module.account = self
             yield
         finally:
             for module in _cutting(network):
-                module.aside = contextlib.nullcontext
+                module.account = None
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -7,7 +7,6 @@ out, of any number of samples at once. Kept: nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,8 +23,7 @@ LARGEST_BYTES = 24 * 2**20
 class InPieces(CutsItsBatch):
     """Runs a piece of the network on as many samples at once as its largest map allows.
 
-    Refers to the piece without owning it: its layers stay where the user's network has them. What
-    trains, another device than the CPU, and compilers get the whole batch.
+    What builds a graph, another device than the CPU, and compilers get the whole batch.
 
     Args:
         piece: From samples (N, ..) and constants to a tuple of (N, ..); treats every sample by
@@ -38,57 +36,62 @@ class InPieces(CutsItsBatch):
 
     def __init__(self, piece: nn.Module, axes: int, growth: float) -> None:
         super().__init__()
+        # referred to, not owned: its layers stay where the user's network has them
         object.__setattr__(self, "piece", piece)
         self.axes, self.growth = axes, growth
 
     def forward(self, x: Any, *constants: Any) -> tuple[Tensor, ...]:
         """(N, ..) to tensors of N samples."""
-        if not self._may_cut(x):
-            return self.piece(x, *constants)  # type: ignore[no-any-return]
-        self.samples = max(1, int(LARGEST_BYTES // max(1.0, self.growth * x.nbytes / len(x))))
-        if len(x) <= self.samples:
+        samples = self._samples(x)
+        if samples is None or samples >= len(x) or self._builds_a_graph(x):
             return self.piece(x, *constants)  # type: ignore[no-any-return]
         if has_no_values(x):
-            return self._predicted(x, *constants)
+            return self._predicted(x, samples, *constants)
         whole: list[Tensor] = []
-        for i, part in enumerate(torch.split(x, self.samples)):
+        for i, part in enumerate(torch.split(x, samples)):
             results = self.piece(part, *constants)
             whole = whole or [_of_all(y, len(x)) for y in results]
             for y, everything in zip(results, whole, strict=True):
-                everything.narrow(0, i * self.samples, len(part)).copy_(y)
+                everything.narrow(0, i * samples, len(part)).copy_(y)
             del results, y
         return tuple(whole)
 
-    def _may_cut(self, x: Any) -> bool:
+    def _samples(self, x: Any) -> int | None:
+        """As many as may go through at once; None: all."""
         if torch.compiler.is_compiling() or torch._C._get_tracing_state():
-            return False
-        if not isinstance(x, Tensor) or x.dim() != self.axes:
-            return False
-        return len(x) > 1 and x.is_cpu and not (torch.is_grad_enabled() and x.requires_grad)
+            return None
+        if not isinstance(x, Tensor) or x.dim() != self.axes or not x.is_cpu or len(x) < 2:
+            return None
+        itemsize = x.itemsize if x.is_floating_point() else torch.get_default_dtype().itemsize
+        largest = self.growth * itemsize * x.numel() / len(x)
+        samples = max(1, int(LARGEST_BYTES // max(1.0, largest)))
+        if self.account is not None:
+            self.account.met(samples, len(x))
+        elif has_no_values(x):
+            return None
+        return samples
 
-    def _predicted(self, x: Tensor, *constants: Any) -> tuple[Tensor, ...]:
+    def _builds_a_graph(self, x: Tensor) -> bool:
+        trains = x.requires_grad or any(p.requires_grad for p in self.piece.parameters())
+        return torch.is_grad_enabled() and trains
+
+    def _predicted(self, x: Tensor, samples: int, *constants: Any) -> tuple[Tensor, ...]:
         """The same for tensors without values: from the third on, pieces take no more memory."""
-        first, second, *others = torch.split(x, [*self._three(len(x))])
-        results = self.piece(first, *constants)
+        assert self.account is not None
+        rest = len(x) - samples
+        second = min(rest, samples)
+        results = self.piece(x.narrow(0, 0, samples), *constants)
         whole = [_of_all(y, len(x)) for y in results]
         del results
-        self.piece(second, *constants)
-        for other in others:
-            with self.aside():
-                self.piece(other, *constants)
+        self.piece(x.narrow(0, samples, second), *constants)
+        if rest > second:
+            with self.account.aside():
+                self.piece(x.narrow(0, samples + second, rest - second), *constants)
         return tuple(whole)
-
-    def _three(self, count: int) -> Iterator[int]:
-        """Samples of the first two pieces, and of all others together, if there are others."""
-        for _ in range(2):
-            yield min(count, self.samples)
-            count -= self.samples
-        if count > 0:
-            yield count
 
 
 def _of_all(y: Tensor, count: int) -> Tensor:
-    """Memory for so many samples, laid out as those of `y` are."""
+    """Memory for so many samples, each laid out as in `y`."""
     like = dense(y)
     strides = (y.shape[1:].numel(), *like.stride()[1:])
     return like.new_empty_strided((count, *y.shape[1:]), strides)

@@ -29,7 +29,7 @@ def start_in_pieces_(part: Part, plan: PartPlan, config: DA3Config) -> None:
             inside[node] = None
     exits = [node for node in inside if any(user not in inside for user in node.users)]
     constants = {i: None for node in inside for i in node.all_input_nodes if i.op == "get_attr"}
-    if len(inside) < 2 or not exits:
+    if not exits:
         return
 
     piece = fx.Graph()

@@ -167,8 +167,8 @@ class Plan:
         for part in self.parts:
             if part.start is not None:
                 where = f"{part.path}: " if part.path else ""
-                first, *_, last = part.start.nodes
-                lines.append(f"{where}{first} to {last} take a large batch in pieces (on CPU)")
+                ends = " to ".join(dict.fromkeys((part.start.nodes[0], part.start.nodes[-1])))
+                lines.append(f"{where}{ends}: a large batch in pieces (on CPU)")
         lines += [f"stays Python: {path or 'the network'}, {why}" for path, why in self.python]
         return "\n".join(lines)
 

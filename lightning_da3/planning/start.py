@@ -15,6 +15,7 @@ from lightning_da3.planning.layers import layer_called
 from lightning_da3.planning.plan import HostPlan, NodePlan, StartPlan
 from lightning_da3.planning.sizes import Shapes
 from lightning_da3.registry import has_hooks
+from lightning_da3.tracing import is_in_place
 
 # rules by which nodes were planned whose operations never mix samples
 _ALONE = ("freeze", "fold", "fuse", "affine", "remove")
@@ -23,7 +24,8 @@ _LAYERS = (
     *(nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Identity),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-    *(nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.ZeroPad2d, nn.Upsample, nn.PixelShuffle),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear, nn.LayerNorm),
+    *(nn.GroupNorm, nn.ZeroPad2d, nn.Upsample, nn.PixelShuffle),
 )
 _ELEMENTWISE = {
     *(operator.add, operator.iadd, operator.sub, operator.mul, operator.imul, operator.truediv),
@@ -52,19 +54,55 @@ def find_start(
         return None
     planned = {node.name: node for node in nodes}
     begun = {name for host in hosts for name in (*host.readers, host.last)}
-    inside = {x: None}
+    inside, ended = {x: None}, False
     for node in flow.activations:
         reads = flow.inputs(node)
-        if node in shapes and node.name in planned and node.name not in begun:
-            known = bool(reads) and all(i in inside for i in reads)
-            if known and _is_by_sample(gm, flow, shapes, node, planned[node.name]):
-                inside[node] = None
+        if not any(i in inside for i in reads):
+            continue
+        known = node in shapes and node.name in planned and all(i in inside for i in reads)
+        alone = known and _is_by_sample(gm, flow, shapes, node, planned[node.name])
+        ended = ended or not alone or node.name in begun
+        if ended and not _only_reads(gm, planned, node):
+            break  # nothing may be read before, or written behind, what it was in the network
+        if alone and node.name not in begun:
+            inside[node] = None
+    while _share_memory(gm, planned, inside):
+        inside.popitem()
     del inside[x]
     largest = max((math.prod(shapes[node]) for node in inside), default=0)
-    if len(inside) < 2 or largest <= math.prod(shapes[x]):
+    if largest <= math.prod(shapes[x]):
         return None
     names = tuple(node.name for node in inside)
     return StartPlan(x.name, names, len(shapes[x]), largest / math.prod(shapes[x]))
+
+
+def _share_memory(
+    gm: fx.GraphModule, planned: dict[str, NodePlan], inside: dict[fx.Node, None]
+) -> bool:
+    """Whether others read two values that lie in one memory; results of pieces have their own."""
+    memory: dict[fx.Node, fx.Node] = {}
+    for node in inside:
+        first = node.args[0] if node.args else None
+        again = isinstance(first, fx.Node) and first in inside and _hands_on(gm, planned, node)
+        memory[node] = memory[first] if again else node  # type: ignore[index]
+    read = [memory[node] for node in inside if any(user not in inside for user in node.users)]
+    return len(read) > len({*read})
+
+
+def _only_reads(gm: fx.GraphModule, planned: dict[str, NodePlan], node: fx.Node) -> bool:
+    """Whether a node writes into no memory but its own, and hands on none."""
+    if node.name not in planned or planned[node.name].action in ("freeze", "fold", "fuse"):
+        return node.name in planned
+    known = type(layer_called(gm, node)) in _LAYERS or node.target in _ELEMENTWISE
+    return known and not _hands_on(gm, planned, node)
+
+
+def _hands_on(gm: fx.GraphModule, planned: dict[str, NodePlan], node: fx.Node) -> bool:
+    """Whether the result lies in the memory of the first argument."""
+    step, layer = planned[node.name], layer_called(gm, node)
+    asked = step.inplace or node.kwargs.get("inplace") or getattr(layer, "inplace", False)
+    turned = node.target in (torch.permute, "permute") or isinstance(layer, nn.Identity)
+    return bool(asked or turned or step.action == "remove" or is_in_place(node))
 
 
 def _is_by_sample(
