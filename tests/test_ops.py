@@ -296,6 +296,15 @@ def test_recomputed_keeps_its_input_and_gives_its_gradient(exact):
     assert exact or not torch.equal(got, want)
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_autocast_lowers_every_frozen_convolution(kernel):
+    conv = FrozenConv(nn.Conv2d(4, 48, kernel))
+    x = randn(2, 4, 9, 9, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+    for given in (x, leaf(x)):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert conv(given).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["silu", "gelu", "mish", "softsign", "tanhshrink"])

@@ -17,12 +17,13 @@ _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-unty
 
 
 def is_fast(x: Tensor, matrix: Tensor) -> bool:
-    """Whether oneDNN's matrix product serves."""
+    """Whether oneDNN's matrix product serves: it computes in the type that both have."""
     return bool(
         _HAS_ONEDNN
         and x.dtype == matrix.dtype == torch.float32
         and x.device.type == "cpu"
         and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.enabled
         and x.numel() > 0
     )
@@ -73,7 +74,7 @@ class _FrozenLinear(torch.autograd.Function):
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     weight = at_work(weight, x)
-    if is_fast(x, weight) and not torch.is_autocast_enabled(x.device.type):
+    if is_fast(x, weight):
         return product(x, weight, bias)
     return F.linear(x, weight, bias)
 
