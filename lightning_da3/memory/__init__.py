@@ -14,6 +14,7 @@ that a custom Function hides in closures or in objects of its own, and a library
 memory that does not come from PyTorch's allocator.
 """
 
+from lightning_da3.memory.fake import fake_mode_of, resized, without_values
 from lightning_da3.memory.free import free_bytes
 from lightning_da3.memory.predicted import (
     BatchPrediction,
@@ -21,10 +22,7 @@ from lightning_da3.memory.predicted import (
     NodeCost,
     StepPrediction,
     StepPredictor,
-    fake_mode_of,
     predict_step,
-    resized,
-    without_values,
 )
 from lightning_da3.memory.saved import SavedActivations, saved_activation_bytes
 from lightning_da3.memory.step import PeakBytes, StepMeasurement, measure_step, resident_bytes

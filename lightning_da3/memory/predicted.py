@@ -9,12 +9,9 @@ CPUs make in a layout of their own, the size is known (`_scratch_bytes`).
 
 from __future__ import annotations
 
-import bisect
 import contextlib
-import copy
 import dataclasses
 import functools
-import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -22,13 +19,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch._C._autograd import _get_sequence_nr
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeCopyMode,
-    FakeTensor,
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +30,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from lightning_da3.errors import DA3Error, InputError
+from lightning_da3.memory.fake import (
+    fake_mode_of,
+    quiet,
+    resized,
+    tensors_of,
+    without_values,
+)
+from lightning_da3.memory.names import Names, SavedByName
 from lightning_da3.memory.saved import SavedActivations
 
 Loss = Callable[[Any], Tensor]
@@ -216,13 +218,13 @@ class StepPredictor:
     def _step(
         self, inputs: tuple[Any, ...], kwargs: dict[str, Any], optimizer: torch.optim.Optimizer
     ) -> StepPrediction:
-        names = _Names()
+        names = Names()
         state = [s for s in tree_leaves(list(optimizer.state.values())) if isinstance(s, Tensor)]
         given = [t for t in tree_leaves((inputs, kwargs)) if isinstance(t, Tensor)]
-        account = _Account(names, [*_tensors(self.twin), *state, *given])
+        account = _Account(names, [*tensors_of(self.twin), *state, *given])
         aside = account.used_by(self.twin)
-        with _quiet(), self._mode, names.of(self.twin), aside, self._explained(given):
-            saved = _SavedByName(self.twin, (inputs, kwargs), names)
+        with quiet(), self._mode, names.of(self.twin), aside, self._explained(given):
+            saved = SavedByName(self.twin, (inputs, kwargs), names)
             with account:
                 with saved:
                     loss = self._loss(self.twin(*inputs, **kwargs))
@@ -369,223 +371,13 @@ def default_loss(output: Any) -> Tensor:
     return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
 
-def fake_mode_of(network: nn.Module) -> FakeTensorMode | None:
-    """The mode of the network's tensors, if they are fake."""
-    return next((t.fake_mode for t in _tensors(network) if isinstance(t, FakeTensor)), None)
-
-
-def _tensors(network: nn.Module) -> Iterator[Tensor]:
-    yield from network.parameters()
-    yield from network.buffers()
-
-
-def without_values(network: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy of a network whose tensors have shapes, types and strides, and next to no memory.
-
-    Args:
-        network: Left unchanged; tensors of the meta device become such of the CPU.
-        mode: Of the copy's fake tensors.
-
-    Raises:
-        DA3Error: The network cannot be copied.
-    """
-    memo: dict[int, Any] = {}
-    for tensor in _tensors(network):
-        if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
-            with mode:
-                twin = torch.empty_strided(
-                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_place(tensor)
-                )
-        else:
-            twin = mode.from_tensor(tensor.detach())
-        if isinstance(tensor, nn.Parameter):
-            twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = twin
-    try:
-        with FakeCopyMode(mode), _quiet():  # whatever else holds values
-            return copy.deepcopy(network, memo)
-    except Exception as error:  # the user's own __deepcopy__ or state
-        raise DA3Error(f"{type(network).__name__} cannot be copied: {error}") from error
-
-
-def _place(tensor: Tensor) -> torch.device:
-    return torch.device("cpu") if tensor.device.type == "meta" else tensor.device
-
-
-def resized(x: Tensor, count: int) -> Tensor:
-    """A tensor without values, with so many samples along axis 0, laid out as `x` is."""
-    if x.dim() == 0:
-        return x
-    strides = x.stride()
-    order = sorted(range(x.dim()), key=lambda axis: (-strides[axis], axis))
-    size = [count, *x.shape[1:]]
-    like = torch.empty([size[axis] for axis in order], dtype=x.dtype, device="meta")
-    like = like.permute([order.index(axis) for axis in range(x.dim())])
-    return like.requires_grad_(x.requires_grad)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What does not fit is told in our own words."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
-
-
-# --- names ----------------------------------------------------------------------------------------
-
-
-class _Names:
-    """Which node of a graph, or module, is at work; in the backward, whose gradient."""
-
-    def __init__(self) -> None:
-        self.stack = [""]
-        self.timeline = [(_get_sequence_nr(), "")]  # which name creates autograd's nodes from there
-        self._in_graph = 0
-
-    @property
-    def now(self) -> str:
-        """The name at work."""
-        if len(self.stack) > 1:
-            return self.stack[-1]
-        node: Any = torch._C._current_autograd_node()
-        if node is None:
-            return ""
-        place = bisect.bisect_right(self.timeline, node._sequence_nr(), key=lambda item: item[0])
-        return self.timeline[place - 1][1]
-
-    @contextlib.contextmanager
-    def inside(self, name: str) -> Iterator[None]:
-        """The name of what runs in the block."""
-        self._push(name)
-        try:
-            yield
-        finally:
-            self._pop()
-
-    def _push(self, name: str) -> None:
-        self.stack.append(name)
-        self.timeline.append((_get_sequence_nr(), name))
-
-    def _pop(self) -> None:
-        self.stack.pop()
-        self.timeline.append((_get_sequence_nr(), self.stack[-1]))
-
-    @contextlib.contextmanager
-    def of(self, network: nn.Module) -> Iterator[None]:
-        """Graphs run node by node in the block, and modules outside of graphs are named."""
-        with contextlib.ExitStack() as stack:
-            for path, module in network.named_modules():
-                for owned in (module, *vars(module).values()):  # some are referred to, not owned
-                    if isinstance(owned, fx.GraphModule):
-                        stack.callback(vars(owned).pop, "forward", None)
-                        owned.forward = _ByNode(owned, _home(network, path), self).run
-                if not isinstance(module, fx.GraphModule):
-                    self._hook(module, path, stack)
-            yield
-
-    def _hook(self, module: nn.Module, path: str, stack: contextlib.ExitStack) -> None:
-        def enter(_module: nn.Module, _args: Any) -> None:
-            if not self._in_graph:
-                self._push(path)
-
-        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-            if not self._in_graph:
-                self._pop()
-
-        stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
-        stack.callback(module.register_forward_hook(leave, always_call=True).remove)
-
-    @contextlib.contextmanager
-    def node(self, name: str) -> Iterator[None]:
-        """As `inside`, and modules have no names of their own in it."""
-        self._in_graph += 1
-        try:
-            with self.inside(name):
-                yield
-        finally:
-            self._in_graph -= 1
-
-
-def _home(network: nn.Module, path: str) -> str:
-    """Path of the outermost graph that holds a module."""
-    parts = path.split(".") if path else []
-    for count in range(len(parts) + 1):
-        outer = ".".join(parts[:count])
-        if isinstance(network.get_submodule(outer), fx.GraphModule):
-            return outer
-    return path
-
-
-class _ByNode(fx.Interpreter):
-    """Runs a graph node by node; values are freed as its own code frees them."""
-
-    def __init__(self, gm: fx.GraphModule, path: str, names: _Names) -> None:
-        super().__init__(gm)
-        self.path, self.names = f"{path}." if path else "", names
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """As the graph is called."""
-        signature = [n for n in self.module.graph.nodes if n.op == "placeholder"]  # type: ignore[union-attr]
-        values = list(args)
-        for node in signature[len(args) :]:
-            name = str(node.target)
-            if name in kwargs:
-                values.append(kwargs[name])
-            elif node.args:
-                values.append(node.args[0])
-        try:
-            return super().run(*values)
-        finally:
-            self.env, self.args_iter = {}, iter(())  # they hold the results and the arguments
-
-    def run_node(self, n: fx.Node) -> Any:
-        """One node, under its name."""
-        if n.op in ("placeholder", "output", "get_attr"):
-            return super().run_node(n)
-        with self.names.node(self.path + n.name):
-            return super().run_node(n)
-
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
-        """Arguments, with new lists, as the graph's own code makes them."""
-        args, kwargs = super().fetch_args_kwargs_from_env(n)
-        return _plain(args), _plain(kwargs)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return tuple(_plain(v) for v in value) if type(value) is tuple else value
-
-
-class _SavedByName(SavedActivations):
-    """Attributes what is kept to the names."""
-
-    def __init__(self, network: nn.Module, inputs: Any, names: _Names) -> None:
-        super().__init__(network, inputs=inputs)
-        self._names = names
-
-    def __enter__(self) -> SavedActivations:
-        super().__enter__()
-        self._stack, self._timeline = self._names.stack, self._names.timeline
-        return self
-
-    def _hook_modules(self, stack: contextlib.ExitStack) -> None:
-        """The names come from elsewhere."""
-
-
 # --- the account ----------------------------------------------------------------------------------
 
 
 class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the storages that operations return, while they live, and counts FLOPs."""
 
-    def __init__(self, names: _Names, resting: Iterable[Tensor]) -> None:
+    def __init__(self, names: Names, resting: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.names = names
         self.resting = {t.untyped_storage()._cdata: t for t in resting}  # held: keys stay theirs

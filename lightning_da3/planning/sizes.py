@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +12,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_da3.memory import fake_mode_of
+from lightning_da3.memory.fake import quiet
+from lightning_da3.memory.names import mutable
 from lightning_da3.nn.frozen import numbers
 from lightning_da3.planning.layers import CONVS, layer_called
 from lightning_da3.tracing import module_of
@@ -55,37 +56,17 @@ class _Recorder(fx.Interpreter):
         return y.expand(size), state
 
 
-def mutable(value: Any) -> Any:
-    """`value` with plain lists and dictionaries in the place of those of `torch.fx`."""
-    if isinstance(value, list):
-        return [mutable(v) for v in value]
-    if isinstance(value, dict):
-        return {k: mutable(v) for k, v in value.items()}
-    return tuple(mutable(v) for v in value) if type(value) is tuple else value
-
-
 def guess_shapes(gm: fx.GraphModule) -> Shapes:
     """Shapes of one sample's values, by node; empty if no guess fits the network."""
     mode = fake_mode_of(gm) or FakeTensorMode(allow_non_fake_inputs=True)
     for inputs in guesses(gm):
         # the user's own forward on a guess: anything can go wrong, and then nothing is known
-        with _quiet(), contextlib.suppress(Exception), mode:
+        with quiet(), contextlib.suppress(Exception), mode:
             recorder = _Recorder(gm)
             with torch.no_grad():
                 recorder.run(*[torch.zeros(i.shape, dtype=i.dtype) for i in inputs])
             return recorder.shapes
     return {}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """A guess that does not fit is no error."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
 
 
 def guesses(gm: fx.GraphModule) -> Iterator[list[Tensor]]:
