@@ -10,10 +10,11 @@ from torch import fx
 from lightning_da3.config import DA3Config
 from lightning_da3.nn.frozen import Coded, FrozenConv
 from lightning_da3.nn.recomputed import Recomputed
-from lightning_da3.passes.freeze import STANDS_FOR, stands_for
+from lightning_da3.passes.freeze import stands_for
 from lightning_da3.passes.hosts import INPUTS, OUTPUTS
+from lightning_da3.passes.pieces import call_instead_, copied
 from lightning_da3.planning import PartPlan, SegmentPlan
-from lightning_da3.planning.flow import Flow
+from lightning_da3.planning.flow import Flow, Nodes
 from lightning_da3.tracing import Part, module_of
 
 PLACE = "recomputed"
@@ -26,38 +27,21 @@ def recompute_(part: Part, plan: PartPlan, config: DA3Config) -> None:
 
 
 def _recompute(gm: fx.GraphModule, segment: SegmentPlan, place: str, exact: bool) -> None:
-    graph = gm.graph
-    inside = _inside(graph, segment)
-    members = set(inside)
-    outer = {i: None for node in inside for i in node.all_input_nodes if i not in members}
+    inside = _inside(gm.graph, segment)
+    outer = {i: None for node in inside for i in node.all_input_nodes if i not in inside}
     x = next(i for i in outer if _hands_on(i, segment.source))
-    rest = [i for i in outer if i is not x]
-    exits = [node for node in inside if any(user not in members for user in node.users)]
-
-    piece = fx.Graph()
-    copies = {i: piece.placeholder(i.name) for i in (x, *rest)}
+    inputs = [x, *[i for i in outer if i is not x]]  # constants, and numbers of other tensors
+    piece, copies = copied(inside, inputs)
     for node in inside:
-        copies[node] = piece.node_copy(node, copies.__getitem__)
         if node.args and node.args[0] is x:
             _leave_input_alone_(gm, copies[node], f"{place}_{node.name}".replace(".", "_"))
-    piece.output(tuple(copies[node] for node in exits))
-    activated = _activated(gm, x, inside)
-    gm.add_submodule(place, Recomputed(fx.GraphModule(gm, piece), exact, activated))
-
-    for node in rest:  # constants, and numbers of other tensors
-        _before(graph, node, inside[0])
-    with graph.inserting_before(inside[0]):
-        codes = _codes(graph, x)
-        call = graph.call_module(place, (x, *rest), {} if codes is None else {"codes": codes})
-        results = [graph.call_function(operator.getitem, (call, k)) for k in range(len(exits))]
-    for node, result in zip(exits, results, strict=True):
-        result.meta[STANDS_FOR] = stands_for(node)
-        node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in members)
-    for node in reversed(inside):
-        graph.erase_node(node)
+    module = Recomputed(fx.GraphModule(gm, piece), exact, _activated(gm, x, [*inside]))
+    with gm.graph.inserting_before(next(iter(inside))):
+        codes = _codes(gm.graph, x)
+    call_instead_(gm, place, module, inside, inputs, {} if codes is None else {"codes": codes})
 
 
-def _inside(graph: fx.Graph, segment: SegmentPlan) -> list[fx.Node]:
+def _inside(graph: fx.Graph, segment: SegmentPlan) -> Nodes:
     """The segment's nodes, what was put between them, and the items of what they return."""
     names = set(segment.nodes)
     planned = [  # what is gone may have come right behind the source, which now stands for it
@@ -72,7 +56,7 @@ def _inside(graph: fx.Graph, segment: SegmentPlan) -> list[fx.Node]:
     for node in graph.nodes:
         if node.target is operator.getitem and node.args[0] in inside:
             inside.add(node)
-    return [node for node in graph.nodes if node in inside]
+    return {node: None for node in graph.nodes if node in inside}
 
 
 def _activated(
@@ -120,13 +104,3 @@ def _codes(graph: fx.Graph, x: fx.Node) -> fx.Node | None:
     if not isinstance(door, fx.Node) or not str(door.target).startswith(INPUTS):
         return None
     return graph.call_function(operator.getitem, (door, 2))
-
-
-def _before(graph: fx.Graph, node: fx.Node, place: fx.Node) -> None:
-    """Let `node`, and what it is computed from, come before `place`."""
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    if order[node] < order[place]:
-        return
-    for i in node.all_input_nodes:
-        _before(graph, i, place)
-    place.prepend(node)
