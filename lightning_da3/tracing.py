@@ -367,6 +367,7 @@ def _overwrites(module: nn.Module, node: torch.fx.Node) -> bool:
     return is_in_place(node) or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
 
 
+# not setitem: no graph holds it, as proxies do not support item assignment
 IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ipow")
 
 

@@ -8,8 +8,9 @@ from typing import TypeGuard
 from torch import fx, nn
 
 from lightning_da3.nn.frozen import Conv
+from lightning_da3.planning.plan import NodePlan
 from lightning_da3.registry import layer_of
-from lightning_da3.tracing import module_of
+from lightning_da3.tracing import is_in_place, module_of
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -20,6 +21,12 @@ def layer_called(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     if node.op in ("call_function", "call_method") and node.args:
         return layer_of(node.target, node.args[1:], dict(node.kwargs))
     return module_of(gm, node)
+
+
+def overwrites(gm: fx.GraphModule, node: fx.Node, step: NodePlan | None) -> bool:
+    """Whether `node`, which becomes what `step` says, writes into its first argument."""
+    asked = getattr(layer_called(gm, node), "inplace", False) or node.kwargs.get("inplace")
+    return is_in_place(node) or bool(asked) or (step is not None and step.inplace)
 
 
 def has_statistics(layer: nn.Module | None) -> bool:

@@ -14,9 +14,9 @@ from collections.abc import Container, Sequence
 from torch import fx, nn
 
 from lightning_da3.planning.flow import Flow, Nodes, dominators
-from lightning_da3.planning.layers import CONVS
+from lightning_da3.planning.layers import CONVS, overwrites
 from lightning_da3.planning.plan import HostPlan, NodePlan, SegmentPlan
-from lightning_da3.tracing import IN_PLACE_OPERATORS, is_in_place, module_of
+from lightning_da3.tracing import IN_PLACE_OPERATORS, module_of
 
 # pure functions: what they compute depends on nothing but their arguments
 _PURE = ("torch", "_operator", "operator", "math", "torchvision", "timm", "einops", "builtins")
@@ -204,8 +204,9 @@ class SegmentFinder:
         if node.op in ("placeholder", "output", "get_attr"):
             return False
         name = str(getattr(node.target, "__name__", node.target))
+        planned = self.plan.get(node.name)
         first = node.args[0] if node.args else None
-        if isinstance(first, fx.Node) and first in sources and self._overwrites(node):
+        if isinstance(first, fx.Node) and first in sources and overwrites(self.gm, node, planned):
             # the segment's first operation can leave its input alone, if nobody else would see it
             seen = len(first.users) > 1 or len(sources) > 1
             if seen or node.op == "call_method" or name in IN_PLACE_OPERATORS:
@@ -213,16 +214,9 @@ class SegmentFinder:
         if node.op == "call_function":
             home = str(getattr(node.target, "__module__", "") or "")
             random = any(word in name for word in ("dropout", "rand", "bernoulli", "multinomial"))
-            planned = self.plan.get(node.name)
             random = random and not (planned is not None and planned.action == "remove")
             return home.split(".")[0] in _PURE and not random
         return True
-
-    def _overwrites(self, node: fx.Node) -> bool:
-        planned = self.plan.get(node.name)
-        layer = module_of(self.gm, node)
-        asked = bool(getattr(layer, "inplace", False) or node.kwargs.get("inplace"))
-        return is_in_place(node) or asked or (planned is not None and planned.inplace)
 
     def _saves(self, segment: _Segment) -> float:
         return sum(map(self._alone, segment.keepers)) - sum(map(self._cost, segment.sources))

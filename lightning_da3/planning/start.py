@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lightning_da3.planning.flow import Flow
-from lightning_da3.planning.layers import layer_called
+from lightning_da3.planning.layers import layer_called, overwrites
 from lightning_da3.planning.plan import HostPlan, NodePlan, StartPlan
 from lightning_da3.planning.sizes import Shapes
 from lightning_da3.registry import has_hooks
-from lightning_da3.tracing import is_in_place
 
 # rules by which nodes were planned whose operations never mix samples
 _ALONE = ("freeze", "fold", "fuse", "affine", "remove")
@@ -99,10 +98,10 @@ def _only_reads(gm: fx.GraphModule, planned: dict[str, NodePlan], node: fx.Node)
 
 def _hands_on(gm: fx.GraphModule, planned: dict[str, NodePlan], node: fx.Node) -> bool:
     """Whether the result lies in the memory of the first argument."""
-    step, layer = planned[node.name], layer_called(gm, node)
-    asked = step.inplace or node.kwargs.get("inplace") or getattr(layer, "inplace", False)
-    turned = node.target in (torch.permute, "permute") or isinstance(layer, nn.Identity)
-    return bool(asked or turned or step.action == "remove" or is_in_place(node))
+    step = planned[node.name]
+    turned = node.target in (torch.permute, "permute")
+    gone = step.action == "remove" or isinstance(layer_called(gm, node), nn.Identity)
+    return turned or gone or overwrites(gm, node, step)
 
 
 def _is_by_sample(
