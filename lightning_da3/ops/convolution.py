@@ -116,7 +116,7 @@ def conv_input_gradient(
         _every(spread, stride).copy_(grad_x)
         return spread
     if grad.is_cpu and _turns(weight, stride, padding, dilation, groups) and not is_sealed(weight):
-        # oneDNN's own gradients of large depthwise kernels take up to twice as long
+        # oneDNN is slower with gradients of large depthwise kernels than with convolutions
         turned = weight.flip([*range(2, weight.dim())])
         sides = zip(dilation, weight.shape[2:], padding, strict=True)
         around = [d * (k - 1) - p for d, k, p in sides]
