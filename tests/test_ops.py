@@ -1119,6 +1119,24 @@ def test_the_compiled_adapter_keeps_what_the_eager_one_keeps(shape, exact, autoc
     assert kept[0] <= kept[1]
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 7, 7), (1, 64, 4, 3), (2, 64, 3, 3), (1, 64, 9)], ids=str
+)
+def test_a_compiler_knows_how_an_adapter_s_results_are_laid_out(shape, last):
+    kernel = [1] if len(shape) == 3 else [3, 3]
+    sizes = [(16, 64, *kernel), (16,), (16,), (1, 16), (1,), (32, 16), (32,)]
+    p = randn(*shape).float()
+    if last and len(shape) == 4:
+        p = p.contiguous(memory_format=torch.channels_last)
+    weights = [randn(*size).float() for size in sizes]
+    for exact in (True, False):
+        arguments = (p, None, weights, 1e-5, True, exact, torch.float32)
+        torch.library.opcheck(
+            torch.ops.lightning_da3.adapt.default, arguments, test_utils=("test_faketensor",)
+        )
+
+
 def test_the_adapter_without_a_trained_convolution():
     weights = Weights(
         *[torch.randn(s) for s in [(4, 6, 3, 3), (4,), (4,), (1, 4), (1,), (5, 4), (5,)]]

@@ -279,7 +279,7 @@ def _said(
             return addend, None, norm
         if noise is not None:
             logits = logits + noise.view(-1, 1)
-        return addend, _maps((logits > 0).to(addend.dtype), hidden.shape), norm
+        return addend, _maps(logits.gt_(0), hidden.shape), norm
 
 
 # Compiled, forward and backward are one operation each: of what lies between, the compiler would
@@ -305,7 +305,9 @@ def _all_of_it(
     hidden = hidden.contiguous(memory_format=_preferred(hidden))
     addend, gate, norm = _said(hidden, noise, w, how)
     results = [addend, *(norm.halved() if how.halves(w) else [hidden])]
-    return results if gate is None else [*results, gate]
+    results = results if gate is None else [*results, gate]
+    # a batch of one may be laid out otherwise with values than without
+    return [r.contiguous(memory_format=_preferred(r)) for r in results]
 
 
 def _all_gradients(*arguments: Any) -> list[Tensor]:
