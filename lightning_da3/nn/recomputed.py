@@ -2,16 +2,76 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_da3.nn.adapter import HostInput
-from lightning_da3.nn.frozen import Coded, FrozenConv
+from lightning_da3.nn.frozen import Coded, FrozenConv, HardSigmoid, TwoSlopes
 from lightning_da3.nn.head import HeadSlot
+from lightning_da3.ops.excitation import Branch, excited
+from lightning_da3.ops.linear import at_work
 from lightning_da3.ops.recomputed import activated, recomputed
+
+
+class Shortcut(Protocol):
+    """A piece in fewer operations."""
+
+    def __call__(self, x: Tensor, /, *, exact: bool, codes: Tensor | None) -> Tensor:
+        """As the piece, of its first input alone."""
+
+
+class ActivatedConv(NamedTuple):
+    """``silu(conv(x))``."""
+
+    conv: FrozenConv
+    activation: Coded
+
+    def __call__(self, x: Tensor, /, *, exact: bool, codes: Tensor | None) -> Tensor:
+        """See `activated`."""
+        return activated(x, self.conv, self.activation, exact=exact, codes=codes)
+
+
+Small = Coded | TwoSlopes | HardSigmoid
+
+
+class Excitation(NamedTuple):
+    """``v * s(mean(v))`` of ``v = silu(x)`` or x.
+
+    Attributes:
+        activation: The first layer, if any.
+        first: Of s, pointwise.
+        rest: Of s.
+    """
+
+    activation: Coded | None
+    first: FrozenConv
+    rest: tuple[FrozenConv | Small, ...]
+
+    def __call__(self, x: Tensor, /, *, exact: bool, codes: Tensor | None) -> Tensor:
+        """See `excited`."""
+        branch = Branch(self.first.weight.flatten(1), self.first.bias, self._rest)
+        return excited(x, self.activation, branch, exact=exact, codes=codes)
+
+    def _rest(self, x: Tensor) -> Tensor:
+        if self.first.slopes is not None:
+            x = self.first.slopes.evaluate(x, inplace=False)
+        for layer in self.rest:
+            x = _by_pytorch(layer, x)
+        return x
+
+
+def _by_pytorch(layer: FrozenConv | Small, x: Tensor) -> Tensor:
+    """A layer of (N, C), in operations of PyTorch alone."""
+    if isinstance(layer, FrozenConv):
+        x = F.linear(x, at_work(layer.weight, x).flatten(1), layer.bias)
+        return x if layer.slopes is None else layer.slopes.evaluate(x, inplace=False)
+    if isinstance(layer, TwoSlopes):
+        return layer.slopes.evaluate(x, inplace=False)
+    return F.hardsigmoid(x) if isinstance(layer, HardSigmoid) else layer.smooth.value(x)
 
 
 class Recomputed(nn.Module):
@@ -22,7 +82,7 @@ class Recomputed(nn.Module):
     Args:
         piece: From one activation and constants to a tuple.
         exact: Keep the activation, not its 8-bit codes.
-        activated: The two layers of a piece that is ``silu(conv(x))`` and no more.
+        shortcut: The same in fewer operations, if there is such.
 
     Attributes:
         kept: Run the piece once, and let its operations keep what they keep by themselves.
@@ -30,14 +90,12 @@ class Recomputed(nn.Module):
 
     piece: nn.Module
 
-    def __init__(
-        self, piece: nn.Module, exact: bool, activated: tuple[FrozenConv, Coded] | None = None
-    ) -> None:
+    def __init__(self, piece: nn.Module, exact: bool, shortcut: Shortcut | None = None) -> None:
         super().__init__()
         object.__setattr__(self, "piece", piece)
         self.exact = exact
         self.doors = [m for m in piece.modules() if isinstance(m, HostInput | HeadSlot)]
-        self.activated, self.kept = activated, False
+        self.shortcut, self.kept = shortcut, False
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and files keep the least: what is kept is decided for one model on one machine."""
@@ -47,8 +105,8 @@ class Recomputed(nn.Module):
         """What the piece returns; `codes` are those of x, where a host's input has made them."""
         if self.kept or not (isinstance(x, Tensor) and all(map(_is_plain, rest))):
             return cast(tuple[Any, ...], self.piece(x, *rest))  # a list of tensors, say
-        if self.activated is not None and not torch.compiler.is_compiling():
-            return (activated(x, *self.activated, exact=self.exact, codes=codes),)
+        if self.shortcut is not None and not torch.compiler.is_compiling():
+            return (self.shortcut(x, exact=self.exact, codes=codes),)
         active = [m.active for m in self.doors if m.active is not None]
         return recomputed(
             self.piece,

@@ -179,6 +179,35 @@ def sample_group(x: Tensor) -> int:
     return divisor if divisor >= 32 or whole < 32 else GROUP
 
 
+class Code(NamedTuple):
+    """How one activation is coded, by `encode` in groups of `sample_group`.
+
+    Attributes:
+        size: Of the activation.
+        stride: Of `dense` of it.
+        dtype: Of the activation.
+        group: Elements that share a range.
+    """
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    group: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> Code:
+        """How to code `x`."""
+        return cls(x.size(), dense(x.detach()).stride(), x.dtype, sample_group(x))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """See `encode`."""
+        return encode(dense(x.detach()), self.group)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """See `decode`."""
+        return decode(codes, *self)
+
+
 class Rows(NamedTuple):
     """Codes of cells (N, C, *grid), in groups whose values are of one kind.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_da3.ops.bits import dense, has_no_values
-from lightning_da3.ops.codes import decode, encode, sample_group
+from lightning_da3.ops.codes import Code, decode, encode, sample_group
 from lightning_da3.ops.decisions import following, noting
 from lightning_da3.ops.smooth import Smooth, widened
 
@@ -28,25 +28,6 @@ class _How(NamedTuple):
     exact: bool
     random: bool
     parameters: int  # trainable tensors in front of the activations
-
-
-class _Code(NamedTuple):
-    """How one activation is coded."""
-
-    size: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    group: int  # elements that share a range
-
-    @classmethod
-    def of(cls, x: Tensor) -> _Code:
-        return cls(x.size(), dense(x.detach()).stride(), x.dtype, sample_group(x))
-
-    def encode(self, x: Tensor) -> Tensor:
-        return encode(dense(x.detach()), self.group)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        return decode(codes, *self)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -62,7 +43,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.autocast = autocast_of(x.device.type)
         ctx.codes = [
-            _Code.of(t) if (i == 0 or need) and not how.exact else None
+            Code.of(t) if (i == 0 or need) and not how.exact else None
             for i, (t, need) in enumerate(zip(activations, needed, strict=True))
         ]
         ctx.others = [_Kept if isinstance(t, Tensor) else t for t in activations]
@@ -122,7 +103,7 @@ class _Kept:
     """Stands for a tensor that went through `save_for_backward`."""
 
 
-def _leaf(kept: Tensor, code: _Code | None, need: bool) -> Tensor:
+def _leaf(kept: Tensor, code: Code | None, need: bool) -> Tensor:
     x = kept if code is None else code.decode(kept)
     return x.detach().requires_grad_() if need else x
 
@@ -190,22 +171,34 @@ class _Activated(torch.autograd.Function):
     ) -> Tensor:
         ctx.linear, ctx.smooth = linear, activation.smooth
         ctx.size, ctx.dtype = x.size(), x.dtype
-        ctx.code = None if exact else _Code.of(x)
+        ctx.code = None if exact else Code.of(x)
         ctx.autocast = autocast_of(x.device.type)
         if ctx.code is None:
             made = x
-        ctx.save_for_backward(ctx.code.encode(x) if made is None else made)
-        return activation(linear(x))
+        elif made is None:
+            made = ctx.code.encode(x)
+        with noting(not exact) as noted:
+            y = activation(linear(x))
+        ctx.save_for_backward(made, *noted)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (kept,) = ctx.saved_tensors
+        kept, *noted = ctx.saved_tensors
         with ctx.autocast():
             y = ctx.linear(kept if ctx.code is None else ctx.code.decode(kept))
-        wide = widened(y)
+        wide = widened(as_before(y, ctx.smooth, noted))
         slope = ctx.smooth.backward(widened(grad), wide, wide)  # it reads the first
         return ctx.linear.input_gradient(slope.to(y.dtype), ctx.size).to(ctx.dtype), *[None] * 4
+
+
+def as_before(x: Tensor, smooth: Smooth, noted: Sequence[Tensor]) -> Tensor:
+    """The input of `smooth`, computed again, as what was noted of the first one says."""
+    if not noted:
+        return x
+    with following(noted):
+        return smooth.settled(x)
 
 
 class FrozenMap(Protocol):

@@ -64,6 +64,10 @@ class Smooth:
             return self.value(x)
         return x.copy_(self.value(x)) if self.write is None else self.write(x)
 
+    def settled(self, x: Tensor) -> Tensor:
+        """`x`; computed a second time, every element on the side of the jumps where it was."""
+        return x if self.jumps is None else settled(x, *self.jumps)
+
     def step(self, bits: int = 8) -> float:
         """Between two codes; a decoded derivative is off by at most half of it."""
         return (self.high - self.low) / ((1 << bits) - 1)
@@ -90,7 +94,7 @@ def coded(x: Tensor, smooth: Smooth, bits: int = 8, inplace: bool = False) -> Te
     if bits not in (4, 8):
         raise ConfigError(f"`bits` must be 4 or 8, got {bits}.")
     if computed_twice():  # there nothing is kept for long, and PyTorch's own backward is quicker
-        x = x if smooth.jumps is None else settled(x, *smooth.jumps)
+        x = smooth.settled(x)
         return smooth.value(x) if torch.is_grad_enabled() else smooth.evaluate(x, inplace)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return smooth.evaluate(x, inplace)

@@ -8,11 +8,11 @@ import operator
 from torch import fx
 
 from lightning_da3.config import DA3Config
-from lightning_da3.nn.frozen import Coded, FrozenConv
 from lightning_da3.nn.recomputed import Recomputed
 from lightning_da3.passes.freeze import stands_for
 from lightning_da3.passes.hosts import INPUTS, OUTPUTS
 from lightning_da3.passes.pieces import call_instead_, copied
+from lightning_da3.passes.shortcuts import shortcut_of
 from lightning_da3.planning import PartPlan, SegmentPlan
 from lightning_da3.planning.flow import Flow, Nodes
 from lightning_da3.tracing import Part, module_of
@@ -35,7 +35,7 @@ def _recompute(gm: fx.GraphModule, segment: SegmentPlan, place: str, exact: bool
     for node in inside:
         if node.args and node.args[0] is x:
             _leave_input_alone_(gm, copies[node], f"{place}_{node.name}".replace(".", "_"))
-    module = Recomputed(fx.GraphModule(gm, piece), exact, _activated(gm, x, [*inside]))
+    module = Recomputed(fx.GraphModule(gm, piece), exact, shortcut_of(gm, x, [*inside]))
     with gm.graph.inserting_before(next(iter(inside))):
         codes = _codes(gm.graph, x)
     call_instead_(gm, place, module, inside, inputs, {} if codes is None else {"codes": codes})
@@ -57,21 +57,6 @@ def _inside(graph: fx.Graph, segment: SegmentPlan) -> Nodes:
         if node.target is operator.getitem and node.args[0] in inside:
             inside.add(node)
     return {node: None for node in graph.nodes if node in inside}
-
-
-def _activated(
-    gm: fx.GraphModule, x: fx.Node, inside: list[fx.Node]
-) -> tuple[FrozenConv, Coded] | None:
-    """The layers of ``silu(conv(x))``, if that is all, and its backward reads conv(x) alone."""
-    if len(inside) != 2 or inside[0].args != (x,) or inside[1].args != (inside[0],):
-        return None
-    conv, activation = (module_of(gm, node) for node in inside)
-    if type(conv) is not FrozenConv or conv.slopes is not None or not conv.pads_zeros_alike:
-        return None
-    if type(activation) is not Coded:
-        return None
-    smooth = activation.smooth
-    return None if smooth.jumps is not None or smooth.reads_value else (conv, activation)
 
 
 def _leave_input_alone_(gm: fx.GraphModule, node: fx.Node, name: str) -> None:
