@@ -209,6 +209,7 @@ def _graph(module: nn.Module, *, whole: bool) -> torch.fx.GraphModule:
     graph = _traced(module, whole=whole)
     call_layers_(graph, module)
     _first_by_position_(graph)
+    _settle_ranks_(graph, module)
     _drop_unread_items_(graph)
     _name_what_was_overwritten_(graph, module)
     gm = torch.fx.GraphModule(module, graph, class_name=type(module).__name__)
@@ -318,10 +319,43 @@ def _first_by_position_(graph: torch.fx.Graph) -> None:
             node.kwargs = {name: arg for name, arg in node.kwargs.items() if name != "input"}
 
 
+# axes of what a layer takes and gives, the batch among them
+_RANKS = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
+_COMPARISONS = (operator.eq, operator.ne)
+
+
+def _settle_ranks_(graph: torch.fx.Graph, module: nn.Module) -> None:
+    """``assert conv(x).ndim == 4`` goes: it is true, and but for it a norm alone reads conv(x)."""
+    known: dict[torch.fx.Node, int | bool] = {}
+    for node in graph.nodes:
+        node.args = torch.fx.node.map_arg(node.args, lambda n: known.get(n, n))
+        node.kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: known.get(n, n))
+        rank = _rank_asked(node, module)
+        if rank is not None:
+            known[node] = rank
+        elif node.target in _COMPARISONS and all(isinstance(a, int) for a in node.args):
+            known[node] = node.target(*node.args)
+        elif node.target is torch._assert and node.args[0] is True:
+            known[node] = True
+    for node in reversed(known):
+        graph.erase_node(node)
+
+
+def _rank_asked(node: torch.fx.Node, module: nn.Module) -> int | None:
+    """The number of axes that `node` asks a layer's output for, if that is what it does."""
+    attribute = node.target is getattr and node.args[1] == "ndim"
+    if not (attribute or (node.op == "call_method" and node.target in ("dim", "ndimension"))):
+        return None
+    x = node.args[0]
+    if not isinstance(x, torch.fx.Node) or x.op != "call_module":
+        return None
+    return _RANKS.get(type(module.get_submodule(str(x.target))))
+
+
 def _drop_unread_items_(graph: torch.fx.Graph) -> None:
     """``y, weights = attention(x)`` where nobody reads `weights`: one reader less."""
     for node in reversed(list(graph.nodes)):
-        if node.target is operator.getitem and not node.users:
+        if node.target in (operator.getitem, getattr) and not node.users:
             graph.erase_node(node)
 
 

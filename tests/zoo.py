@@ -416,6 +416,36 @@ class Norms(Classifier):
         return F.normalize(self.rms(x.movedim(1, -1)).movedim(-1, 1), dim=1)
 
 
+class NormAct(nn.BatchNorm2d):
+    """As libraries write it: a norm that asserts what it gets, and an activation behind it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, f"expected 4D input (got {x.ndim}D input)")
+        weights = (self.running_mean, self.running_var, self.weight, self.bias)
+        x = F.batch_norm(x, *weights, self.training, self.momentum, self.eps)
+        return self.act(self.drop(x))
+
+
+class NormsThatAssert(Classifier):
+    def __init__(self) -> None:
+        super().__init__(6)
+        self.stem, self.norm1 = conv(3, 4, stride=2, bias=False), NormAct(4)
+        self.deep, self.norm2 = conv(4, 4, bias=False), NormAct(4)
+        self.mix, self.norm3 = conv(4, 4, 1, bias=False), NormAct(4)
+        self.drop, self.last = nn.Dropout(), conv(4, 6)
+
+    def features(self, x: Tensor) -> Tensor:
+        torch._assert(x.dim() == 4, "expected images")
+        x = self.norm1(self.stem(x))
+        x = self.drop(self.norm3(self.mix(self.norm2(self.deep(x))))) + x
+        torch._assert(x.dim() != 5, "expected no volumes")
+        return self.last(x)
+
+
 class SqueezeExcite(Classifier):
     """An inverted residual with squeeze-excite."""
 
@@ -760,6 +790,7 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
         (OldWeightNorm, images()),
         (Transposed, images()),
         (Norms, images()),
+        (NormsThatAssert, images()),
         (SqueezeExcite, images()),
         (GatedLinearUnits, images()),
         (LayerScale, images()),

@@ -67,7 +67,7 @@ def fused(
         node = nodes[step.name].args[0]
         while isinstance(node, fx.Node) and len(node.users) == 1 and node.name not in between:
             inner.append(node)
-            if plan.get(node.name, step).action != "fold":
+            if plan.get(node.name, step).action not in ("fold", "remove"):
                 break
             node = node.args[0]
         conv = inner[-1] if inner else None

@@ -55,7 +55,8 @@ def _is_free(node: fx.Node, fresh: set[str]) -> bool:
 
 def _is_fresh(node: fx.Node, planned: NodePlan, fresh: set[str]) -> bool:
     name = getattr(node.target, "__name__", "")
-    if planned.inplace or planned.action == "fold" or name in ("iadd", "isub", "imul"):
+    gone = planned.action in ("fold", "remove")
+    if planned.inplace or gone or name in ("iadd", "isub", "imul"):
         return _is_free(node, fresh)  # the memory of what it reads, under a second name
     if planned.action in ("freeze", "affine", "replace"):
         return True
