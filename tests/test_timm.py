@@ -59,32 +59,34 @@ SLOW = {
 SIZES = {**QUICK, **SLOW}
 NAMES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 RATIO = 5
-COSINE = 0.998
-# with random weights and small images, codes of one activation change these more
-SENSITIVE = {
-    "maxvit_pico_rw_256": 0.996,  # channels of very different range share groups
-    "mobilenetv3_small_050": 0.996,  # likewise
-    "cs3darknet_focus_s": 0.995,
+COSINE = 0.998  # of the gradient of every tensor
+TOGETHER = 0.99998  # of all gradients as one
+SENSITIVE = {  # both of these
+    "coat_lite_tiny": (0.995, TOGETHER),
+    "efficientvit_b0": (0.995, 0.9995),  # divides by sums of what it codes
 }
-UNSETTLED = ("visformer_tiny",)  # a gate's bias, one number, has a gradient of the other sign
+EXACT = 1e-7  # PyTorch's own derivative of Hardsigmoid has its 1/6 in float32
+SINGLE = {"efficientvit_b0": 1e-5}  # attention in float32, whatever comes
 ISLANDS = ("mobilevit_xxs", "efficientvit_b0")  # their forward branches on shapes
 
 
 def network(name):
-    """The smallest of its family, with weights as training leaves them."""
+    """The smallest of its family, with weights and statistics as training leaves them."""
     torch.manual_seed(0)
     try:
         net = timm.create_model(name, num_classes=5, img_size=SIZES[name])
     except TypeError:  # takes images of any size
         net = timm.create_model(name, num_classes=5)
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
-        for module in net.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.running_mean.normal_(0.0, 0.1)
-                module.running_var.uniform_(0.7, 1.5)
         for parameter in net.parameters():
             if parameter.abs().max() < 1e-3:  # layer scale, and what begins as zero
                 parameter.uniform_(0.2, 0.6)
+        for norm in norms:
+            norm.momentum = 1.0
+        net.train()(torch.randn(4, 3, SIZES[name], SIZES[name]))
+        for norm in norms:
+            norm.momentum = 0.0  # from now on as it is
     return net.eval()
 
 
@@ -124,13 +126,14 @@ def test_family(name):
     )
     largest = max(gradient.norm() for gradient in want)
     for one, other in zip(got, want, strict=True):
-        # PyTorch's own derivative of Hardsigmoid has its 1/6 in float32
-        assert (one - other).norm() <= 1e-7 * max(other.norm(), 1e-4 * largest)
+        error = SINGLE.get(name, EXACT)
+        assert (one - other).norm() <= error * max(other.norm(), 1e-4 * largest)
     cosines = [
         float(torch.cosine_similarity(one.flatten(), other.flatten(), dim=0))
         for one, other in zip(close, want, strict=True)
         if other.norm() > 1e-3 * largest
     ]
-    if name in UNSETTLED and min(cosines) < COSINE:
-        pytest.xfail(f"default mode: a gradient's cosine to the exact one is {min(cosines):.3f}")
-    assert min(cosines) >= SENSITIVE.get(name, COSINE)
+    together = [torch.cat([g.flatten() for g in gradients]) for gradients in (close, want)]
+    least, whole = SENSITIVE.get(name, (COSINE, TOGETHER))
+    assert min(cosines) >= least
+    assert torch.cosine_similarity(*together, dim=0) >= whole
