@@ -152,6 +152,14 @@ def test_an_activated_convolution_decides_as_before():
     assert not torch.equal(got, want)
 
 
+def test_an_empty_batch():
+    x = leaf(torch.empty(0, CHANNELS, 6, 5))
+    (grad,) = torch.autograd.grad(
+        Excitation(*layers("silu"))(x * 1, exact=False, codes=None).sum(), x
+    )
+    assert grad.shape == x.shape
+
+
 # --- in networks
 
 

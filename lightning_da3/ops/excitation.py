@@ -2,8 +2,8 @@
 
 Shapes: x (N, C, *in); ``v = f(x)``, ``s = rest(W mean(v) + b)`` (N, C), ``y = s v``.
 Kept: codes of x (x itself if exact), the few numbers ``W mean(v) + b`` and, if f's derivative
-jumps, on which side x was. Both factors of the product are computed again from these, and so is
-neither the product nor the mean. Plain PyTorch keeps x, v, s and what lies between.
+jumps, on which side x was. Both factors of the product are computed again from these; the product
+and the mean are not. Plain PyTorch keeps x, v, s and what lies between.
 Source: Hu, Shen, Sun, "Squeeze-and-Excitation Networks", arXiv 1709.01507.
 """
 
@@ -80,7 +80,7 @@ class _Excited(torch.autograd.Function):
         grad_scale = (grad * v).flatten(2).sum(2)
         (grad_squeezed,) = torch.autograd.grad(scale, leaf, grad_scale.to(scale.dtype))
         grad_mean = grad_squeezed @ at_work_again(weight, grad_squeezed)
-        grad_mean = _spread(grad_mean.div_(x[0, 0].numel()).to(grad.dtype), x)
+        grad_mean = _spread(grad_mean.div_(x.shape[2:].numel()).to(grad.dtype), x)
         grad_x = torch.addcmul(grad_mean, grad, _spread(scale.detach().to(grad.dtype), x))
         if ctx.smooth is not None:
             grad_x = ctx.smooth.backward(widened(grad_x), widened(x), widened(v))
