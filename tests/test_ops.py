@@ -575,6 +575,17 @@ def test_two_slopes_computes_no_bits_without_need(monkeypatch):
         two_slopes(leaf(randn(2, 3)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("high", [math.inf, 1.0])
+def test_bits_of_more_than_is_packed_at_once(high, dtype, monkeypatch):
+    x = randn(3, 41).to(dtype)
+    want = pack_between(x, 0.0, high)
+    monkeypatch.setattr(bits, "AT_ONCE", 16)
+    assert torch.equal(pack_between(x, 0.0, high), want)
+    inside = (x > 0) & (x < high)
+    assert torch.equal(unpack(want, x.size(), x.stride()).bool(), inside)
+
+
 @pytest.mark.slow
 def test_two_slopes_compiles_to_one_graph():
     compiled = torch.compile(

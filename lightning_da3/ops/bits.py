@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 _NUMPY_DTYPES = (torch.float32, torch.float64, torch.float16)
+AT_ONCE = 1 << 17  # elements, a multiple of 8, that stay in a core's cache from step to step
 
 
 def dense(x: Tensor) -> Tensor:
@@ -114,26 +115,24 @@ def _use_numpy(x: Tensor) -> bool:
 
 def _pack_numpy(x: Tensor, low: float, high: float) -> Tensor:
     elements = flat(x.detach())
-    inside = torch.empty(elements.shape, dtype=torch.bool)
-    if x.dtype not in _NUMPY_DTYPES:  # bfloat16 has no numpy type
-        torch.logical_and(elements > low, elements < high, out=inside)
-    else:
-        values, found = elements.numpy(), inside.numpy()
-        np.greater(values, low, out=found)
-        if not math.isinf(high):
-            found &= values < high
-    bits = torch.empty((elements.numel() + 7) // 8, dtype=torch.uint8)
-    bits.numpy()[:] = np.packbits(inside.numpy())  # in memory that PyTorch knows of: it is kept
+    bits = torch.empty((elements.numel() + 7) // 8, dtype=torch.uint8)  # PyTorch knows of it: kept
+    packed = bits.numpy()
+    for start in range(0, elements.numel(), AT_ONCE):
+        part = elements[start : start + AT_ONCE]
+        if x.dtype in _NUMPY_DTYPES:
+            values = part.numpy()
+            inside = values > low
+            if not math.isinf(high):
+                inside &= values < high
+        else:  # bfloat16 has no numpy type
+            inside = torch.logical_and(part > low, part < high).numpy()
+        found = np.packbits(inside)
+        packed[start // 8 : start // 8 + len(found)] = found
     return bits
 
 
 def _pack_fake(x: Tensor) -> Tensor:
-    """A tensor without values takes the memory that `_pack_numpy` would take."""
-    count = x.numel()
-    inside = x.new_empty(count, dtype=torch.bool)
-    bits = x.new_empty((count + 7) // 8, dtype=torch.uint8)
-    del inside
-    return bits
+    return x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
 
 
 def pack_pairs(codes: Tensor) -> Tensor:
