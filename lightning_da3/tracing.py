@@ -353,7 +353,10 @@ def _rank_asked(node: torch.fx.Node, module: nn.Module) -> int | None:
 
 
 def _drop_unread_items_(graph: torch.fx.Graph) -> None:
-    """``y, weights = attention(x)`` where nobody reads `weights`: one reader less."""
+    """``y, weights = attention(x)`` where nobody reads `weights`: one reader less.
+
+    Attributes, such as shapes in the message of an assertion, are items as well.
+    """
     for node in reversed(list(graph.nodes)):
         if node.target in (operator.getitem, getattr) and not node.users:
             graph.erase_node(node)

@@ -13,7 +13,7 @@ from lightning_da3.nn.adapter import HostInput
 from lightning_da3.nn.frozen import Coded, FrozenConv, HardSigmoid, TwoSlopes
 from lightning_da3.nn.head import HeadSlot
 from lightning_da3.ops.excitation import Branch, excited
-from lightning_da3.ops.linear import at_work
+from lightning_da3.ops.linear import few_rows
 from lightning_da3.ops.recomputed import activated, recomputed
 
 
@@ -57,18 +57,21 @@ class Excitation(NamedTuple):
         return excited(x, self.activation, branch, exact=exact, codes=codes)
 
     def _rest(self, x: Tensor) -> Tensor:
-        if self.first.slopes is not None:
-            x = self.first.slopes.evaluate(x, inplace=False)
+        x = _bent(self.first, x)
         for layer in self.rest:
             x = _by_pytorch(layer, x)
         return x
 
 
+def _bent(conv: FrozenConv, y: Tensor) -> Tensor:
+    """The activation that comes with `conv`, of its result."""
+    return y if conv.slopes is None else conv.slopes.evaluate(y, inplace=False)
+
+
 def _by_pytorch(layer: FrozenConv | Small, x: Tensor) -> Tensor:
     """A layer of (N, C), in operations of PyTorch alone."""
     if isinstance(layer, FrozenConv):
-        x = F.linear(x, at_work(layer.weight, x).flatten(1), layer.bias)
-        return x if layer.slopes is None else layer.slopes.evaluate(x, inplace=False)
+        return _bent(layer, few_rows(x, layer.weight.flatten(1), layer.bias))
     if isinstance(layer, TwoSlopes):
         return layer.slopes.evaluate(x, inplace=False)
     return F.hardsigmoid(x) if isinstance(layer, HardSigmoid) else layer.smooth.value(x)

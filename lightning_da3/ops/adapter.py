@@ -85,11 +85,6 @@ class Kept(NamedTuple):
         return cls(rows.encode(p), rows)
 
 
-def read_back(tensor: Tensor, rows: Rows | None) -> Tensor:
-    """p from the two fields of `Kept`."""
-    return tensor if rows is None else rows.decode(tensor)
-
-
 class _Adapt(torch.autograd.Function):
     @staticmethod
     def forward(

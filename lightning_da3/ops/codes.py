@@ -208,6 +208,20 @@ class Code(NamedTuple):
         return decode(codes, *self)
 
 
+def kept_of(x: Tensor, exact: bool, codes: Tensor | None = None) -> tuple[Tensor, Code | None]:
+    """What is kept of `x`, and how it is coded: codes of it, or if `exact` `x` itself, and None.
+
+    Args:
+        x: An activation.
+        exact: Keep `x`.
+        codes: Of `x`, where somebody has made them.
+    """
+    if exact:
+        return x, None
+    code = Code.of(x)
+    return code.encode(x) if codes is None else codes, code
+
+
 class Rows(NamedTuple):
     """Codes of cells (N, C, *grid), in groups whose values are of one kind.
 
@@ -247,3 +261,8 @@ class Rows(NamedTuple):
         n, c, *grid = self.size
         x = _decode_rows(codes.view(-1, self.group + EXTRA)).to(self.dtype)
         return x.view(n, *grid, c).movedim(-1, 1) if self.last else x.view(self.size)
+
+
+def read_back(kept: Tensor, how: Code | Rows | None) -> Tensor:
+    """What was kept as `how` says; None: as it is."""
+    return kept if how is None else how.decode(kept)

@@ -13,12 +13,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_da3.ops.codes import Code
+from lightning_da3.ops.codes import kept_of, read_back
 from lightning_da3.ops.decisions import noting
-from lightning_da3.ops.linear import at_work, at_work_again
+from lightning_da3.ops.linear import at_work_again, few_rows
 from lightning_da3.ops.recomputed import Activation, as_before, autocast_of
 from lightning_da3.ops.smooth import Smooth, widened
 
@@ -39,7 +38,7 @@ class Branch(NamedTuple):
     def squeeze(self, v: Tensor) -> Tensor:
         """``W mean(v) + b``, (N, H)."""
         mean = v.mean(dim=tuple(range(2, v.dim())))
-        return F.linear(mean, at_work(self.weight, v), self.bias)
+        return few_rows(mean, self.weight, self.bias)
 
 
 class _Excited(torch.autograd.Function):
@@ -53,24 +52,20 @@ class _Excited(torch.autograd.Function):
         made: Tensor | None,
     ) -> Tensor:
         ctx.smooth, ctx.rest = smooth, branch.rest
-        ctx.code = None if exact else Code.of(x)
+        kept, ctx.code = kept_of(x, exact, made)
         ctx.autocast = autocast_of(x.device.type)
         with noting(not exact) as noted:
             v = x if smooth is None else smooth.value(smooth.settled(x))
         squeezed = branch.squeeze(v)
         y = _scaled(v, branch.rest(squeezed), overwrite=v is not x)
-        if ctx.code is None:
-            made = x
-        elif made is None:
-            made = ctx.code.encode(x)
-        ctx.save_for_backward(made, squeezed, branch.weight, *noted)
+        ctx.save_for_backward(kept, squeezed, branch.weight, *noted)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, squeezed, weight, *noted = ctx.saved_tensors
-        x = v = kept if ctx.code is None else ctx.code.decode(kept)
+        x = v = read_back(kept, ctx.code)
         if ctx.smooth is not None:
             x = as_before(x, ctx.smooth, noted)
             v = ctx.smooth.value(x)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_da3.ops.bits import dense, has_no_values
-from lightning_da3.ops.codes import Code, decode, encode, sample_group
+from lightning_da3.ops.codes import Code, decode, encode, kept_of, read_back, sample_group
 from lightning_da3.ops.decisions import following, noting
 from lightning_da3.ops.smooth import Smooth, widened
 
@@ -104,7 +104,7 @@ class _Kept:
 
 
 def _leaf(kept: Tensor, code: Code | None, need: bool) -> Tensor:
-    x = kept if code is None else code.decode(kept)
+    x = read_back(kept, code)
     return x.detach().requires_grad_() if need else x
 
 
@@ -171,15 +171,11 @@ class _Activated(torch.autograd.Function):
     ) -> Tensor:
         ctx.linear, ctx.smooth = linear, activation.smooth
         ctx.size, ctx.dtype = x.size(), x.dtype
-        ctx.code = None if exact else Code.of(x)
+        kept, ctx.code = kept_of(x, exact, made)
         ctx.autocast = autocast_of(x.device.type)
-        if ctx.code is None:
-            made = x
-        elif made is None:
-            made = ctx.code.encode(x)
         with noting(not exact) as noted:
             y = activation(linear(x))
-        ctx.save_for_backward(made, *noted)
+        ctx.save_for_backward(kept, *noted)
         return y
 
     @staticmethod
@@ -187,7 +183,7 @@ class _Activated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, *noted = ctx.saved_tensors
         with ctx.autocast():
-            y = ctx.linear(kept if ctx.code is None else ctx.code.decode(kept))
+            y = ctx.linear(read_back(kept, ctx.code))
         wide = widened(as_before(y, ctx.smooth, noted))
         slope = ctx.smooth.backward(widened(grad), wide, wide)  # it reads the first
         return ctx.linear.input_gradient(slope.to(y.dtype), ctx.size).to(ctx.dtype), *[None] * 4
