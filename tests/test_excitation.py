@@ -9,11 +9,13 @@ from test_ops import FLOAT, kept_bytes, leaf, randn
 from torch import nn
 
 from lightning_da3 import DA3Config, MemoryConfig, convert
-from lightning_da3.nn.frozen import Coded, FrozenConv, HardSigmoid, TwoSlopes
+from lightning_da3.nn.frozen import AdaptiveAvgPool, Coded, FrozenConv, HardSigmoid, TwoSlopes
 from lightning_da3.nn.recomputed import ActivatedConv, Excitation, Recomputed
 from lightning_da3.ops.activation import RELU
 from lightning_da3.ops.recomputed import recomputed
 from lightning_da3.ops.smooth import SMOOTH
+from lightning_da3.passes.shortcuts import shortcut_of
+from lightning_da3.tracing import Tracer
 
 CHANNELS, HIDDEN = 48, 5
 
@@ -231,3 +233,33 @@ def test_what_networks_are_taken_for_it(name, exact):
     pieces = [m for m in model.modules() if isinstance(m, Recomputed)]
     found = [m for m in pieces if isinstance(m.shortcut, Excitation)]
     assert len(found) == (name in EXCITE and not exact)  # exact pieces are longer
+
+
+@pytest.mark.parametrize("read", ["", "inner", "scale"])
+def test_what_others_read_is_computed_by_the_piece(read):
+    """A shortcut gives the last value alone."""
+
+    class Piece(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act, self.first, (self.bend, self.last, self.gate) = layers("silu")
+            self.pool = AdaptiveAvgPool((1, 1))
+            self.conv, self.silu = FrozenConv(nn.Conv2d(3, 8, 1)), Coded(SMOOTH["silu"], False)
+
+        def forward(self, x, image):
+            v = self.act(x)
+            scale = self.gate(self.last(self.bend(self.first(self.pool(v)))))
+            inner = self.conv(image)
+            return v * scale, self.silu(inner), {"inner": inner, "scale": scale}.get(read)
+
+    module = Piece()
+    gm = torch.fx.GraphModule(module, Tracer().trace(module))
+    x, image, *nodes, _ = gm.graph.nodes
+    pair = [node for node in nodes if node.target in ("conv", "silu")]
+    rest = [node for node in nodes if node not in pair]
+    shortcuts = shortcut_of(gm, image, pair), shortcut_of(gm, x, rest)
+    want = [
+        None if read == name else kind
+        for name, kind in (("inner", ActivatedConv), ("scale", Excitation))
+    ]
+    assert [s and type(s) for s in shortcuts] == want
