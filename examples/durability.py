@@ -48,7 +48,7 @@ from lightning_da3 import (
     convert,
     fit_sequence,
 )
-from lightning_da3.checkpointing import fingerprint, read_domain, write_domain
+from lightning_da3.files.domain_file import fingerprint, read_domain, write_domain
 from lightning_da3.memory import PeakBytes
 
 CONFIG = DA3Config(adapter=AdapterConfig(hidden_channels=4, min_stride=2))

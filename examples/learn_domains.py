@@ -25,15 +25,15 @@ from results import DA3, HALVED, METHODS, PROBE, TUNED, Run, headline, report
 from torch import Tensor, nn
 
 from lightning_da3 import DA3Callback, DA3Config, DA3Model, MemoryConfig, convert
-from lightning_da3.loggers import (
+from lightning_da3.metrics import AccuracyMatrix
+from lightning_da3.plotting import plot_accuracy_matrix, plot_gate_maps, plot_memory
+from lightning_da3.trainer.loggers import (
     log_domain,
     log_figure,
     log_first_steps,
     log_plan_table,
     log_summary,
 )
-from lightning_da3.metrics import AccuracyMatrix
-from lightning_da3.plotting import plot_accuracy_matrix, plot_gate_maps, plot_memory
 
 LEARNING_RATES = {PROBE: 3e-2, TUNED: 3e-3, DA3: 1e-2, HALVED: 1e-2}
 CONFIGS = {DA3: DA3Config(), HALVED: DA3Config(memory=MemoryConfig(weights="bfloat16"))}

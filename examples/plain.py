@@ -17,10 +17,10 @@ from torch.overrides import TorchFunctionMode
 from lightning_da3 import DA3Model
 from lightning_da3.nn.gate import Executed, annealed_target, budget_loss
 from lightning_da3.ops.host import coarse_grid, pool, upsample
-from lightning_da3.ops.tokens import Place
-from lightning_da3.planning import HostPlan, PartPlan
-from lightning_da3.planning.sizes import mutable
-from lightning_da3.tracing import Part, trace
+from lightning_da3.ops.tokens import TokenGrid
+from lightning_da3.planning.plan import HostPlan, PartPlan
+from lightning_da3.planning.shapes import mutable
+from lightning_da3.tracing.tracer import Part, trace
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -78,10 +78,10 @@ class PlainPyTorch:
         target = annealed_target(gate.target, self.model.progress)
         return budget_loss(self.executed, target) * gate.weight
 
-    def place(self, host: HostPlan, x: Tensor) -> Place | None:
+    def place(self, host: HostPlan, x: Tensor) -> TokenGrid | None:
         if host.stride is not None:
             return None
-        return Place.of(x.shape[1:-1], host.own_tokens, self.model.config.adapter.max_cells)
+        return TokenGrid.of(x.shape[1:-1], host.prefix_tokens, self.model.config.adapter.max_cells)
 
     def adapt(self, host: HostPlan, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.unsqueeze(1) if host.stride is None and x.dim() == 2 else x  # one token a sample
@@ -158,7 +158,7 @@ class _Interpreter(fx.Interpreter):
         return self.plain.write(host, result, self.adapted[host.name])
 
 
-def _spread(cells: Tensor, f: Tensor, place: Place | None) -> Tensor:
+def _spread(cells: Tensor, f: Tensor, place: TokenGrid | None) -> Tensor:
     """Every position's value of its cell."""
     if place is None:
         return upsample(cells, f.shape[2:])

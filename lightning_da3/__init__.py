@@ -9,12 +9,9 @@ Without a Trainer: ``model = convert(network)``, ``model.add_domain("flowers", n
 ``model.set_domain("flowers")``.
 """
 
-from lightning_da3.accumulating import accumulated
-from lightning_da3.attaching import load_from_checkpoint
-from lightning_da3.callbacks import DA3Callback
+from lightning_da3.budget.accumulation import accumulated
 from lightning_da3.config import AdapterConfig, DA3Config, GateConfig, MemoryConfig
 from lightning_da3.converting import convert
-from lightning_da3.domains import DA3Model
 from lightning_da3.errors import (
     CheckpointError,
     ConfigError,
@@ -24,11 +21,14 @@ from lightning_da3.errors import (
     InputError,
     PredictionWarning,
 )
-from lightning_da3.folder import DomainFolder
-from lightning_da3.hub import pull_domain, push_domain
-from lightning_da3.loaders import DomainLoader
-from lightning_da3.sequence import DomainTask, fit_sequence
-from lightning_da3.strategies import DA3DDPStrategy, DA3Strategy
+from lightning_da3.files.folder import DomainFolder
+from lightning_da3.files.hub import pull_domain, push_domain
+from lightning_da3.model.model import DA3Model
+from lightning_da3.trainer.attaching import load_from_checkpoint
+from lightning_da3.trainer.callback import DA3Callback
+from lightning_da3.trainer.loaders import DomainLoader
+from lightning_da3.trainer.sequence import DomainTask, fit_sequence
+from lightning_da3.trainer.strategies import DA3DDPStrategy, DA3Strategy
 
 __version__ = "0.1.0"
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from lightning_da3.command import main
+from lightning_da3.cli import main
 
 sys.exit(main())

@@ -179,7 +179,7 @@ class MemoryConfig:
         _raise(problems)
 
     @property
-    def resting(self) -> torch.dtype | None:
+    def stored_dtype(self) -> torch.dtype | None:
         """The type that weights rest in; None: their own."""
         return torch.bfloat16 if self.weights == "bfloat16" else None
 

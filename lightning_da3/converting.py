@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_da3.checkpointing import fingerprint
 from lightning_da3.config import DA3Config
-from lightning_da3.domains import DA3Model
 from lightning_da3.errors import ConfigError, ConversionError, DA3Error
+from lightning_da3.files.domain_file import fingerprint
 from lightning_da3.memory import fake_mode_of
-from lightning_da3.planning import plan
-from lightning_da3.rewriting import rewrite
-from lightning_da3.state import architecture, backbone_state
-from lightning_da3.tracing import trace
+from lightning_da3.model.model import DA3Model
+from lightning_da3.model.state import architecture, backbone_state
+from lightning_da3.passes.rewriting import rewrite
+from lightning_da3.planning.planner import make_plan
+from lightning_da3.tracing.tracer import trace
 
 NO_FINGERPRINT = "0" * 64
 
@@ -50,7 +50,7 @@ def convert(
     mode = fake_mode_of(backbone)  # without values there is nothing to tell the backbone by
     with mode or nullcontext():
         traced = trace(backbone)
-        decided = plan(traced, config)
+        decided = make_plan(traced, config)
         state = backbone_state(backbone.state_dict(), decided.head)
         mark = NO_FINGERPRINT if mode else fingerprint(state)
         layers = architecture(backbone, decided.head)
@@ -89,7 +89,7 @@ def _verify(backbone: nn.Module, model: DA3Model, inputs: tuple[Any, ...]) -> No
         for module, training in modes.items():
             module.training = training
     try:
-        tolerance = 1e-3 if model.config.memory.resting is None else 0.1  # rounded weights
+        tolerance = 1e-3 if model.config.memory.stored_dtype is None else 0.1  # rounded weights
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
     except AssertionError as error:
         raise ConversionError(

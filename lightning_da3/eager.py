@@ -16,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_da3.errors import ConversionError
+from lightning_da3.layers import layer_of, replacement_for
 from lightning_da3.ops.derived import Derived, Root, from_roots
 from lightning_da3.ops.recomputed import recomputed
 from lightning_da3.ops.sampling import grid_sample
 from lightning_da3.ops.softmax import softmax
-from lightning_da3.registry import layer_of, replacement_for
 
 SMALL = 4096  # elements; of fewer, PyTorch may keep what it likes
 LONGEST = 32  # functions that are called to compute an operand again

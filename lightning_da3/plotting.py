@@ -25,7 +25,7 @@ BEFORE, AFTER = "#D55E00", "#0072B2"
 DIMMED = (0.05, 0.08, 0.20)
 DARKEST = 0.3  # a black pixel is drawn so, or it would look skipped
 DIM_BY = 0.78  # how much of the dim colour covers a skipped cell
-WORTH_A_ROW = 1e-4  # of the largest row; a scalar kept somewhere would stretch the axis for nothing
+WORTH_A_ROW = 1e-4  # of the largest row; a scalar kept somewhere would region the axis for nothing
 
 _CONVERTED = re.compile(
     r"(?P<outside>(?:.*\.)?)(?:"

@@ -158,8 +158,8 @@ def test_weights_rest_in_one_of_two_ways(weights):
         lambda: MemoryConfig(weights=weights),
         f"`weights` must be 'same' or 'bfloat16', got {weights!r}.",
     )
-    assert MemoryConfig().resting is None
-    assert MemoryConfig(weights="bfloat16").resting == torch.bfloat16
+    assert MemoryConfig().stored_dtype is None
+    assert MemoryConfig(weights="bfloat16").stored_dtype == torch.bfloat16
 
 
 def test_configs_from_before_the_weights_could_rest():

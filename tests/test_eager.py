@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-import zoo
-from comparing import add, assert_identical, mix_gates_, score
+from helpers import zoo
+from helpers.comparing import add, assert_identical, mix_gates_, score
 
 from lightning_da3 import AdapterConfig, DA3Config, MemoryConfig, convert
 from lightning_da3.eager import SMALL, KeepsLess
@@ -105,8 +105,8 @@ def test_an_island_is_computed_again_from_all_that_it_reads():
     model, _ = converted(MemoryConfig())
     (cell,) = [part for part in model.plan.parts if part.path == "cell"]
     assert not cell.hosts
-    (segment,) = cell.segments
-    assert (segment.source, segment.also) == ("hidden", ("x",))
+    (region,) = cell.regions
+    assert (region.source, region.also) == ("hidden", ("x",))
     assert "again from hidden, x (0)" in str(model.plan)
 
 

@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 import torchvision
-from comparing import add, assert_identical, assert_relatively_close, gradients, mix_gates_, score
+from helpers.comparing import (
+    add,
+    assert_identical,
+    assert_relatively_close,
+    gradients,
+    mix_gates_,
+    score,
+)
 from plain import PlainPyTorch
 from torch import nn
 
@@ -14,7 +21,7 @@ from lightning_da3.memory import SavedActivations, StepPredictor, saved_activati
 from lightning_da3.nn import adapter as nn_adapter
 from lightning_da3.nn.adapter import HostInput
 from lightning_da3.ops.recomputed import recomputed
-from lightning_da3.ops.tokens import Place, read_tokens
+from lightning_da3.ops.tokens import TokenGrid, read_tokens
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +67,7 @@ def test_tokens_that_are_cells_are_coded_once(monkeypatch):
 
 @pytest.mark.parametrize(("width", "cells"), [(256, 4), (40, 49)], ids=["coarse", "narrow"])
 def test_cells_of_several_tokens_and_narrow_ones_are_coded_apart(width, cells):
-    """A token of few numbers shares its range with others in a segment, not in an adapter."""
+    """A token of few numbers shares its range with others in a region, not in an adapter."""
     network, x = vit(width), torch.randn(2, 3, 32, 32)
     names = saved(converted(network, x, cells), x).by_module
     assert sum("recomputed" in name for name in names) == 2 * 2  # the last norm among them
@@ -68,7 +75,7 @@ def test_cells_of_several_tokens_and_narrow_ones_are_coded_apart(width, cells):
 
 @pytest.mark.parametrize("shape", [(2, 17, 256), (2, 3, 4, 256)], ids=str)
 def test_the_codes_that_a_host_input_hands_on_are_those_of_a_segment(shape):
-    door = HostInput(49, None, own_tokens=1)
+    door = HostInput(49, None, prefix_tokens=1)
     adapter = nn_adapter.Adapter(256, 256, 4, 1, 1, gated=True, exact=False)
     door.set_active(adapter)
     x = torch.randn(shape, requires_grad=True)
@@ -87,7 +94,7 @@ def test_the_codes_that_a_host_input_hands_on_are_those_of_a_segment(shape):
 
 @pytest.mark.parametrize(("size", "own"), [((17,), 1), ((3, 4), 0)])
 def test_single_tokens_are_not_copied(size, own):
-    place = Place.of(size, own, 16)
+    place = TokenGrid.of(size, own, 16)
     x = torch.randn(2, *size, 8, requires_grad=True)
     through, p = read_tokens(x, place)
     assert p.data_ptr() == x.data_ptr()

@@ -6,30 +6,33 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "lightning_da3"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lightning_da3"
 
-# a file or folder may import what stands before it
+# a file or folder may import what stands before it, and nothing behind it
 ORDER = (
-    "errors config ops memory checkpointing metrics plotting nn registry functions eager tracing "
-    "planning passes rewriting pieces keeping budget prediction state mixing domains accumulating "
-    "converting exporting folder hub attaching first_steps refusals binding loaders loggers "
-    "callbacks strategies sequence command __main__"
+    "errors formatting torch_private config ops memory nn layers tracing planning passes eager "
+    "files budget model reference converting costs plotting metrics trainer cli __main__"
 ).split()
 # the only ones that may import these
 DOORS = {
-    "lightning": ("callbacks", "strategies", "loggers", "loaders", "sequence"),
-    "wandb": ("loggers",),
-    "matplotlib": ("plotting", "loggers"),
+    "lightning": ("trainer",),
+    "wandb": ("trainer",),
+    "matplotlib": ("plotting", "trainer"),
     "torchmetrics": ("metrics",),
-    "torchvision": ("command",),
-    "timm": ("command",),
+    "torchvision": ("cli",),
+    "timm": ("cli",),
+    "huggingface_hub": ("files",),
     "sklearn": (),
+    "unittest": (),
 }
 NOT_IN = {"ops": ("torch.fx", "torch.nn.modules"), "nn": ("torch.fx",)}
+LONGEST = 350  # lines of a file
+LONGER: set[str] = set()
 
 
-def files() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.py"))
+def files(folder: Path = PACKAGE) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
 
 
 def place(path: Path) -> str:
@@ -37,24 +40,14 @@ def place(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports(source: str, *, everywhere: bool = False) -> Iterator[str]:
-    """Modules that a source imports when it is imported itself, dotted.
-
-    Those behind TYPE_CHECKING and inside functions only if `everywhere`.
-    """
-    waiting: list[ast.AST] = [ast.parse(source)]
-    while waiting:
-        node = waiting.pop()
+def imports(source: str) -> Iterator[str]:
+    """Modules that a source imports, dotted: in functions and under TYPE_CHECKING, too."""
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute here"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        later = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) or (
-            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        )
-        if everywhere or not later:
-            waiting += ast.iter_child_nodes(node)
 
 
 def own(name: str) -> str | None:
@@ -78,9 +71,8 @@ class K:
     def f(self):
         import g
 """
-    at_import = {"a.b", "c", "typing.TYPE_CHECKING", "lightning_da3.ops.bits", "e"}
-    assert set(imports(source)) == at_import
-    assert set(imports(source, everywhere=True)) == at_import | {"d", "g"}
+    expected = {"a.b", "c", "typing.TYPE_CHECKING", "lightning_da3.ops.bits", "d", "e", "g"}
+    assert set(imports(source)) == expected
     assert own("lightning_da3.ops.bits") == own("lightning_da3.ops") == "ops"
     assert own("torch") is None
 
@@ -104,17 +96,16 @@ def test_imports_go_one_way(path):
 
 @pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_other_packages_come_in_by_their_doors(path):
-    here, source = place(path), path.read_text()
-    for name in imports(source, everywhere=True):
+    here, names = place(path), list(imports(path.read_text()))
+    for name in names:
         doors = DOORS.get(name.split(".")[0])
         assert doors is None or here in doors, f"{here} may not import {name}"
     for package in NOT_IN.get(here, ()):
-        found = [name for name in imports(source, everywhere=True) if name.startswith(package)]
+        found = [name for name in names if name.startswith(package)]
         assert not found, f"{here} may not import {found}"
 
 
 def test_files_import_each_other_in_no_circle():
-    """Inside a folder, too."""
     graph = {}
     for path in files():
         dotted = ".".join(("lightning_da3", *path.relative_to(PACKAGE).with_suffix("").parts))
@@ -126,6 +117,26 @@ def test_files_import_each_other_in_no_circle():
     while ready := {name for name in graph if name not in done and graph[name] <= done}:
         done |= ready
     assert not set(graph) - done
+
+
+def test_no_folder_exports_a_name_that_hides_a_file_of_it():
+    for init in PACKAGE.rglob("__init__.py"):
+        inside = {path.stem for path in init.parent.iterdir()}
+        given = {name.rpartition(".")[2] for name in imports(init.read_text())}
+        assert not inside & given, init
+
+
+@pytest.mark.parametrize("folder", ["lightning_da3", "examples", "tests"])
+def test_files_are_short(folder):
+    lines = {str(f.relative_to(ROOT)): f.read_text().count("\n") for f in files(ROOT / folder)}
+    assert {name for name, count in lines.items() if count > LONGEST} <= LONGER
+
+
+def test_tests_import_nothing_from_examples():
+    theirs = {path.stem for path in (ROOT / "examples").glob("*.py")}
+    for path in files(ROOT / "tests"):
+        if "examples" not in path.parts[len(ROOT.parts) :][:-1]:
+            assert not {name.split(".")[0] for name in imports(path.read_text())} & theirs, path
 
 
 def test_nothing_is_printed_and_names_say_something():

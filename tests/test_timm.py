@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comparing import add, assert_relatively_close, mix_gates_, score
+from helpers.comparing import add, assert_relatively_close, mix_gates_, score
 from plain import PlainPyTorch
 from torch import nn
 

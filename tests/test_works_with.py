@@ -8,8 +8,15 @@ import lightning as L
 import pytest
 import torch
 import torch._dynamo
-import zoo
-from comparing import add, assert_identical, assert_relatively_close, leaves, mix_gates_, score
+from helpers import zoo
+from helpers.comparing import (
+    add,
+    assert_identical,
+    assert_relatively_close,
+    leaves,
+    mix_gates_,
+    score,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -20,7 +27,7 @@ from lightning_da3.memory import saved_activation_bytes
 EXACT = MemoryConfig(exact=True)
 ADAPTER = AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1)
 CONFIG = DA3Config(adapter=ADAPTER, head=None)
-# convolutions, segments, tokens; what stays Python with graphs inside
+# convolutions, regions, tokens; what stays Python with graphs inside
 WHOLE = ["Transposed", "SqueezeExcite", "VisionTransformer"]
 KINDS = [*WHOLE, "Detector"]
 MODES = pytest.mark.parametrize("memory", [MemoryConfig(), EXACT], ids=["coded", "exact"])

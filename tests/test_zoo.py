@@ -2,11 +2,10 @@
 
 import dataclasses
 
-import models
 import pytest
 import torch
-import zoo
-from comparing import (
+from helpers import models, zoo
+from helpers.comparing import (
     add,
     assert_relatively_close,
     leaves,
@@ -201,7 +200,7 @@ def test_what_stays_python_is_named_and_its_children_are_graphs(name, python):
 def test_the_length_of_a_tensor_is_no_reason_to_stay_python():
     model = convert(zoo.network("VisionTransformer"), CONFIG)
     assert model.plan.python == ()
-    assert [host.own_tokens for host in model.plan.hosts] == [1, 1, 1, 1]
+    assert [host.prefix_tokens for host in model.plan.hosts] == [1, 1, 1, 1]
     for count in (1, 3):
         assert model(torch.randn(count, 3, 12, 12)).shape == (count, zoo.CLASSES)
 
@@ -272,7 +271,7 @@ def test_maps_come_out_laid_out_as_the_input_is():
 def test_the_plan_is_the_same_for_every_type(name, dtype):
     plans = [convert(zoo.network(name).to(d), CONFIG).plan for d in (torch.float32, dtype)]
     assert plans[0] == plans[1]
-    assert plans[0].segments
+    assert plans[0].regions
 
 
 def test_a_list_of_blocks_in_an_untraceable_network_is_looked_into():
@@ -303,8 +302,8 @@ def test_a_segment_begins_behind_what_is_removed():
 
     net, x = Branch().eval(), torch.randn(2, 3, 8, 8)
     model = add(convert(net, CONFIG), "a")
-    (segment,) = model.plan.segments
-    assert (segment.source, segment.nodes[0]) == ("conv", "drop")
+    (region,) = model.plan.regions
+    assert (region.source, region.nodes[0]) == ("conv", "drop")
     assert_relatively_close(model(x), net(x), 1e-5)
     model.set_domain("a")
     model(x).sum().backward()

@@ -16,20 +16,20 @@ memory that does not come from PyTorch's allocator.
 
 from lightning_da3.memory.fake import fake_mode_of, resized, without_values
 from lightning_da3.memory.free import free_bytes
-from lightning_da3.memory.predicted import (
+from lightning_da3.memory.measured import PeakBytes, StepMeasurement, measure_step, resident_bytes
+from lightning_da3.memory.saved import SavedActivations, saved_activation_bytes
+from lightning_da3.memory.simulated import (
     BatchPrediction,
-    CutsItsBatch,
+    Microbatched,
     NodeCost,
     StepPrediction,
     StepPredictor,
     predict_step,
 )
-from lightning_da3.memory.saved import SavedActivations, saved_activation_bytes
-from lightning_da3.memory.step import PeakBytes, StepMeasurement, measure_step, resident_bytes
 
 __all__ = [
     "BatchPrediction",
-    "CutsItsBatch",
+    "Microbatched",
     "NodeCost",
     "PeakBytes",
     "SavedActivations",

@@ -17,17 +17,17 @@ from torch import Tensor, nn
 
 from lightning_da3.errors import InputError
 from lightning_da3.nn.frozen import FrozenConv
-from lightning_da3.ops.adapter import How, Kept, Weights, adapt, keep
+from lightning_da3.ops.adapter import AdapterOptions, KeptInput, Weights, adapt, keep
 from lightning_da3.ops.codes import Rows, read_back, sample_group
 from lightning_da3.ops.host import Means, coarse_grid, read, write
-from lightning_da3.ops.tokens import Place, read_tokens, write_tokens
+from lightning_da3.ops.tokens import TokenGrid, read_tokens, write_tokens
 
 CONV_OF = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 OPEN_LOGIT = 2.0  # bias of a fresh gate: open, and steep enough to learn to close
 
 
-class Adapted(NamedTuple):
+class AdapterOutput(NamedTuple):
     """What an adapter says of one host and one batch.
 
     Attributes:
@@ -38,12 +38,12 @@ class Adapted(NamedTuple):
 
     addend: Tensor
     gate: Tensor | None
-    kept: Kept | None = None
+    kept: KeptInput | None = None
 
     @property
-    def alone(self) -> Adapted:
+    def alone(self) -> AdapterOutput:
         """The same, and nothing kept for others."""
-        return Adapted(self.addend, self.gate)
+        return AdapterOutput(self.addend, self.gate)
 
 
 class Adapter(nn.Module):
@@ -92,16 +92,16 @@ class Adapter(nn.Module):
         self.gated, self.exact = gated, exact
         self.noisy = False  # set while training is far from over
 
-    def forward(self, p: Tensor) -> Adapted:
+    def forward(self, p: Tensor) -> AdapterOutput:
         """(N, C, *grid) to the addend (N, O, *grid) and the gate (N, 1, *grid)."""
         noise = None
         if self.gated and self.noisy and self.training:
             cells = (len(p), p.shape[2:].numel(), 1)
             uniform = torch.rand(cells, dtype=p.dtype, device=p.device)
             noise = torch.logit(uniform.clamp_(1e-6, 1 - 1e-6))
-        how, weights = How(self.norm.eps, self.gated, self.exact), self.weights
-        kept = keep(p, weights, how)
-        return Adapted(*adapt(p, noise, weights, how, kept), kept)
+        options, weights = AdapterOptions(self.norm.eps, self.gated, self.exact), self.weights
+        kept = keep(p, weights, options)
+        return AdapterOutput(*adapt(p, noise, weights, options, kept), kept)
 
     @property
     def weights(self) -> Weights:
@@ -139,7 +139,7 @@ class MixedAdapters(nn.Module):
         self.host, self.samples, self.count = host, samples, count
         self.adapters = nn.ModuleList(adapters)
 
-    def forward(self, p: Tensor) -> Adapted:
+    def forward(self, p: Tensor) -> AdapterOutput:
         """(N, C, *grid) to the addend (N, O, *grid) and the gate (N, 1, *grid)."""
         if len(p) != self.count:
             raise InputError(
@@ -148,12 +148,12 @@ class MixedAdapters(nn.Module):
                 "`set_domain(name)`."
             )
         said = [
-            cast(Adapted, adapter(p.index_select(0, own)))
+            cast(AdapterOutput, adapter(p.index_select(0, own)))
             for adapter, own in zip(self.adapters, self.samples, strict=True)
         ]
         gates = [adapted.gate for adapted in said if adapted.gate is not None]
         addend = self._scattered([adapted.addend for adapted in said], 0.0)
-        return Adapted(addend, self._scattered(gates, 1.0) if gates else None)
+        return AdapterOutput(addend, self._scattered(gates, 1.0) if gates else None)
 
     def _scattered(self, parts: Sequence[Tensor], otherwise: float) -> Tensor:
         """Every part's rows at their positions, laid out as the parts are."""
@@ -172,14 +172,16 @@ class HostInput(nn.Module):
     Args:
         max_cells: Most cells of the coarse grid.
         stride: Of the whole host, one number an axis; None for tokens.
-        own_tokens: Leading tokens that are cells by themselves.
+        prefix_tokens: Leading tokens that are cells by themselves.
     """
 
     active: Adapter | MixedAdapters | None
 
-    def __init__(self, max_cells: int, stride: tuple[int, ...] | None, own_tokens: int = 0) -> None:
+    def __init__(
+        self, max_cells: int, stride: tuple[int, ...] | None, prefix_tokens: int = 0
+    ) -> None:
         super().__init__()
-        self.max_cells, self.stride, self.own_tokens = max_cells, stride, own_tokens
+        self.max_cells, self.stride, self.prefix_tokens = max_cells, stride, prefix_tokens
         self.set_active(None)
 
     def set_active(self, adapter: Adapter | MixedAdapters | None) -> None:
@@ -192,13 +194,13 @@ class HostInput(nn.Module):
             return x.flatten(2).mean(2)
         return x.flatten(1, -2).mean(1) if x.dim() > 2 else x
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Adapted | None, Tensor | None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, AdapterOutput | None, Tensor | None]:
         """x, what the adapter says of it, and codes of x itself if the adapter keeps such."""
         if self.active is None:
             return x, None, None
         if self.stride is None:
             tokens = x.unsqueeze(1) if x.dim() == 2 else x  # one token a sample
-            place = Place.of(tokens.shape[1:-1], self.own_tokens, self.max_cells)
+            place = TokenGrid.of(tokens.shape[1:-1], self.prefix_tokens, self.max_cells)
             tokens, pooled = read_tokens(tokens, place, apart=self.active.exact)
             adapted = self.active(pooled)
             codes = _codes_of(tokens, adapted.kept) if place.whole else None
@@ -211,7 +213,7 @@ class HostInput(nn.Module):
         return x, adapted if x.shape[2:] == grid else adapted.alone, None
 
 
-def _codes_of(tokens: Tensor, kept: Kept | None) -> Tensor | None:
+def _codes_of(tokens: Tensor, kept: KeptInput | None) -> Tensor | None:
     """The codes of cells that are single tokens, if these are coded alike by themselves."""
     if kept is None or kept.rows is None or not kept.rows.last or not tokens.is_contiguous():
         return None
@@ -225,7 +227,7 @@ class HostOutput(nn.Module):
         macs_per_output: Multiply-accumulates of the whole host for one output position.
         exact: Keep the gate's cell means as they are, not as 8-bit codes.
         max_cells: Most cells of the coarse grid, for tokens.
-        own_tokens: None for maps; for tokens, how many are cells by themselves.
+        prefix_tokens: None for maps; for tokens, options many are cells by themselves.
         inplace: `f` may be overwritten.
 
     Attributes:
@@ -239,19 +241,19 @@ class HostOutput(nn.Module):
         macs_per_output: float,
         exact: bool,
         max_cells: int = 0,
-        own_tokens: int | None = None,
+        prefix_tokens: int | None = None,
         inplace: bool = True,
     ) -> None:
         super().__init__()
         self.macs_per_output, self.exact, self.inplace = macs_per_output, exact, inplace
-        self.max_cells, self.own_tokens = max_cells, own_tokens
+        self.max_cells, self.prefix_tokens = max_cells, prefix_tokens
         self.set_conv(None)
 
     def set_conv(self, conv: FrozenConv | None) -> None:
         """Refer to `conv` without owning it."""
         object.__setattr__(self, "conv", conv)
 
-    def _means(self, f: Tensor, adapted: Adapted) -> Means | None:
+    def _means(self, f: Tensor, adapted: AdapterOutput) -> Means | None:
         """Where cells are single pixels, of the input as of the output: f of the input's cells."""
         addend, kept = adapted.addend, adapted.kept
         if self.conv is None or kept is None or f.shape[2:] != addend.shape[2:]:
@@ -259,19 +261,19 @@ class HostOutput(nn.Module):
         return Means(kept.tensor.detach(), partial(_again, self.conv, kept.rows, addend.dtype))
 
     def forward(
-        self, f: Tensor, adapted: Adapted | None
+        self, f: Tensor, adapted: AdapterOutput | None
     ) -> tuple[Tensor, Tensor | None, float | None]:
         """y, of the shape of f, the gate, and multiply-accumulates of a sample with open gates."""
         if adapted is None:
             return f, None, None
-        if self.own_tokens is None:
+        if self.prefix_tokens is None:
             size = f.shape[2:]
             f = f if self.inplace else f.clone()
             y = write(f, adapted.addend, adapted.gate, self.exact, self._means(f, adapted))
         else:
             tokens = f.unsqueeze(1) if f.dim() == 2 else f
             size = tokens.shape[1:-1]
-            place = Place.of(size, self.own_tokens, self.max_cells)
+            place = TokenGrid.of(size, self.prefix_tokens, self.max_cells)
             y = write_tokens(tokens, adapted.addend, adapted.gate, place, self.exact)
             y = y.squeeze(1) if f.dim() == 2 else y
         return y, adapted.gate, self.macs_per_output * size.numel()

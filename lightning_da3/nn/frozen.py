@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_da3.errors import CheckpointError
-from lightning_da3.ops.activation import Slopes, hard_sigmoid, two_slopes
+from lightning_da3.ops.activation import Slopes, hard_sigmoid, piecewise_linear
 from lightning_da3.ops.convolution import (
     conv_input_gradient,
     frozen_conv,
@@ -22,7 +22,7 @@ from lightning_da3.ops.convolution import (
 )
 from lightning_da3.ops.normalization import frozen_affine
 from lightning_da3.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
-from lightning_da3.ops.smooth import Smooth, coded
+from lightning_da3.ops.smooth import Smooth, quantized_grad_activation
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
@@ -38,7 +38,7 @@ def numbers(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
     return (value,) * axes if isinstance(value, int) else tuple(value)
 
 
-class Statistics(NamedTuple):
+class BatchNormStatistics(NamedTuple):
     """What batch norm in eval computes with, each (C,) but `eps`."""
 
     mean: Tensor
@@ -48,13 +48,13 @@ class Statistics(NamedTuple):
     eps: float
 
     @classmethod
-    def of(cls, norm: BatchNorm) -> Statistics:
+    def of(cls, norm: BatchNorm) -> BatchNormStatistics:
         """Those of a batch norm with running statistics."""
         mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
         return cls(mean, var, norm.weight, norm.bias, norm.eps)
 
     @classmethod
-    def read(cls, state: Mapping[str, Tensor], name: str, eps: float) -> Statistics:
+    def read(cls, state: Mapping[str, Tensor], name: str, eps: float) -> BatchNormStatistics:
         """Those of the batch norm `name` in a state dict."""
         weight, bias = state.get(f"{name}.weight"), state.get(f"{name}.bias")
         return cls(state[f"{name}.running_mean"], state[f"{name}.running_var"], weight, bias, eps)
@@ -68,7 +68,9 @@ class Statistics(NamedTuple):
         return scale.detach(), (shift if self.bias is None else shift + self.bias.double()).detach()
 
 
-def fold(weight: Tensor, bias: Tensor | None, norm: Statistics | None) -> tuple[Tensor, Tensor]:
+def fold(
+    weight: Tensor, bias: Tensor | None, norm: BatchNormStatistics | None
+) -> tuple[Tensor, Tensor]:
     """Weight and bias of the one convolution that does ``norm(conv(x))``; computed in float64.
 
     Args:
@@ -97,7 +99,7 @@ class FrozenConv(nn.Module):
         norm: The batch norm (with running statistics) that alone reads its output, if any.
         name: Of the convolution in the user's network.
         norm_name: Of the batch norm there.
-        resting: Type that the weight rests in; by default its own.
+        stored_dtype: Type that the weight rests in; by default its own.
 
     Attributes:
         slopes: Of the activation that comes with it, or None.
@@ -111,7 +113,7 @@ class FrozenConv(nn.Module):
         norm: BatchNorm | None = None,
         name: str = "",
         norm_name: str | None = None,
-        resting: torch.dtype | None = None,
+        stored_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         axes = conv.weight.dim() - 2
@@ -127,11 +129,13 @@ class FrozenConv(nn.Module):
         before, after = self.pad[::2], self.pad[1::2]
         self.symmetric_padding = tuple(reversed(before)) if before == after else None
         self.pads_zeros_alike = conv.padding_mode == "zeros" and before == after
-        weight, bias = fold(conv.weight, conv.bias, None if norm is None else Statistics.of(norm))
+        weight, bias = fold(
+            conv.weight, conv.bias, None if norm is None else BatchNormStatistics.of(norm)
+        )
         # activations follow the weight's layout; channels_last is the one CPUs are fastest in
         layout = torch.channels_last if axes == 2 else torch.contiguous_format
         dtype = conv.weight.dtype
-        self.weight = frozen(weight.to(resting or dtype).contiguous(memory_format=layout))
+        self.weight = frozen(weight.to(stored_dtype or dtype).contiguous(memory_format=layout))
         has_bias = conv.bias is not None or norm is not None
         self.bias = frozen(bias.to(dtype)) if has_bias else None
 
@@ -147,7 +151,11 @@ class FrozenConv(nn.Module):
                 f"The weight of {self.name!r} is computed from other tensors, so it is not in the "
                 "network's own state. Load that state into the network, and convert it again."
             )
-        norm = None if self.norm_name is None else Statistics.read(state, self.norm_name, self.eps)
+        norm = (
+            None
+            if self.norm_name is None
+            else BatchNormStatistics.read(state, self.norm_name, self.eps)
+        )
         weight, bias = fold(state[f"{self.name}.weight"], state.get(f"{self.name}.bias"), norm)
         return {"weight": weight} if self.bias is None else {"weight": weight, "bias": bias}
 
@@ -263,7 +271,7 @@ class FrozenAffine(nn.Module):
     def __init__(self, norm: BatchNorm, inplace: bool = False, name: str = "") -> None:
         super().__init__()
         self.name, self.eps, self.inplace = name, norm.eps, inplace
-        scale, shift = Statistics.of(norm).affine()
+        scale, shift = BatchNormStatistics.of(norm).affine()
         dtype = cast(Tensor, norm.running_mean).dtype
         self.scale, self.shift = frozen(scale.to(dtype)), frozen(shift.to(dtype))
 
@@ -273,7 +281,7 @@ class FrozenAffine(nn.Module):
         Raises:
             KeyError: A tensor is missing.
         """
-        scale, shift = Statistics.read(state, self.name, self.eps).affine()
+        scale, shift = BatchNormStatistics.read(state, self.name, self.eps).affine()
         return {"scale": scale, "shift": shift}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -281,7 +289,7 @@ class FrozenAffine(nn.Module):
         return frozen_affine(x, self.scale, self.shift, self.inplace)
 
 
-class TwoSlopes(nn.Module):
+class PiecewiseLinear(nn.Module):
     """ReLU, ReLU6, Hardtanh or leaky ReLU that keeps one bit an element.
 
     Args:
@@ -295,7 +303,7 @@ class TwoSlopes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same."""
-        return two_slopes(x, self.slopes, self.inplace)
+        return piecewise_linear(x, self.slopes, self.inplace)
 
     def extra_repr(self) -> str:
         """The parameters."""
@@ -328,7 +336,7 @@ class HardSigmoid(nn.Module):
         return hard_sigmoid(x)
 
 
-class Coded(nn.Module):
+class QuantizedGradActivation(nn.Module):
     """A smooth activation that keeps a code of its derivative.
 
     Args:
@@ -343,7 +351,7 @@ class Coded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same."""
-        return coded(x, self.smooth, self.bits, self.inplace)
+        return quantized_grad_activation(x, self.smooth, self.bits, self.inplace)
 
     def extra_repr(self) -> str:
         """The parameters."""

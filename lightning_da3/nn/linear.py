@@ -76,7 +76,7 @@ def freeze_linear_layers_(network: nn.Module) -> None:
             module.__class__ = cast(Any, _FROZEN[type(module)])
 
 
-def rest_weights_(layer: nn.Module, dtype: torch.dtype) -> None:
+def store_weights_(layer: nn.Module, dtype: torch.dtype) -> None:
     """Let weights of a linear layer or an attention rest in `dtype`; biases stay as they are."""
     for module in layer.modules():
         for name in ("weight", "in_proj_weight"):

@@ -10,10 +10,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_da3.nn.adapter import HostInput
-from lightning_da3.nn.frozen import Coded, FrozenConv, HardSigmoid, TwoSlopes
+from lightning_da3.nn.frozen import (
+    FrozenConv,
+    HardSigmoid,
+    PiecewiseLinear,
+    QuantizedGradActivation,
+)
 from lightning_da3.nn.head import HeadSlot
 from lightning_da3.ops.excitation import Branch, excited
-from lightning_da3.ops.linear import few_rows
+from lightning_da3.ops.linear import plain_linear
 from lightning_da3.ops.recomputed import activated, recomputed
 
 
@@ -28,14 +33,14 @@ class ActivatedConv(NamedTuple):
     """``silu(conv(x))``."""
 
     conv: FrozenConv
-    activation: Coded
+    activation: QuantizedGradActivation
 
     def __call__(self, x: Tensor, /, *, exact: bool, codes: Tensor | None) -> Tensor:
         """See `activated`."""
         return activated(x, self.conv, self.activation, exact=exact, codes=codes)
 
 
-Small = Coded | TwoSlopes | HardSigmoid
+Small = QuantizedGradActivation | PiecewiseLinear | HardSigmoid
 
 
 class Excitation(NamedTuple):
@@ -47,7 +52,7 @@ class Excitation(NamedTuple):
         rest: Of s.
     """
 
-    activation: Coded | None
+    activation: QuantizedGradActivation | None
     first: FrozenConv
     rest: tuple[FrozenConv | Small, ...]
 
@@ -71,8 +76,8 @@ def _bent(conv: FrozenConv, y: Tensor) -> Tensor:
 def _by_pytorch(layer: FrozenConv | Small, x: Tensor) -> Tensor:
     """A layer of (N, C), in operations of PyTorch alone."""
     if isinstance(layer, FrozenConv):
-        return _bent(layer, few_rows(x, layer.weight.flatten(1), layer.bias))
-    if isinstance(layer, TwoSlopes):
+        return _bent(layer, plain_linear(x, layer.weight.flatten(1), layer.bias))
+    if isinstance(layer, PiecewiseLinear):
         return layer.slopes.evaluate(x, inplace=False)
     return F.hardsigmoid(x) if isinstance(layer, HardSigmoid) else layer.smooth.value(x)
 

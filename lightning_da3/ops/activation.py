@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_da3.ops.bits import dense, pack_between, unpack
-from lightning_da3.ops.decisions import decided
+from lightning_da3.ops.masks import recorded
 
 
 class Slopes(NamedTuple):
@@ -56,7 +56,7 @@ class Slopes(NamedTuple):
 RELU = Slopes()
 
 
-class _TwoSlopes(torch.autograd.Function):
+class _PiecewiseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, slopes: Slopes, inplace: bool, bits: Tensor | None) -> Tensor:
         x_dense = dense(x)
@@ -75,7 +75,7 @@ class _TwoSlopes(torch.autograd.Function):
         return ctx.slopes.gradient(grad, bits, ctx.size, ctx.stride), None, None, None
 
 
-def two_slopes(x: Tensor, slopes: Slopes = RELU, inplace: bool = False) -> Tensor:
+def piecewise_linear(x: Tensor, slopes: Slopes = RELU, inplace: bool = False) -> Tensor:
     """ReLU, ReLU6, Hardtanh or leaky ReLU.
 
     Args:
@@ -86,10 +86,10 @@ def two_slopes(x: Tensor, slopes: Slopes = RELU, inplace: bool = False) -> Tenso
     Returns:
         The activation of `x`, same shape. Keeps 1 bit an element if a gradient is needed.
     """
-    bits = decided(lambda: slopes.pack(dense(x)))
+    bits = recorded(lambda: slopes.pack(dense(x)))
     if not (torch.is_grad_enabled() and x.requires_grad):
         return slopes.evaluate(x, inplace)
-    result: Tensor = _TwoSlopes.apply(x, slopes, inplace, bits)
+    result: Tensor = _PiecewiseLinear.apply(x, slopes, inplace, bits)
     return result
 
 
@@ -118,7 +118,7 @@ def hard_sigmoid(x: Tensor) -> Tensor:
     Args:
         x: Any shape.
     """
-    bits = decided(lambda: pack_between(dense(x), -3.0, 3.0))
+    bits = recorded(lambda: pack_between(dense(x), -3.0, 3.0))
     if not (torch.is_grad_enabled() and x.requires_grad):
         return F.hardsigmoid(x)
     result: Tensor = _HardSigmoid.apply(x, bits)

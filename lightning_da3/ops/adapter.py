@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_da3.ops.codes import Rows
 from lightning_da3.ops.convolution import conv
-from lightning_da3.ops.sealed import lowered
+from lightning_da3.ops.opaque import lowered
 
 _aten = torch.ops.aten
 
@@ -47,7 +47,7 @@ class Weights(NamedTuple):
     value_bias: Tensor
 
 
-class How(NamedTuple):
+class AdapterOptions(NamedTuple):
     """What is no tensor.
 
     Attributes:
@@ -65,19 +65,19 @@ class How(NamedTuple):
         return not self.exact and weights.value.dtype == torch.float32
 
 
-class Kept(NamedTuple):
+class KeptInput(NamedTuple):
     """What an adapter keeps of p.
 
     Attributes:
         tensor: The codes of p, or p itself if exact.
-        rows: How it is coded; None if exact.
+        rows: AdapterOptions it is coded; None if exact.
     """
 
     tensor: Tensor
     rows: Rows | None
 
     @classmethod
-    def of(cls, p: Tensor, exact: bool) -> Kept:
+    def of(cls, p: Tensor, exact: bool) -> KeptInput:
         """Codes of `p`, or `p`."""
         if exact:
             return cls(p, None)
@@ -88,17 +88,22 @@ class Kept(NamedTuple):
 class _Adapt(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, p: Tensor, noise: Tensor | None, kept: Kept | None, how: How, *weights: Tensor
+        ctx: Any,
+        p: Tensor,
+        noise: Tensor | None,
+        kept: KeptInput | None,
+        options: AdapterOptions,
+        *weights: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         w = Weights(*weights)
-        ctx.how, ctx.like = how, (p.size(), p.dtype)
+        ctx.options, ctx.like = options, (p.size(), p.dtype)
         ctx.rows = Rows.of(p) if kept is None or kept.rows is None else kept.rows
         if torch.compiler.is_compiling():
-            addend, gate, *hidden = _sealed(p, noise, w, how)
+            addend, gate, *hidden = _opaque(p, noise, w, options)
         else:
             squeezed = _squeezed(p, w.squeeze)
-            addend, gate, norm = _said(squeezed, noise, w, how)
-            hidden = [*norm.halved()] if how.halves(w) else [squeezed, None]
+            addend, gate, norm = _respond(squeezed, noise, w, options)
+            hidden = [*norm.halved()] if options.halves(w) else [squeezed, None]
         saved = None if kept is None else kept.tensor
         ctx.save_for_backward(saved, *hidden, noise, *weights)
         ctx.set_materialize_grads(False)
@@ -114,11 +119,11 @@ class _Adapt(torch.autograd.Function):
         wants_p, wants_squeeze = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         arguments = (
             *(kept, hidden, rstd, noise, weights, grad_addend, grad_gate),
-            *(ctx.how.eps, ctx.how.exact, ctx.rows.last, ctx.rows.group),
+            *(ctx.options.eps, ctx.options.exact, ctx.rows.last, ctx.rows.group),
             *(size, dtype, wants_p, wants_squeeze),
         )
         if torch.compiler.is_compiling():
-            found = _sealed_gradients(*arguments)
+            found = _opaque_gradients(*arguments)
             grad_p, *grads = [None if g.numel() == 0 else g for g in found]
         else:
             grad_p, *grads = _gradients(*arguments)
@@ -259,18 +264,18 @@ def _maps(rows: Tensor, size: torch.Size) -> Tensor:
     return rows.view(size[0], *size[2:], rows.shape[1]).permute(0, last, *range(1, last))
 
 
-def _said(
-    hidden: Tensor, noise: Tensor | None, w: Weights, how: How
+def _respond(
+    hidden: Tensor, noise: Tensor | None, w: Weights, options: AdapterOptions
 ) -> tuple[Tensor, Tensor | None, _Norm]:
     """Addend, gate and the norm."""
     device = hidden.device.type  # few cells: as precise as the weights
     lowers = torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if lowers else contextlib.nullcontext():
-        norm = _Norm.of(hidden.to(w.value.dtype), how.eps)
+        norm = _Norm.of(hidden.to(w.value.dtype), options.eps)
         cells, logits = _attention(norm.n, w)
         scaled = torch.sigmoid(logits).mul(cells)
         addend = _maps(torch.addmm(w.value_bias, scaled, w.value.t()), hidden.shape)
-        if not how.gated:
+        if not options.gated:
             return addend, None, norm
         if noise is not None:
             logits = logits + noise.view(-1, 1)
@@ -294,12 +299,12 @@ def _all_of_it(
 
     `dtype` is the convolution's.
     """
-    w, how = Weights(*weights), How(eps, gated, exact)
+    w, options = Weights(*weights), AdapterOptions(eps, gated, exact)
     with torch.no_grad(), torch.autocast(p.device.type, enabled=False):
         hidden = _squeezed(p.to(dtype), w.squeeze.to(dtype))
     hidden = hidden.contiguous(memory_format=_preferred(hidden))
-    addend, gate, norm = _said(hidden, noise, w, how)
-    results = [addend, *(norm.halved() if how.halves(w) else [hidden])]
+    addend, gate, norm = _respond(hidden, noise, w, options)
+    results = [addend, *(norm.halved() if options.halves(w) else [hidden])]
     results = results if gate is None else [*results, gate]
     # a batch of one may be laid out otherwise with values than without
     return [r.contiguous(memory_format=_preferred(r)) for r in results]
@@ -319,7 +324,7 @@ def _preferred(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.dim() == 4 else torch.contiguous_format
 
 
-_sealed_adapt = torch.library.custom_op(
+_opaque_adapt = torch.library.custom_op(
     "lightning_da3::adapt",
     _all_of_it,
     mutates_args=(),
@@ -328,8 +333,8 @@ _sealed_adapt = torch.library.custom_op(
         " ScalarType dtype) -> Tensor[]"
     ),
 )
-_sealed_adapt.register_fake(_all_of_it)  # it computes shapes as well as values
-_sealed_gradients = torch.library.custom_op(
+_opaque_adapt.register_fake(_all_of_it)  # it computes shapes as well as values
+_opaque_gradients = torch.library.custom_op(
     "lightning_da3::adapt_backward",
     _all_gradients,
     mutates_args=(),
@@ -339,27 +344,33 @@ _sealed_gradients = torch.library.custom_op(
         " SymInt[] size, ScalarType p_dtype, bool wants_p, bool wants_squeeze) -> Tensor[]"
     ),
 )
-_sealed_gradients.register_fake(_all_gradients)
+_opaque_gradients.register_fake(_all_gradients)
 
 
-def _sealed(
-    p: Tensor, noise: Tensor | None, w: Weights, how: How
+def _opaque(
+    p: Tensor, noise: Tensor | None, w: Weights, options: AdapterOptions
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """Addend, gate, hidden map and rstd."""
     dtype = lowered(p, w.squeeze.dtype)
-    addend, hidden, *rest = _sealed_adapt(p, noise, list(w), how.eps, how.gated, how.exact, dtype)
-    rstd = rest.pop(0) if how.halves(w) else None
-    return addend, rest[0] if how.gated else None, hidden, rstd
+    addend, hidden, *rest = _opaque_adapt(
+        p, noise, list(w), options.eps, options.gated, options.exact, dtype
+    )
+    rstd = rest.pop(0) if options.halves(w) else None
+    return addend, rest[0] if options.gated else None, hidden, rstd
 
 
-def keep(p: Tensor, weights: Weights, how: How) -> Kept | None:
+def keep(p: Tensor, weights: Weights, options: AdapterOptions) -> KeptInput | None:
     """What `adapt` will keep of `p`, for others to use."""
     needed = torch.is_grad_enabled() and weights.squeeze.requires_grad
-    return Kept.of(p, how.exact) if needed else None
+    return KeptInput.of(p, options.exact) if needed else None
 
 
 def adapt(
-    p: Tensor, noise: Tensor | None, weights: Weights, how: How, kept: Kept | None = None
+    p: Tensor,
+    noise: Tensor | None,
+    weights: Weights,
+    options: AdapterOptions,
+    kept: KeptInput | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """What an adapter adds, and where it lets the host run.
 
@@ -369,7 +380,7 @@ def adapt(
         p: (N, C, *grid).
         noise: Added to s before the decision, (N, G, 1), or None.
         weights: The adapter's parameters.
-        how: See `How`.
+        options: See `AdapterOptions`.
         kept: Of p, if `keep` has made it.
 
     Returns:
@@ -377,8 +388,8 @@ def adapt(
     """
     needed = p.requires_grad or any(weight.requires_grad for weight in weights)
     if not (torch.is_grad_enabled() and needed):
-        addend, gate, _ = _said(_squeezed(p, weights.squeeze), noise, weights, how)
+        addend, gate, _ = _respond(_squeezed(p, weights.squeeze), noise, weights, options)
         return addend, gate
-    kept = keep(p, weights, how) if kept is None else kept
-    result: tuple[Tensor, Tensor | None] = _Adapt.apply(p, noise, kept, how, *weights)
+    kept = keep(p, weights, options) if kept is None else kept
+    result: tuple[Tensor, Tensor | None] = _Adapt.apply(p, noise, kept, options, *weights)
     return result

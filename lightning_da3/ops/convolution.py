@@ -17,9 +17,9 @@ from torch import Tensor
 
 from lightning_da3.ops.activation import Slopes
 from lightning_da3.ops.bits import dense
-from lightning_da3.ops.decisions import decided
-from lightning_da3.ops.linear import at_work, at_work_again, is_fast, product
-from lightning_da3.ops.sealed import is_sealed, lowered, sealed
+from lightning_da3.ops.linear import cast_weight, cast_weight_backward, is_fast, product
+from lightning_da3.ops.masks import recorded
+from lightning_da3.ops.opaque import is_opaque, lowered, opaque_convolution
 
 
 class _Geometry(NamedTuple):
@@ -46,7 +46,7 @@ class _FrozenConv(torch.autograd.Function):
             return y
         y = dense(y)
         ctx.size, ctx.stride = y.size(), y.stride()
-        bits = decided(lambda: slopes.pack(y))
+        bits = recorded(lambda: slopes.pack(y))
         ctx.save_for_backward(weight, slopes.pack(y) if bits is None else bits)
         return slopes.evaluate(y, inplace=True)
 
@@ -73,9 +73,11 @@ def conv(
     groups: int,
 ) -> Tensor:
     """The convolution alone, as fast as PyTorch can; arguments as `frozen_conv`."""
-    if is_sealed(weight):
-        return sealed(x, weight, bias, stride, padding, dilation, groups, lowered(x, x.dtype))
-    weight = at_work(weight, x)
+    if is_opaque(weight):
+        return opaque_convolution(
+            x, weight, bias, stride, padding, dilation, groups, lowered(x, x.dtype)
+        )
+    weight = cast_weight(weight, x)
     if _is_pointwise(weight, padding, groups) and _fast_matmul(x, weight):
         return _pointwise(_every(x, stride), weight.flatten(1), bias)
     plain = _PLAIN[len(stride)]
@@ -105,7 +107,7 @@ def conv_input_gradient(
     Returns:
         dL/dx, (N, C, *in).
     """
-    weight = weight if is_sealed(weight) else at_work_again(weight, grad)
+    weight = weight if is_opaque(weight) else cast_weight_backward(weight, grad)
     if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
         grad = grad.contiguous(memory_format=torch.channels_last)  # as y was: see FrozenConv
     if _is_pointwise(weight, padding, groups) and _fast_matmul(grad, weight):
@@ -115,7 +117,7 @@ def conv_input_gradient(
         spread = grad_x.new_zeros(size).to(memory_format=torch.channels_last)
         _every(spread, stride).copy_(grad_x)
         return spread
-    if grad.is_cpu and _turns(weight, stride, padding, dilation, groups) and not is_sealed(weight):
+    if grad.is_cpu and _turns(weight, stride, padding, dilation, groups) and not is_opaque(weight):
         # oneDNN is slower with gradients of large depthwise kernels than with convolutions
         turned = weight.flip([*range(2, weight.dim())])
         sides = zip(dilation, weight.shape[2:], padding, strict=True)
@@ -129,8 +131,10 @@ def conv_input_gradient(
                 size[2:], grad.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
             )
         ]
-    if is_sealed(weight):
-        return sealed(grad, weight, None, stride, padding, dilation, groups, grad.dtype, rest)
+    if is_opaque(weight):
+        return opaque_convolution(
+            grad, weight, None, stride, padding, dilation, groups, grad.dtype, rest
+        )
     return torch.convolution(grad, weight, None, stride, padding, dilation, True, rest, groups)
 
 
@@ -200,7 +204,7 @@ def frozen_conv(
         y = conv(x, weight, bias, *geometry)
         if slopes is None:
             return y
-        decided(lambda: slopes.pack(dense(y)))
+        recorded(lambda: slopes.pack(dense(y)))
         return slopes.evaluate(y, inplace=True)
     result: Tensor = _FrozenConv.apply(x, weight, bias, geometry, slopes)
     return result
@@ -218,20 +222,24 @@ class _FrozenConvTranspose(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         stride, padding, _, groups, dilation = ctx.geometry
-        if is_sealed(weight):
-            grad_x = sealed(grad, weight, None, stride, padding, dilation, groups, grad.dtype)
+        if is_opaque(weight):
+            grad_x = opaque_convolution(
+                grad, weight, None, stride, padding, dilation, groups, grad.dtype
+            )
         else:
-            weight = at_work_again(weight, grad)
+            weight = cast_weight_backward(weight, grad)
             grad_x = _PLAIN[len(stride)](grad, weight, None, stride, padding, dilation, groups)
         return grad_x.to(ctx.dtype), *[None] * 7
 
 
 def _conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    if is_sealed(weight):
+    if is_opaque(weight):
         stride, padding, more, groups, dilation = geometry
-        return sealed(x, weight, bias, stride, padding, dilation, groups, lowered(x, x.dtype), more)
+        return opaque_convolution(
+            x, weight, bias, stride, padding, dilation, groups, lowered(x, x.dtype), more
+        )
     conv = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-    result: Tensor = conv[weight.dim() - 2](x, at_work(weight, x), bias, *geometry)
+    result: Tensor = conv[weight.dim() - 2](x, cast_weight(weight, x), bias, *geometry)
     return result
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lightning_da3.ops.codes import kept_of, read_back
-from lightning_da3.ops.decisions import noting
-from lightning_da3.ops.linear import at_work_again, few_rows
+from lightning_da3.ops.linear import cast_weight_backward, plain_linear
+from lightning_da3.ops.masks import record_masks
 from lightning_da3.ops.recomputed import Activation, as_before, autocast_of
 from lightning_da3.ops.smooth import Smooth, widened
 
@@ -38,7 +38,7 @@ class Branch(NamedTuple):
     def squeeze(self, v: Tensor) -> Tensor:
         """``W mean(v) + b``, (N, H)."""
         mean = v.mean(dim=tuple(range(2, v.dim())))
-        return few_rows(mean, self.weight, self.bias)
+        return plain_linear(mean, self.weight, self.bias)
 
 
 class _Excited(torch.autograd.Function):
@@ -54,7 +54,7 @@ class _Excited(torch.autograd.Function):
         ctx.smooth, ctx.rest = smooth, branch.rest
         kept, ctx.code = kept_of(x, exact, made)
         ctx.autocast = autocast_of(x.device.type)
-        with noting(not exact) as noted:
+        with record_masks(not exact) as noted:
             v = x if smooth is None else smooth.value(smooth.settled(x))
         squeezed = branch.squeeze(v)
         y = _scaled(v, branch.rest(squeezed), overwrite=v is not x)
@@ -74,7 +74,7 @@ class _Excited(torch.autograd.Function):
             scale = ctx.rest(leaf)
         grad_scale = (grad * v).flatten(2).sum(2)
         (grad_squeezed,) = torch.autograd.grad(scale, leaf, grad_scale.to(scale.dtype))
-        grad_mean = grad_squeezed @ at_work_again(weight, grad_squeezed)
+        grad_mean = grad_squeezed @ cast_weight_backward(weight, grad_squeezed)
         grad_mean = _spread(grad_mean.div_(x.shape[2:].numel()).to(grad.dtype), x)
         grad_x = torch.addcmul(grad_mean, grad, _spread(scale.detach().to(grad.dtype), x))
         if ctx.smooth is not None:

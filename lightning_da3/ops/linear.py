@@ -34,12 +34,12 @@ def product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
-def few_rows(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+def plain_linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """``x matrix^T + bias`` of PyTorch, which is quicker to call than oneDNN, and has a graph."""
-    return F.linear(x, at_work(matrix, x), bias)
+    return F.linear(x, cast_weight(matrix, x), bias)
 
 
-def at_work(weight: Tensor, x: Tensor) -> Tensor:
+def cast_weight(weight: Tensor, x: Tensor) -> Tensor:
     """A weight in the type of what it meets: one that rests in bfloat16 is copied, others are not.
 
     Args:
@@ -49,7 +49,7 @@ def at_work(weight: Tensor, x: Tensor) -> Tensor:
     return weight.to(x.dtype) if weight.dtype == torch.bfloat16 else weight
 
 
-def at_work_again(weight: Tensor, grad: Tensor) -> Tensor:
+def cast_weight_backward(weight: Tensor, grad: Tensor) -> Tensor:
     """A weight in the type of the gradient that it meets in a backward.
 
     Args:
@@ -72,13 +72,13 @@ class _FrozenLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        weight = at_work_again(weight, grad)
+        weight = cast_weight_backward(weight, grad)
         grad_x = product(grad, weight.t()) if is_fast(grad, weight) else grad @ weight
         return grad_x.to(ctx.dtype), None, None
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    weight = at_work(weight, x)
+    weight = cast_weight(weight, x)
     if is_fast(x, weight):
         return product(x, weight, bias)
     return F.linear(x, weight, bias)

@@ -1,7 +1,7 @@
 """A piece of a network that keeps its input, in 8 bits, and is computed again in the backward.
 
 Shapes: any. Kept: codes of the activations it reads (1/4 of float32; see
-`lightning_da3.ops.codes`) and what it decided (see `lightning_da3.ops.decisions`), or those
+`lightning_da3.ops.codes`) and what it decided (see `lightning_da3.ops.masks`), or those
 activations themselves if exact; constants that the piece reads as well.
 """
 
@@ -18,13 +18,13 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_da3.ops.bits import dense, has_no_values
 from lightning_da3.ops.codes import Code, decode, encode, kept_of, read_back, sample_group
-from lightning_da3.ops.decisions import following, noting
+from lightning_da3.ops.masks import record_masks, replay_masks
 from lightning_da3.ops.smooth import Smooth, widened
 
 Piece = Callable[..., tuple[Any, ...]]
 
 
-class _How(NamedTuple):
+class _Options(NamedTuple):
     exact: bool
     random: bool
     parameters: int  # trainable tensors in front of the activations
@@ -33,7 +33,7 @@ class _How(NamedTuple):
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, piece: Piece, how: _How, made: Tensor | None, *inputs: Any
+        ctx: Any, piece: Piece, how: _Options, made: Tensor | None, *inputs: Any
     ) -> tuple[Any, ...]:
         parameters, activations = inputs[: how.parameters], inputs[how.parameters :]
         needed = ctx.needs_input_grad[3 + how.parameters :]
@@ -53,7 +53,7 @@ class _Recomputed(torch.autograd.Function):
             if isinstance(t, Tensor) and (i or made is None)
         ]
         kept = kept if made is None else [made, *kept]
-        with noting(not how.exact) as noted:
+        with record_masks(not how.exact) as noted:
             outputs = piece(x.view_as(x), *activations[1:])
         outputs = tuple(_owner(y, activations) for y in outputs)
         ctx.noted = len(noted)
@@ -79,7 +79,7 @@ class _Recomputed(torch.autograd.Function):
             )
         ]
         again = contextlib.nullcontext() if ctx.random is None else ctx.random.again()
-        decisions = contextlib.nullcontext() if ctx.how.exact else following(noted)
+        decisions = contextlib.nullcontext() if ctx.how.exact else replay_masks(noted)
         with torch.enable_grad(), ctx.autocast(), again, decisions:
             outputs = ctx.piece(*activations)
         wanted = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None]
@@ -173,7 +173,7 @@ class _Activated(torch.autograd.Function):
         ctx.size, ctx.dtype = x.size(), x.dtype
         kept, ctx.code = kept_of(x, exact, made)
         ctx.autocast = autocast_of(x.device.type)
-        with noting(not exact) as noted:
+        with record_masks(not exact) as noted:
             y = activation(linear(x))
         ctx.save_for_backward(kept, *noted)
         return y
@@ -193,7 +193,7 @@ def as_before(x: Tensor, smooth: Smooth, noted: Sequence[Tensor]) -> Tensor:
     """The input of `smooth`, computed again, as what was noted of the first one says."""
     if not noted:
         return x
-    with following(noted):
+    with replay_masks(noted):
         return smooth.settled(x)
 
 
@@ -302,6 +302,6 @@ def recomputed(
         return piece(x, *rest)
     if torch.compiler.is_compiling():
         return _compiled(piece, x, *rest, exact=exact, codes=codes)
-    how = _How(exact, random, len(parameters))
+    how = _Options(exact, random, len(parameters))
     result: tuple[Any, ...] = _Recomputed.apply(piece, how, codes, *parameters, x, *rest)
     return result

@@ -22,7 +22,7 @@ from torch import Tensor
 from lightning_da3.errors import ConfigError
 from lightning_da3.ops.bits import pack_pairs, unpack_pairs
 from lightning_da3.ops.codes import to_bytes
-from lightning_da3.ops.decisions import computed_twice, settled
+from lightning_da3.ops.masks import computed_twice, settled
 
 aten = torch.ops.aten
 
@@ -73,7 +73,9 @@ class Smooth:
         return (self.high - self.low) / ((1 << bits) - 1)
 
 
-def coded(x: Tensor, smooth: Smooth, bits: int = 8, inplace: bool = False) -> Tensor:
+def quantized_grad_activation(
+    x: Tensor, smooth: Smooth, bits: int = 8, inplace: bool = False
+) -> Tensor:
     """`smooth` of `x`, exact, with a gradient that sees its derivative through codes.
 
     The derivative is off by at most ``smooth.step(bits) / 2`` from PyTorch's own, which takes

@@ -28,7 +28,7 @@ from lightning_da3.ops.host import (
 )
 
 
-class Place(NamedTuple):
+class TokenGrid(NamedTuple):
     """Which cell a token lies in.
 
     Attributes:
@@ -42,7 +42,7 @@ class Place(NamedTuple):
     grid: tuple[int, ...]
 
     @classmethod
-    def of(cls, size: Sequence[int], own: int, max_cells: int) -> Place:
+    def of(cls, size: Sequence[int], own: int, max_cells: int) -> TokenGrid:
         """Of tokens with these axes between N and C; n * n in a row are taken as a square."""
         size = tuple(size)
         if len(size) > 1:
@@ -64,7 +64,7 @@ class Place(NamedTuple):
         rest = x[:, self.own :].transpose(1, 2)
         return rest.unflatten(2, list(self.size)) if len(self.size) > 1 else rest  # type: ignore[no-untyped-call]
 
-    def own_tokens(self, x: Tensor) -> Tensor:
+    def prefix_tokens(self, x: Tensor) -> Tensor:
         """View of the own tokens of (N, T, C) as (N, C, own)."""
         return x[:, : self.own].transpose(1, 2)
 
@@ -84,7 +84,7 @@ class _ReadTokens(torch.autograd.Function):
     """``x -> (x, cells(x))``; the backward adds the cells' gradient into that of x, in place."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, place: Place, apart: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, place: TokenGrid, apart: bool) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.size, ctx.place = x.size(), place
         return x.view_as(x), _cells(x, place, apart)
@@ -102,18 +102,18 @@ class _ReadTokens(torch.autograd.Function):
             return grad.add_(grad_cells.transpose(1, 2).reshape(ctx.size)), None, None
         add_pool_gradient_(place.maps(grad), place.on_grid(grad_cells))
         if place.own:
-            place.own_tokens(grad).add_(grad_cells[:, :, : place.own])
+            place.prefix_tokens(grad).add_(grad_cells[:, :, : place.own])
         return grad, None, None
 
 
-def _cells(x: Tensor, place: Place, apart: bool) -> Tensor:
+def _cells(x: Tensor, place: TokenGrid, apart: bool) -> Tensor:
     """The cell means; if every token is a cell, a view of `x` unless that must stay `apart`."""
     if place.whole and not apart and not torch.compiler.is_compiling():
         return x.flatten(1, -2).transpose(1, 2)
     return place.in_row(x, pool(place.maps(x), place.grid))
 
 
-def read_tokens(x: Tensor, place: Place, apart: bool = False) -> tuple[Tensor, Tensor]:
+def read_tokens(x: Tensor, place: TokenGrid, apart: bool = False) -> tuple[Tensor, Tensor]:
     """The host's input and its cell means; see `lightning_da3.ops.host.read`.
 
     Args:
@@ -135,7 +135,7 @@ class _WriteTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, f: Tensor, addend: Tensor, gate: Tensor | None, place: Place, exact: bool
+        ctx: Any, f: Tensor, addend: Tensor, gate: Tensor | None, place: TokenGrid, exact: bool
     ) -> Tensor:
         ctx.place, ctx.gated, ctx.read = place, gate is not None, None
         saved: tuple[Tensor, ...] = ()
@@ -165,17 +165,17 @@ class _WriteTokens(torch.autograd.Function):
             grad_f = torch.empty_like(grad)
             place.maps(grad_f).copy_(gated(place.maps(grad), place.on_grid(gate)))
             if place.own:
-                own = place.own_tokens(grad) * gate[:, :, : place.own]
-                place.own_tokens(grad_f).copy_(own)
+                own = place.prefix_tokens(grad) * gate[:, :, : place.own]
+                place.prefix_tokens(grad_f).copy_(own)
         return grad_f, sums, grad_gate, None, None
 
 
-def _written(f: Tensor, addend: Tensor, gate: Tensor | None, place: Place) -> Tensor:
+def _written(f: Tensor, addend: Tensor, gate: Tensor | None, place: TokenGrid) -> Tensor:
     y = f.clone()
     open_ = None if gate is None else place.on_grid(gate)
     write_(place.maps(y), place.on_grid(addend), open_)
     if place.own:
-        own = place.own_tokens(y)
+        own = place.prefix_tokens(y)
         if gate is not None:
             own.mul_(gate[:, :, : place.own])
         own.add_(addend[:, :, : place.own])
@@ -183,7 +183,7 @@ def _written(f: Tensor, addend: Tensor, gate: Tensor | None, place: Place) -> Te
 
 
 def write_tokens(
-    f: Tensor, addend: Tensor, gate: Tensor | None, place: Place, exact: bool = False
+    f: Tensor, addend: Tensor, gate: Tensor | None, place: TokenGrid, exact: bool = False
 ) -> Tensor:
     """``y = up(gate) * f + up(addend)``; see `lightning_da3.ops.host.write`.
 

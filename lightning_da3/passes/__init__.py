@@ -12,12 +12,11 @@ from lightning_da3.config import DA3Config
 from lightning_da3.passes.freeze import freeze_
 from lightning_da3.passes.hosts import attach_hosts_
 from lightning_da3.passes.means import compute_means_again_
-from lightning_da3.passes.pools import pool_first_
+from lightning_da3.passes.prologue import prologue_
 from lightning_da3.passes.recompute import recompute_
-from lightning_da3.passes.start import start_in_pieces_
 from lightning_da3.passes.views import reshape_
-from lightning_da3.planning import PartPlan
-from lightning_da3.tracing import Part
+from lightning_da3.planning.plan import PartPlan
+from lightning_da3.tracing.tracer import Part
 
 Pass = Callable[[Part, PartPlan, DA3Config], None]
 
@@ -26,7 +25,6 @@ ORDER: tuple[Pass, ...] = (
     attach_hosts_,
     freeze_,
     compute_means_again_,
-    pool_first_,
     recompute_,
-    start_in_pieces_,
+    prologue_,
 )

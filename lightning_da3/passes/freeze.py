@@ -8,18 +8,19 @@ import torch
 from torch import fx, nn
 
 from lightning_da3.config import DA3Config, MemoryConfig
+from lightning_da3.layers import convolution_of, replacement_for
 from lightning_da3.nn.frozen import (
-    Coded,
     FrozenAffine,
     FrozenConv,
     FrozenConvTranspose,
+    PiecewiseLinear,
+    QuantizedGradActivation,
     Sum,
-    TwoSlopes,
     frozen,
 )
-from lightning_da3.planning import NodePlan, PartPlan, layer_called
-from lightning_da3.registry import convolution_of, replacement_for
-from lightning_da3.tracing import Part, module_of
+from lightning_da3.planning.layers import layer_called
+from lightning_da3.planning.plan import NodePlan, PartPlan
+from lightning_da3.tracing.tracer import Part, module_of
 
 STANDS_FOR = "stands_for"
 
@@ -46,8 +47,8 @@ def freeze_(part: Part, plan: PartPlan, config: DA3Config) -> None:
             if not isinstance(module_of(gm, node), FrozenConv):  # else an earlier call did it
                 norm = norm_of.get(step.name)
                 norm_name = None if norm is None else str(norm.target)
-                resting = config.memory.resting
-                gm.set_submodule(name, _frozen_conv(part, originals, name, norm_name, resting))
+                stored_dtype = config.memory.stored_dtype
+                gm.set_submodule(name, _frozen_conv(part, originals, name, norm_name, stored_dtype))
         elif step.action == "affine":
             affine = FrozenAffine(cast(Any, originals[name]), step.inplace, part.user_name(name))
             _call(gm, node, affine)
@@ -57,7 +58,7 @@ def freeze_(part: Part, plan: PartPlan, config: DA3Config) -> None:
             _call(gm, node, Sum(), node.args)
         elif step.action == "fuse":
             conv = cast(FrozenConv, module_of(gm, nodes[cast(str, step.fold_into)]))
-            conv.slopes = cast(TwoSlopes, _replacement(part, node, step)).slopes
+            conv.slopes = cast(PiecewiseLinear, _replacement(part, node, step)).slopes
     for step in plan.nodes:
         if step.action in ("fold", "fuse", "remove"):
             _bypass(gm, nodes[step.name])
@@ -69,19 +70,19 @@ def _frozen_conv(
     originals: dict[str, Any],
     name: str,
     norm_name: str | None,
-    resting: torch.dtype | None,
+    stored_dtype: torch.dtype | None,
 ) -> FrozenConv:
     norm = None if norm_name is None else originals[norm_name]
     norm_name = None if norm_name is None else part.user_name(norm_name)
-    return FrozenConv(originals[name], norm, part.user_name(name), norm_name, resting)
+    return FrozenConv(originals[name], norm, part.user_name(name), norm_name, stored_dtype)
 
 
 def _replace(part: Part, node: fx.Node, step: NodePlan, memory: MemoryConfig) -> None:
     built = _replacement(part, node, step)
     if isinstance(built, FrozenConvTranspose):
         built.name = part.user_name(str(node.target))
-        built.weight = frozen(built.weight.to(memory.resting or built.weight.dtype))
-    if isinstance(built, Coded):
+        built.weight = frozen(built.weight.to(memory.stored_dtype or built.weight.dtype))
+    if isinstance(built, QuantizedGradActivation):
         built.bits = memory.derivative_bits
     _call(part.gm, node, built)
 

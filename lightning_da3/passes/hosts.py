@@ -9,8 +9,8 @@ from torch import fx
 from lightning_da3.config import DA3Config
 from lightning_da3.nn.adapter import HostInput, HostOutput
 from lightning_da3.nn.gate import Recorder
-from lightning_da3.planning import HostPlan, PartPlan
-from lightning_da3.tracing import Part
+from lightning_da3.planning.plan import HostPlan, PartPlan
+from lightning_da3.tracing.tracer import Part
 
 INPUTS, OUTPUTS, RECORDERS = "host_inputs", "host_outputs", "recorders"
 
@@ -32,14 +32,14 @@ def _attach(
 ) -> fx.Node:
     """The node whose value is the host's, with what was added."""
     key, cells, tokens = host_key(host.name), config.adapter.max_cells, host.stride is None
-    gm.add_submodule(f"{INPUTS}.{key}", HostInput(cells, host.stride, host.own_tokens))
+    gm.add_submodule(f"{INPUTS}.{key}", HostInput(cells, host.stride, host.prefix_tokens))
     gm.add_submodule(
         f"{OUTPUTS}.{key}",
         HostOutput(
             host.macs_per_output,
             config.memory.exact,
             cells,
-            host.own_tokens if tokens else None,
+            host.prefix_tokens if tokens else None,
             host.inplace,
         ),
     )

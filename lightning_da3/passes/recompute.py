@@ -1,4 +1,4 @@
-"""``y = f(x)`` for a whole segment becomes ``y, .. = recomputed(x, ..)``."""
+"""``y = f(x)`` for a whole region becomes ``y, .. = recomputed(x, ..)``."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from lightning_da3.config import DA3Config
 from lightning_da3.nn.recomputed import Recomputed
 from lightning_da3.passes.freeze import stands_for
 from lightning_da3.passes.hosts import INPUTS, OUTPUTS
-from lightning_da3.passes.pieces import call_instead_, copied
 from lightning_da3.passes.shortcuts import shortcut_of
-from lightning_da3.planning import PartPlan, SegmentPlan
+from lightning_da3.passes.subgraphs import call_instead_, copied
 from lightning_da3.planning.flow import Flow, Nodes
-from lightning_da3.tracing import Part, module_of
+from lightning_da3.planning.plan import PartPlan, RecomputeRegion
+from lightning_da3.tracing.tracer import Part, module_of
 
 PLACE = "recomputed"
 
 
 def recompute_(part: Part, plan: PartPlan, config: DA3Config) -> None:
-    """Put one module in the place of every planned segment."""
-    for i, segment in enumerate(plan.segments):
-        _recompute(part.gm, segment, f"{PLACE}.{i}", config.memory.exact)
+    """Put one module in the place of every planned region."""
+    for i, region in enumerate(plan.regions):
+        _recompute(part.gm, region, f"{PLACE}.{i}", config.memory.exact)
 
 
-def _recompute(gm: fx.GraphModule, segment: SegmentPlan, place: str, exact: bool) -> None:
-    inside = _inside(gm.graph, segment)
+def _recompute(gm: fx.GraphModule, region: RecomputeRegion, place: str, exact: bool) -> None:
+    inside = _inside(gm.graph, region)
     outer = {i: None for node in inside for i in node.all_input_nodes if i not in inside}
-    x = next(i for i in outer if _hands_on(i, segment.source))
+    x = next(i for i in outer if _hands_on(i, region.source))
     inputs = [x, *[i for i in outer if i is not x]]  # constants, and numbers of other tensors
     piece, copies = copied(inside, inputs)
     for node in inside:
@@ -41,17 +41,17 @@ def _recompute(gm: fx.GraphModule, segment: SegmentPlan, place: str, exact: bool
     call_instead_(gm, place, module, inside, inputs, {} if codes is None else {"codes": codes})
 
 
-def _inside(graph: fx.Graph, segment: SegmentPlan) -> Nodes:
-    """The segment's nodes, what was put between them, and the items of what they return."""
-    names = set(segment.nodes)
+def _inside(graph: fx.Graph, region: RecomputeRegion) -> Nodes:
+    """The region's nodes, what was put between them, and the items of what they return."""
+    names = set(region.nodes)
     planned = [  # what is gone may have come right behind the source, which now stands for it
         node
         for node in graph.nodes
-        if names & stands_for(node) and not _hands_on(node, segment.source)
+        if names & stands_for(node) and not _hands_on(node, region.source)
     ]
     inside = set(planned)
-    if segment.with_hosts:
-        source = next(n for n in graph.nodes if segment.source in stands_for(n))
+    if region.with_hosts:
+        source = next(n for n in graph.nodes if region.source in stands_for(n))
         inside = set(Flow(graph).between(source, planned))
     for node in graph.nodes:
         if node.target is operator.getitem and node.args[0] in inside:
@@ -60,7 +60,7 @@ def _inside(graph: fx.Graph, segment: SegmentPlan) -> Nodes:
 
 
 def _leave_input_alone_(gm: fx.GraphModule, node: fx.Node, name: str) -> None:
-    """What the segment reads is kept, or read again: its first operation must not overwrite it."""
+    """What the region reads is kept, or read again: its first operation must not overwrite it."""
     if node.kwargs.get("inplace"):
         node.kwargs = {**node.kwargs, "inplace": False}
     layer = module_of(gm, node)

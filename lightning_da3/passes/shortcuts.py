@@ -10,10 +10,10 @@ from typing import TypeGuard
 import torch
 from torch import fx, nn
 
-from lightning_da3.nn.frozen import AdaptiveAvgPool, Coded, FrozenConv
+from lightning_da3.nn.frozen import AdaptiveAvgPool, FrozenConv, QuantizedGradActivation
 from lightning_da3.nn.recomputed import ActivatedConv, Excitation, Shortcut, Small
-from lightning_da3.passes.pieces import exits_of
-from lightning_da3.tracing import module_of
+from lightning_da3.passes.subgraphs import exits_of
+from lightning_da3.tracing.tracer import module_of
 
 _PRODUCTS = (operator.mul, torch.mul, "mul")
 _SPATIAL = ((2, 3), [2, 3], (-2, -1), [-2, -1])
@@ -32,7 +32,11 @@ def shortcut_of(gm: fx.GraphModule, x: fx.Node, inside: Sequence[fx.Node]) -> Sh
     layers = [module_of(gm, node) for node in inside]
     if len(inside) == 2:
         return _activated_conv(layers) if _is_chain([x, *inside]) else None
-    if isinstance(layers[0], Coded) and _is_chain([x, inside[0]]) and _reads_input(layers[0]):
+    if (
+        isinstance(layers[0], QuantizedGradActivation)
+        and _is_chain([x, inside[0]])
+        and _reads_input(layers[0])
+    ):
         return _excitation(layers[0], inside[0], inside[1:], layers[1:])
     return _excitation(None, x, inside, layers)
 
@@ -44,7 +48,7 @@ def _is_chain(nodes: Sequence[fx.Node]) -> bool:
     )
 
 
-def _reads_input(activation: Coded) -> bool:
+def _reads_input(activation: QuantizedGradActivation) -> bool:
     return not activation.smooth.reads_value
 
 
@@ -53,13 +57,13 @@ def _activated_conv(layers: Sequence[nn.Module | None]) -> ActivatedConv | None:
     conv, activation = layers
     if not isinstance(conv, FrozenConv) or conv.slopes is not None or not conv.pads_zeros_alike:
         return None
-    if not isinstance(activation, Coded) or not _reads_input(activation):
+    if not isinstance(activation, QuantizedGradActivation) or not _reads_input(activation):
         return None
     return ActivatedConv(conv, activation)
 
 
 def _excitation(
-    activation: Coded | None,
+    activation: QuantizedGradActivation | None,
     v: fx.Node,
     inside: Sequence[fx.Node],
     layers: Sequence[nn.Module | None],

@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from lightning_da3.config import DA3Config
-from lightning_da3.planning import PartPlan
-from lightning_da3.tracing import Part
+from lightning_da3.planning.plan import PartPlan
+from lightning_da3.tracing.tracer import Part
 
 _INSTEAD = {"view": "reshape", "view_as": "reshape_as"}
 

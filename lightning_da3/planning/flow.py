@@ -76,7 +76,7 @@ class Flow:
                 upstream.update(node.all_input_nodes)
         inside = (downstream & upstream) - first
         for node in self.nodes[start:end]:
-            # nobody reads it: it is there for what it writes into values of the stretch
+            # nobody reads it: it is there for what it writes into values of the region
             read = self.inputs(node)
             if not node.users and read and node.op != "output" and set(read) <= inside:
                 inside.add(node)

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lightning_da3.layers import replacement_for
 from lightning_da3.planning.flow import Flow, Nodes
 from lightning_da3.planning.layers import (
     CONVS,
+    MAX_POOLS,
     has_statistics,
     is_depthwise,
     is_pointwise,
@@ -25,9 +27,8 @@ from lightning_da3.planning.layers import (
     layer_called,
 )
 from lightning_da3.planning.plan import HostPlan
-from lightning_da3.planning.sizes import Shapes, reductions
-from lightning_da3.registry import replacement_for
-from lightning_da3.tracing import Part, module_of
+from lightning_da3.planning.shapes import Shapes, reductions
+from lightning_da3.tracing.tracer import Part, module_of
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
@@ -112,7 +113,7 @@ class HostFinder:
         whole, here = self.shapes.get(source, ())[2:], self.shapes.get(x)
         if host.stride is not None or not whole or here is None:
             return self.reduction[x]
-        area = max(1, math.prod(here[1:-1]) - host.own_tokens)
+        area = max(1, math.prod(here[1:-1]) - host.prefix_tokens)
         return float(round((math.prod(whole) / area) ** (1 / len(whole)), 6))
 
     def _name(self, target: str) -> str:
@@ -231,7 +232,7 @@ class HostFinder:
             out_channels=channels,
             stride=None if tokens else (1,) * axes,
             macs_per_output=_macs(self.gm, inside),
-            own_tokens=self._own_tokens(x) if tokens else 0,
+            prefix_tokens=self._prefix_tokens(x) if tokens else 0,
         )
 
     def _axes(self, layers: list[nn.Module]) -> int:
@@ -270,7 +271,7 @@ class HostFinder:
             return None, False
         return found
 
-    def _own_tokens(self, x: fx.Node) -> int:
+    def _prefix_tokens(self, x: fx.Node) -> int:
         """Class and register tokens: constants put in front of the others by a concatenation."""
         node: fx.Node | None = x
         while node is not None:
@@ -310,7 +311,8 @@ def _is_elementwise(layer: nn.Module | None) -> bool:
         return True
     replacement = replacement_for(layer)
     return replacement is not None and (
-        replacement.keeps in ("bits", "codes") or replacement.build is None
+        (replacement.keeps in ("bits", "codes") and not isinstance(layer, MAX_POOLS))
+        or replacement.build is None
     )
 
 

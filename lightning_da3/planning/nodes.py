@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lightning_da3.layers import Replacement, convolution_of, has_hooks, replacement_for
 from lightning_da3.planning.layers import CONVS, has_statistics, layer_called
 from lightning_da3.planning.plan import HostPlan, NodePlan
-from lightning_da3.registry import Replacement, convolution_of, has_hooks, replacement_for
-from lightning_da3.tracing import module_of
+from lightning_da3.tracing.tracer import module_of
 
 
 def plan_nodes(
@@ -90,7 +90,7 @@ def _plan_node(
         return NodePlan(node.name, label, "accumulate", inplace=True)
     replacement = replacement_for(layer, exact) if layer is not None else None
     if replacement is None:
-        keeps = "nothing" if _keeps_nothing(node, called, trained) else "pytorch"
+        keeps = "nothing" if _keeps_nothing(node, called, trained) else "kept"
         return NodePlan(node.name, label, "leave", keeps)
     if replacement.build is None:
         return NodePlan(node.name, label, "remove")

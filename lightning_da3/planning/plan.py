@@ -18,7 +18,7 @@ class HostPlan:
         out_channels: Of the output.
         stride: Of the whole host, one number an axis; None for tokens, (N, *in, C).
         macs_per_output: Multiply-accumulates for one output position.
-        own_tokens: Leading class and register tokens, which no cell mixes with others.
+        prefix_tokens: Leading class and register tokens, which no cell mixes with others.
         inplace: Its output may be overwritten.
     """
 
@@ -30,7 +30,7 @@ class HostPlan:
     out_channels: int
     stride: tuple[int, ...] | None
     macs_per_output: float
-    own_tokens: int = 0
+    prefix_tokens: int = 0
     inplace: bool = True
 
     @property
@@ -49,9 +49,10 @@ class NodePlan:
         action: ``"freeze"``, ``"fold"`` (into the convolution before), ``"affine"``, ``"replace"``,
             ``"fuse"`` (replaced, in one operation with the convolution before), ``"accumulate"``
             (added to its first argument, in place), ``"remove"`` or ``"leave"``.
-        keeps: What its backward keeps: ``"nothing"``, ``"bits"``, ``"bytes"``, ``"codes"`` (8-bit,
-            of the derivative), ``"again"`` (computed again from what its segment keeps) or
-            ``"pytorch"`` (whatever PyTorch's own operation keeps).
+        keeps: What its backward keeps: ``"nothing"``; ``"bits"`` (one to eight an element, exact);
+            ``"codes"`` (8-bit, of the derivative); ``"recomputed"`` (from what its region keeps);
+            ``"kept"`` (whatever PyTorch's own operation keeps); or ``"head"`` (its input, for
+            the gradient of the domain's classifier).
         inplace: It overwrites its input.
         fold_into: The convolution's node, if the action is ``"fold"`` or ``"fuse"``.
     """
@@ -65,7 +66,7 @@ class NodePlan:
 
 
 @dataclass(frozen=True)
-class SegmentPlan:
+class RecomputeRegion:
     """Frozen nodes that keep one value for all of them and are computed again in the backward.
 
     Attributes:
@@ -82,7 +83,7 @@ class SegmentPlan:
 
 
 @dataclass(frozen=True)
-class StartPlan:
+class ProloguePlan:
     """Frozen nodes before the first host, which take a large batch in pieces.
 
     Attributes:
@@ -106,15 +107,15 @@ class PartPlan:
         path: Of the module that became a graph; "" is the whole network.
         nodes: One for every call in the graph, in order.
         hosts: In the order in which data meets them.
-        segments: What is computed again.
+        regions: What is computed again.
         start: What takes a large batch in pieces, if anything.
     """
 
     path: str
     nodes: tuple[NodePlan, ...]
     hosts: tuple[HostPlan, ...]
-    segments: tuple[SegmentPlan, ...] = ()
-    start: StartPlan | None = None
+    regions: tuple[RecomputeRegion, ...] = ()
+    start: ProloguePlan | None = None
 
     @property
     def prefix(self) -> str:
@@ -151,14 +152,14 @@ class Plan:
         return tuple(host for part in self.parts for host in part.hosts)
 
     @property
-    def segments(self) -> tuple[SegmentPlan, ...]:
+    def regions(self) -> tuple[RecomputeRegion, ...]:
         """Of all graphs."""
-        return tuple(segment for part in self.parts for segment in part.segments)
+        return tuple(region for part in self.parts for region in part.regions)
 
     @property
     def left_to_pytorch(self) -> tuple[str, ...]:
         """Kinds of layers whose backward keeps whatever PyTorch keeps."""
-        return tuple(sorted({node.layer for node in self.nodes if node.keeps == "pytorch"}))
+        return tuple(sorted({node.layer for node in self.nodes if node.keeps == "kept"}))
 
     @property
     def headline(self) -> str:
@@ -187,9 +188,9 @@ def _table(part: PartPlan) -> list[str]:
     for host in part.hosts:
         marks.setdefault(host.readers[0], []).append(f"reads {host.name}")
         marks.setdefault(host.last, []).append(f"writes {host.name}")
-    for i, segment in enumerate(part.segments):
-        for name in segment.nodes:
-            sources = ", ".join((segment.source, *segment.also))
+    for i, region in enumerate(part.regions):
+        for name in region.nodes:
+            sources = ", ".join((region.source, *region.also))
             marks.setdefault(name, []).append(f"again from {sources} ({i})")
     width = max((len(node.name) for node in part.nodes), default=4)
     lines = [f"{part.path}:"] if part.path else []

@@ -1,6 +1,6 @@
-"""Exact mode: which stretches of a network keep one activation and are computed again as a whole.
+"""Exact mode: which regions_of of a network keep one activation and are computed again as a whole.
 
-Between two values through which everything flows lies a stretch. Computed again, it keeps the
+Between two values through which everything flows lies a region. Computed again, it keeps the
 first of the two for the time between forward and backward, and what its operations keep for the
 short while of its own backward.
 """
@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from lightning_da3.planning.flow import Flow
-from lightning_da3.planning.plan import HostPlan, NodePlan, SegmentPlan
-from lightning_da3.tracing import is_in_place, output_node
+from lightning_da3.planning.plan import HostPlan, NodePlan, RecomputeRegion
+from lightning_da3.tracing.tracer import is_in_place, output_node
 
-# what a byte that lives during one stretch's backward counts, beside one that lives all the time
+# what a byte that lives during one region's backward counts, beside one that lives all the time
 TRANSIENT = 0.1
 _LEVELS = 24
 
@@ -67,22 +67,22 @@ class SpanFinder:
             for node in flow.between(self.named[host.source], [self.named[host.last]])
         }
 
-    def find(self) -> list[SegmentPlan]:
+    def find(self) -> list[RecomputeRegion]:
         """The spans that keep the least, in order."""
-        stretches = self._stretches()
-        if not stretches:
+        regions_of = self._stretches()
+        if not regions_of:
             return []
-        inner = [s.inner_bytes for s in stretches]
+        inner = [s.inner_bytes for s in regions_of]
         least, most = max(inner), sum(inner)
         if not least:
             return []
         levels = [least * (most / least) ** (i / (_LEVELS - 1)) for i in range(_LEVELS)]
-        best = min((_join(stretches, level * 1.001) for level in levels), key=_cost)
-        return [self._segment(s) for s in best if s.again]
+        best = min((_join(regions_of, level * 1.001) for level in levels), key=_cost)
+        return [self._region(s) for s in best if s.again]
 
-    def _segment(self, span: _Stretch) -> SegmentPlan:
+    def _region(self, span: _Stretch) -> RecomputeRegion:
         inside = self.flow.between(span.source, [span.end])
-        return SegmentPlan(span.source.name, tuple(n.name for n in inside), with_hosts=True)
+        return RecomputeRegion(span.source.name, tuple(n.name for n in inside), with_hosts=True)
 
     def _stretches(self) -> list[_Stretch]:
         chain = self._chain()
@@ -132,8 +132,8 @@ class SpanFinder:
             if planned is None:
                 continue
             operands = sum(self.size[i] for i in self.flow.inputs(node))
-            unit = {"bits": 0.125 * operands, "bytes": 0.5 * self.size[node]}
-            unit |= {"pytorch": 4.0 * operands, "codes": operands, "again": operands}
+            unit = {"bits": 0.125 * operands, "kept": 4.0 * operands}
+            unit |= {"codes": operands, "recomputed": operands}
             unit["head"] = 4.0 * operands  # for the gradient of its weight
             total += unit.get(planned.keeps, 0.0)
         for host in self.hosts:
@@ -145,23 +145,23 @@ class SpanFinder:
         return total
 
 
-def _join(stretches: list[_Stretch], level: float) -> list[_Stretch]:
+def _join(regions_of: list[_Stretch], level: float) -> list[_Stretch]:
     """The way to join neighbours that keeps the least all the time.
 
     Args:
-        stretches: Of a whole chain.
+        regions_of: Of a whole chain.
         level: Most bytes between the ends of what is computed again.
 
     Returns:
         Joined ones, which are computed again, and single ones, which keep what they keep.
     """
     best: list[tuple[float, list[_Stretch]]] = [(0.0, [])]
-    for end, last in enumerate(stretches):
+    for end, last in enumerate(regions_of):
         kept, done = best[end]
         choices = [(kept + last.inner_bytes, [*done, replace(last, again=False)])]
         inner = 0.0
         for start in range(end, -1, -1):
-            first = stretches[start]
+            first = regions_of[start]
             inner += first.inner_bytes
             if not first.again or inner > level:
                 break

@@ -1,0 +1,1 @@
+"""Domains on disk and on the Hub."""

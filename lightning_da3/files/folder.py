@@ -1,0 +1,170 @@
+"""A folder of domain files, with an index of what they say that can always be made again."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning_da3.errors import CheckpointError, DomainError
+from lightning_da3.files.domain_file import read_domain, replacing
+from lightning_da3.model.model import DA3Model, check_name
+
+INDEX = "index.json"
+INDEX_VERSION = 1
+SUFFIX = ".safetensors"
+
+_Entry = dict[str, Any]
+
+
+class DomainFolder:
+    """Domains as ``<name>.safetensors`` in one folder.
+
+    The files are the truth. ``index.json`` repeats what they say, for a quick look at many: an
+    entry is used only while its file is the one that it was made from; the rest, or an index that
+    is missing or damaged, is read from the files again. A file that was renamed is a domain of its
+    new name.
+
+    Args:
+        path: Of the folder; made when the first domain is saved.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def file(self, name: str) -> Path:
+        """Where a domain of this name is, or would be.
+
+        Raises:
+            DomainError: The name is ill-formed.
+        """
+        check_name(name)
+        return self.path / f"{name}{SUFFIX}"
+
+    def save(self, model: DA3Model, name: str, **metadata: Any) -> Path:
+        """Write one domain of `model`, whole or not at all.
+
+        Args:
+            model: That has it.
+            name: Of the domain.
+            metadata: Anything JSON holds that should lie with it, such as metrics.
+
+        Returns:
+            Path of its file.
+
+        Raises:
+            DomainError: There is no such domain.
+            CheckpointError: It cannot be written; a file that was there stays.
+        """
+        path = self.file(name)
+        self.make()
+        model.save_domain(name, path, **metadata)
+        self.index()
+        return path
+
+    def make(self) -> None:
+        """Make the folder if it is missing.
+
+        Raises:
+            CheckpointError: It cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"Cannot make the folder {str(self.path)!r}: {error}.") from error
+
+    def load(self, model: DA3Model, name: str) -> None:
+        """Add a domain of this folder to `model`; its file is read and checked.
+
+        Raises:
+            DomainError: The folder has no such file, or `model` has a domain of that name.
+            CheckpointError: The file is damaged, or was made for another backbone or config.
+        """
+        if not self.file(name).exists():
+            raise DomainError(
+                f"There is no domain {name!r} in {str(self.path)!r}. There are {self.names()}."
+            )
+        model.load_domain(self.file(name), name)
+
+    def names(self) -> list[str]:
+        """Of the domains whose files are good, sorted."""
+        return [name for name, entry in self.index().items() if "error" not in entry]
+
+    def damaged(self) -> dict[str, str]:
+        """What is wrong with the others, by file name without its ending."""
+        return {name: entry["error"] for name, entry in self.index().items() if "error" in entry}
+
+    def index(self) -> dict[str, _Entry]:
+        """What the files say, by domain name: ``num_classes``, ``class_names``, ``extra``...
+
+        Of a file that cannot be used, only an ``error``.
+
+        Raises:
+            CheckpointError: The folder cannot be read.
+        """
+        return self._index(self._indexed())
+
+    def rebuild_index(self) -> dict[str, _Entry]:
+        """Read every file anew; returns what `index` does."""
+        return self._index({})
+
+    def _index(self, before: dict[str, _Entry]) -> dict[str, _Entry]:
+        now: dict[str, _Entry] = {}
+        for path in self._files():
+            try:
+                stamp = _stamp(path)
+            except FileNotFoundError:
+                continue  # deleted since the folder was listed
+            entry = before.get(path.stem)
+            about = None
+            if isinstance(entry, dict) and entry.get("stamp") == stamp:
+                about = entry.get("about")
+            if not isinstance(about, dict):
+                about = _about(path)
+            now[path.stem] = {"stamp": stamp, "about": about}
+        if now != before:
+            self._write(now)
+        return {name: entry["about"] for name, entry in now.items()}
+
+    def _files(self) -> list[Path]:
+        if not self.path.exists():
+            return []
+        try:
+            return sorted(
+                path
+                for path in self.path.iterdir()
+                if path.suffix == SUFFIX and not path.name.startswith(".")
+            )
+        except OSError as error:
+            raise CheckpointError(f"Cannot read the folder {str(self.path)!r}: {error}.") from error
+
+    def _indexed(self) -> dict[str, _Entry]:
+        try:
+            index = json.loads((self.path / INDEX).read_text())
+            good = index["version"] == INDEX_VERSION
+            domains = index["domains"] if good else {}
+            return domains if isinstance(domains, dict) else {}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return {}  # it is made again
+
+    def _write(self, domains: dict[str, _Entry]) -> None:
+        try:
+            with replacing(self.path / INDEX) as temporary:
+                temporary.write_text(json.dumps({"version": INDEX_VERSION, "domains": domains}))
+        except OSError:
+            return  # a read-only folder has no index, and is as good without one
+
+
+def _stamp(path: Path) -> list[int]:
+    """Another one for every file that was ever written here."""
+    status = path.stat()
+    return [status.st_ino, status.st_size, status.st_mtime_ns]
+
+
+def _about(path: Path) -> _Entry:
+    try:
+        check_name(path.stem)
+        return read_domain(path).metadata
+    except (CheckpointError, DomainError) as error:
+        return {"error": str(error)}

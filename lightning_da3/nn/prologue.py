@@ -1,0 +1,97 @@
+"""The frozen start of a network, which goes through in pieces of the batch.
+
+Nothing before the first host is trained, so nothing of it is kept; but its maps are the largest of
+the network, and those of a whole batch would be the peak of a training step. Shapes: (N, ..) in and
+out, of any number of samples at once. Kept: nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_da3.memory import Microbatched
+from lightning_da3.ops.bits import dense, has_no_values
+
+# no map is larger, if one sample allows: caches hold it, and memory of more than 32 MiB goes back
+# to the system whenever it is freed (glibc), so that every step would wait for new pages
+LARGEST_BYTES = 24 * 2**20
+
+
+class Prologue(Microbatched):
+    """Runs a piece of the network on as many samples at once as its largest map allows.
+
+    What builds a graph, another device than the CPU, and compilers get the whole batch.
+
+    Args:
+        piece: From samples (N, ..) and constants to a tuple of (N, ..); treats every sample by
+            itself.
+        axes: Of the samples, N among them.
+        growth: Elements of its largest value for every element of the samples.
+    """
+
+    piece: nn.Module
+
+    def __init__(self, piece: nn.Module, axes: int, growth: float) -> None:
+        super().__init__()
+        # referred to, not owned: its layers stay where the user's network has them
+        object.__setattr__(self, "piece", piece)
+        self.axes, self.growth = axes, growth
+
+    def forward(self, x: Any, *constants: Any) -> tuple[Tensor, ...]:
+        """(N, ..) to tensors of N samples."""
+        samples = self._samples(x)
+        if samples is None or samples >= len(x) or self._builds_a_graph(x):
+            return self.piece(x, *constants)  # type: ignore[no-any-return]
+        if has_no_values(x):
+            return self._predicted(x, samples, *constants)
+        whole: list[Tensor] = []
+        for i, part in enumerate(torch.split(x, samples)):
+            results = self.piece(part, *constants)
+            whole = whole or [_of_all(y, len(x)) for y in results]
+            for y, everything in zip(results, whole, strict=True):
+                everything.narrow(0, i * samples, len(part)).copy_(y)
+            del results, y
+        return tuple(whole)
+
+    def _samples(self, x: Any) -> int | None:
+        """As many as may go through at once; None: all."""
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+            return None
+        if not isinstance(x, Tensor) or x.dim() != self.axes or not x.is_cpu or len(x) < 2:
+            return None
+        itemsize = x.itemsize if x.is_floating_point() else torch.get_default_dtype().itemsize
+        largest = self.growth * itemsize * x.numel() / len(x)
+        samples = max(1, int(LARGEST_BYTES // max(1.0, largest)))
+        if self.account is not None:
+            self.account.met(samples, len(x))
+        elif has_no_values(x):
+            return None
+        return samples
+
+    def _builds_a_graph(self, x: Tensor) -> bool:
+        trains = x.requires_grad or any(p.requires_grad for p in self.piece.parameters())
+        return torch.is_grad_enabled() and trains
+
+    def _predicted(self, x: Tensor, samples: int, *constants: Any) -> tuple[Tensor, ...]:
+        """The same for tensors without values: from the third on, pieces take no more memory."""
+        assert self.account is not None
+        rest = len(x) - samples
+        second = min(rest, samples)
+        results = self.piece(x.narrow(0, 0, samples), *constants)
+        whole = [_of_all(y, len(x)) for y in results]
+        del results
+        self.piece(x.narrow(0, samples, second), *constants)
+        if rest > second:
+            with self.account.aside():
+                self.piece(x.narrow(0, samples + second, rest - second), *constants)
+        return tuple(whole)
+
+
+def _of_all(y: Tensor, count: int) -> Tensor:
+    """Memory for so many samples, each laid out as in `y`."""
+    like = dense(y)
+    strides = (y.shape[1:].numel(), *like.stride()[1:])
+    return like.new_empty_strided((count, *y.shape[1:]), strides)

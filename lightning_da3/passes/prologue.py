@@ -1,0 +1,35 @@
+"""What comes before the first host becomes one module that takes the batch in pieces."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from lightning_da3.config import DA3Config
+from lightning_da3.nn.prologue import Prologue
+from lightning_da3.passes.freeze import stands_for
+from lightning_da3.passes.subgraphs import call_instead_, copied, exits_of
+from lightning_da3.planning.flow import Nodes
+from lightning_da3.planning.plan import PartPlan
+from lightning_da3.tracing.tracer import Part
+
+PLACE = "prologue"
+
+
+def prologue_(part: Part, plan: PartPlan, config: DA3Config) -> None:
+    """Put one module in the place of the planned start."""
+    del config
+    if plan.start is None:
+        return
+    gm, names = part.gm, set(plan.start.nodes)
+    x = next(node for node in gm.graph.nodes if node.name == plan.start.source)
+    inside: Nodes = {}
+    for node in gm.graph.nodes:
+        read = [i for i in node.all_input_nodes if i.op != "get_attr"]
+        if names & stands_for(node) and read and all(i is x or i in inside for i in read):
+            inside[node] = None
+    constants = {i: None for node in inside for i in node.all_input_nodes if i.op == "get_attr"}
+    inputs = [x, *constants]
+    if exits_of(inside):
+        piece, _ = copied(inside, inputs)
+        module = Prologue(fx.GraphModule(gm, piece), plan.start.axes, plan.start.growth)
+        call_instead_(gm, PLACE, module, inside, inputs)

@@ -1,0 +1,158 @@
+"""What will be done to traced graphs, decided before anything is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from torch import fx
+
+from lightning_da3.config import DA3Config
+from lightning_da3.errors import ConversionError
+from lightning_da3.planning.flow import Flow
+from lightning_da3.planning.fusion import find_folds, fused
+from lightning_da3.planning.head import find_head
+from lightning_da3.planning.hosts import HostFinder
+from lightning_da3.planning.layers import CONVS
+from lightning_da3.planning.nodes import plan_nodes, trained_through
+from lightning_da3.planning.plan import (
+    HostPlan,
+    PartPlan,
+    Plan,
+)
+from lightning_da3.planning.prologue import find_prologue
+from lightning_da3.planning.regions import RegionFinder
+from lightning_da3.planning.shapes import Shapes, guess_shapes, sizes
+from lightning_da3.planning.spans import SpanFinder
+from lightning_da3.tracing.tracer import Part, Traced, module_of
+
+
+@dataclass
+class _Draft:
+    """What is known of one graph before its nodes are planned."""
+
+    part: Part
+    flow: Flow
+    shapes: Shapes
+    head: str | None
+    folds: dict[str, str]
+    finder: HostFinder
+    candidates: list[tuple[float, HostPlan]]
+
+
+def make_plan(traced: Traced, config: DA3Config) -> Plan:
+    """Decide what becomes of every node.
+
+    Args:
+        traced: From `lightning_da3.tracing.tracer.trace`; only read.
+        config: The user's choices.
+
+    Raises:
+        ConversionError: There is nothing to adapt, or the head cannot be found.
+    """
+    head = find_head(traced, config.head)
+    drafts = [_draft(part, head) for part in traced.parts]
+    if not any(draft.candidates for draft in drafts):
+        for draft in drafts:
+            draft.candidates = [(1.0, host) for host in draft.finder.any_layers()]
+    found = [reduction for draft in drafts for reduction, _ in draft.candidates]
+    if not found:
+        raise ConversionError(_nothing_message(traced))
+    least = _least_reduction(config.adapter.min_stride, max(found))
+    parts = tuple(_plan_part(draft, least, config) for draft in drafts)
+    python = tuple(traced.python.items())
+    return Plan(traced.network, parts, head, _input_channels(traced), python)
+
+
+def _least_reduction(min_stride: int | str, most: float) -> float:
+    """Which downsampling a host's input needs, in a network that gets to `most`."""
+    if isinstance(min_stride, str):
+        min_stride = math.ceil(min(16.0, max(8.0, most / 2)))
+    return min(min_stride, most)
+
+
+def _draft(part: Part, head: str | None) -> _Draft:
+    own = next((t for t in _targets(part.gm) if part.user_name(t) == head), None)
+    flow = Flow(part.gm.graph)
+    shapes = guess_shapes(part.gm)
+    folds = dict(find_folds(part.gm, own))
+    finder = HostFinder(part, flow, shapes, own, folds)
+    return _Draft(part, flow, shapes, own, folds, finder, list(finder.candidates()))
+
+
+def _targets(gm: fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in gm.graph.nodes if node.op == "call_module"]
+
+
+def _plan_part(draft: _Draft, least: float, config: DA3Config) -> PartPlan:
+    gm, exact = draft.part.gm, config.memory.exact
+    hosts = tuple(host for reduction, host in draft.candidates if reduction >= least)
+    # what an island reads may come from one that is trained
+    inputs = [n for n in draft.flow.activations if n.op == "placeholder" and draft.part.path]
+    trained = trained_through(gm, hosts, inputs)
+    nodes = tuple(plan_nodes(gm, draft.head, draft.folds, trained, exact))
+    size = sizes(gm, draft.shapes)
+    finder = RegionFinder(
+        gm, draft.flow, size, draft.shapes, nodes, hosts, inputs, draft.head, exact
+    )
+    regions = tuple(finder.find())
+    if exact and draft.shapes:
+        cells = config.adapter.max_cells
+        spans = SpanFinder(
+            draft.flow, size, draft.shapes, nodes, hosts, finder.pure(), cells
+        ).find()
+        inside = {name for span in spans for name in span.nodes}
+        regions = (*spans, *[s for s in regions if not inside & set(s.nodes)])
+    again = {name for region in regions for name in region.nodes}
+    # from codes, what was decided must not be decided again
+    stays = ("nothing",) if exact else ("nothing", "bits")
+    nodes = tuple(
+        dataclasses.replace(node, keeps="recomputed")
+        if node.name in again and node.keeps not in stays
+        else node
+        for node in nodes
+    )
+    nodes = fused(gm, nodes, hosts, regions)
+    start = find_prologue(gm, draft.flow, draft.shapes, nodes, hosts)
+    return PartPlan(draft.part.path, nodes, _writable(hosts, gm), regions, start)
+
+
+def _writable(hosts: tuple[HostPlan, ...], gm: fx.GraphModule) -> tuple[HostPlan, ...]:
+    """Which hosts end with a convolution, whose new memory nothing else refers to."""
+    nodes = {node.name: node for node in gm.graph.nodes}
+
+    def writable(host: HostPlan) -> bool:
+        node = nodes[host.last]
+        while not isinstance(module_of(gm, node), CONVS):
+            before = node.args[0] if node.args else None
+            folded = type(module_of(gm, node)).__name__.startswith("BatchNorm")
+            if not folded or not isinstance(before, fx.Node) or len(before.users) > 1:
+                return False
+            node = before
+        return True
+
+    return tuple(dataclasses.replace(host, inplace=writable(host)) for host in hosts)
+
+
+def _input_channels(traced: Traced) -> tuple[int, int] | None:
+    if len(traced.parts) != 1 or traced.parts[0].path:
+        return None
+    gm = traced.parts[0].gm
+    first = next((node for node in gm.graph.nodes if node.op == "placeholder"), None)
+    for user in first.users if first is not None else ():
+        conv = module_of(gm, user)
+        if isinstance(conv, CONVS):
+            return conv.weight.dim() - 2, conv.in_channels
+    return None
+
+
+def _nothing_message(traced: Traced) -> str:
+    kinds = {type(m).__name__ for m in traced.root.modules() if not any(True for _ in m.children())}
+    reasons = "".join(
+        f" {path or 'It'} stays Python: {why}." for path, why in traced.python.items()
+    )
+    return (
+        f"{traced.network} has nothing to adapt: adapters attach to convolutions and to linear "
+        f"layers before the head, and its layers are {sorted(kinds)}.{reasons}"
+    )

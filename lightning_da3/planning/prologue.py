@@ -1,0 +1,141 @@
+"""What comes before the first host, and treats every sample of a batch by itself."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from lightning_da3.layers import has_hooks
+from lightning_da3.planning.flow import Flow
+from lightning_da3.planning.layers import layer_called, overwrites
+from lightning_da3.planning.plan import HostPlan, NodePlan, ProloguePlan
+from lightning_da3.planning.shapes import Shapes
+
+# rules by which nodes were planned whose operations never mix samples
+_ALONE = ("freeze", "fold", "fuse", "affine", "remove")
+_LAYERS = (
+    *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU),
+    *(nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Identity),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear, nn.LayerNorm),
+    *(nn.GroupNorm, nn.ZeroPad2d, nn.Upsample, nn.PixelShuffle),
+)
+_ELEMENTWISE = {
+    *(operator.add, operator.iadd, operator.sub, operator.mul, operator.imul, operator.truediv),
+    *(torch.add, torch.sub, torch.mul, torch.div, "add", "add_", "sub", "mul", "mul_", "div"),
+}
+
+
+def find_prologue(
+    gm: fx.GraphModule,
+    flow: Flow,
+    shapes: Shapes,
+    nodes: tuple[NodePlan, ...],
+    hosts: tuple[HostPlan, ...],
+) -> ProloguePlan | None:
+    """The nodes that may run on pieces of the batch, or None if no map is worth it.
+
+    Args:
+        gm: A traced network.
+        flow: Of it.
+        shapes: Of one sample's values.
+        nodes: What becomes of every node.
+        hosts: Of the network.
+    """
+    x = next((n for n in flow.activations if n.op == "placeholder" and n in shapes), None)
+    if x is None or len(shapes[x]) < 2:
+        return None
+    planned = {node.name: node for node in nodes}
+    begun = {name for host in hosts for name in (*host.readers, host.last)}
+    inside, ended = {x: None}, False
+    for node in flow.activations:
+        reads = flow.inputs(node)
+        if not any(i in inside for i in reads):
+            continue
+        known = node in shapes and node.name in planned and all(i in inside for i in reads)
+        alone = known and _is_by_sample(gm, flow, shapes, node, planned[node.name])
+        ended = ended or not alone or node.name in begun
+        if ended and not _only_reads(gm, planned, node):
+            break  # nothing may be read before, or written behind, what it was in the network
+        if alone and node.name not in begun:
+            inside[node] = None
+    while _share_memory(gm, planned, inside):
+        inside.popitem()
+    del inside[x]
+    largest = max((math.prod(shapes[node]) for node in inside), default=0)
+    if largest <= math.prod(shapes[x]):
+        return None
+    names = tuple(node.name for node in inside)
+    return ProloguePlan(x.name, names, len(shapes[x]), largest / math.prod(shapes[x]))
+
+
+def _share_memory(
+    gm: fx.GraphModule, planned: dict[str, NodePlan], inside: dict[fx.Node, None]
+) -> bool:
+    """Whether others read two values that lie in one memory; results of pieces have their own."""
+    memory: dict[fx.Node, fx.Node] = {}
+    for node in inside:
+        first = node.args[0] if node.args else None
+        again = isinstance(first, fx.Node) and first in inside and _hands_on(gm, planned, node)
+        memory[node] = memory[first] if again else node  # type: ignore[index]
+    read = [memory[node] for node in inside if any(user not in inside for user in node.users)]
+    return len(read) > len({*read})
+
+
+def _only_reads(gm: fx.GraphModule, planned: dict[str, NodePlan], node: fx.Node) -> bool:
+    """Whether a node writes into no memory but its own, and hands on none."""
+    if node.name not in planned or planned[node.name].action in ("freeze", "fold", "fuse"):
+        return node.name in planned
+    known = type(layer_called(gm, node)) in _LAYERS or node.target in _ELEMENTWISE
+    return known and not _hands_on(gm, planned, node)
+
+
+def _hands_on(gm: fx.GraphModule, planned: dict[str, NodePlan], node: fx.Node) -> bool:
+    """Whether the result lies in the memory of the first argument."""
+    step = planned[node.name]
+    turned = node.target in (torch.permute, "permute")
+    gone = step.action == "remove" or isinstance(layer_called(gm, node), nn.Identity)
+    return turned or gone or overwrites(gm, node, step)
+
+
+def _is_by_sample(
+    gm: fx.GraphModule, flow: Flow, shapes: Shapes, node: fx.Node, planned: NodePlan
+) -> bool:
+    """Whether a node gives (N, ..), every sample from that sample alone."""
+    layer = layer_called(gm, node)
+    if layer is not None and has_hooks(layer):
+        return False
+    if planned.action in _ALONE:
+        return True
+    if planned.action == "leave" and planned.keeps == "head":
+        return False
+    axes = len(shapes[node])
+    if type(layer) in _LAYERS:
+        return not isinstance(layer, nn.LayerNorm) or len(layer.normalized_shape) < axes
+    if node.op == "call_module":
+        return False
+    given: list[Any] = [*node.args[1:], *node.kwargs.values()]
+    if node.target in _ELEMENTWISE:
+        return all(_broadcasts(flow, shapes, i, axes) for i in node.all_input_nodes)
+    if node.target is torch.cat:
+        return len(given) == 1 and isinstance(given[0], int) and given[0] % axes > 0
+    if node.target is F.layer_norm:
+        return bool(given) and isinstance(given[0], (tuple, list)) and len(given[0]) < axes
+    if node.target in (torch.permute, "permute"):
+        order = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
+        return bool(order) and order[0] == 0
+    return False
+
+
+def _broadcasts(flow: Flow, shapes: Shapes, operand: fx.Node, axes: int) -> bool:
+    """Whether an operand has an axis of samples, or is the same for all of them."""
+    if operand in flow.activations:
+        return len(shapes[operand]) == axes
+    shape = shapes.get(operand)
+    return operand.op == "get_attr" and shape is not None and (len(shape) < axes or shape[0] == 1)

@@ -1,0 +1,228 @@
+"""Which frozen nodes are computed again in the backward, and from what.
+
+An operation that keeps its operands (a smooth activation, a norm, a product, attention) keeps them
+for one derivative. Going back from it, through whatever is cheap to compute, leads to a value that
+is smaller, or that other such operations can start from as well: that one is kept instead of all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Container, Sequence
+
+from torch import fx, nn
+
+from lightning_da3.planning.flow import Flow, Nodes, dominators
+from lightning_da3.planning.layers import CONVS, overwrites
+from lightning_da3.planning.plan import HostPlan, NodePlan, RecomputeRegion
+from lightning_da3.tracing.tracer import IN_PLACE_OPERATORS, module_of
+
+# pure functions: what they compute depends on nothing but their arguments
+_PURE = ("torch", "_operator", "operator", "math", "torchvision", "timm", "einops", "builtins")
+# passing a convolution or a matrix product must make the kept value at least so much smaller
+WORTH = 2.0
+
+
+@dataclasses.dataclass
+class _Region:
+    sources: list[fx.Node]
+    keepers: list[fx.Node]
+    inside: Nodes
+
+    @property
+    def plan(self) -> RecomputeRegion:
+        first, *others = (source.name for source in self.sources)
+        return RecomputeRegion(first, tuple(n.name for n in self.inside), also=tuple(others))
+
+
+class RegionFinder:
+    """Finds the regions of one graph.
+
+    Args:
+        gm: The traced graph.
+        flow: Of it.
+        size: Elements of every node's value.
+        tensors: Nodes whose value is one tensor; empty if nothing is known.
+        nodes: What becomes of every node.
+        hosts: Of the graph.
+        inputs: Placeholders whose value may be trained already.
+        head: Module name of the classifier.
+        exact: Values are kept as they are, not as codes.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        flow: Flow,
+        size: dict[fx.Node, float],
+        tensors: Container[fx.Node],
+        nodes: tuple[NodePlan, ...],
+        hosts: tuple[HostPlan, ...],
+        inputs: Sequence[fx.Node],
+        head: str | None,
+        exact: bool,
+    ) -> None:
+        self.gm, self.flow, self.size, self.head, self.exact = gm, flow, size, head, exact
+        read = [node for node in flow.nodes if node.op == "placeholder" and node.users]
+        self.doors = read if inputs else []  # of an island
+        self.tensors = tensors or {node for node in flow.nodes if self._gives_one_tensor(node)}
+        self.plan = {node.name: node for node in nodes}
+        self.written = {host.last for host in hosts}
+        self.readers = {host.source: host.readers for host in hosts}
+        self.trained: Nodes = {}
+        for node in flow.activations:
+            if node in inputs or node.name in self.written or self._sources(node):
+                self.trained[node] = None
+        self.before = dominators(self.trained, self._sources)
+
+    def _gives_one_tensor(self, node: fx.Node) -> bool:
+        """Without shapes: layers do, unless they return tuples; inputs may be anything."""
+        if module_of(self.gm, node) is not None:
+            return not _is_unpacked(node)
+        return getattr(node.target, "__name__", "") in ("add", "iadd", "sub", "mul", "cat")
+
+    def find(self) -> list[RecomputeRegion]:
+        """Every region, in order."""
+        regions = [region for region in self._one_by_one() if self._saves(region) > 0.0]
+        whole = self._island()
+        if whole is not None and self._saves(whole) > sum(map(self._saves, regions)):
+            regions = [whole]
+        return [region.plan for region in regions]
+
+    def _island(self) -> _Region | None:
+        """All that keeps anything, from all that an island reads, if that is far less."""
+        keepers = [node for node in self.trained if self._keeps(node)]
+        if not self.doors or not keepers:
+            return None
+        region = self._region(self.doors, keepers)
+        if region is None:
+            return None
+        enough = 1.0 if self.exact else WORTH
+        alone = sum(map(self._alone, region.keepers))
+        return region if enough * sum(map(self._cost, region.sources)) <= alone else None
+
+    def _one_by_one(self) -> list[_Region]:
+        """Regions that keep one value each."""
+        found: dict[fx.Node, _Region] = {}
+        covered: set[fx.Node] = set()
+        for node in reversed(self.trained):
+            if node in covered or not self._keeps(node):
+                continue
+            region = self._best(node)
+            if region is None or covered & set(region.inside):
+                continue
+            (source,) = region.sources
+            other = found.get(source)
+            if other is not None:
+                region = self._region([source], region.keepers + other.keepers)
+            if region is None:
+                continue
+            found[source] = region
+            covered |= set(region.inside)
+        return sorted(found.values(), key=lambda s: self.flow.position[s.sources[0]])
+
+    def pure(self) -> dict[fx.Node, bool]:
+        """Which nodes may run a second time, with hosts and their adapters, and the head."""
+        nowhere = self.flow.nodes[-1]
+        return {
+            node: self._may_run_again(node, [nowhere], with_hosts=True) for node in self.flow.nodes
+        }
+
+    # --- one keeper -------------------------------------------------------------------------------
+
+    def _sources(self, node: fx.Node) -> list[fx.Node]:
+        return [i for i in self.flow.inputs(node) if i in self.trained]
+
+    def _keeps(self, node: fx.Node) -> bool:
+        planned = self.plan.get(node.name)
+        return planned is not None and planned.keeps in ("kept", "codes")
+
+    def _alone(self, node: fx.Node) -> float:
+        """What a keeper keeps by itself, in elements of one byte."""
+        operands = self._sources(node)
+        unit = 1.0 if self.plan[node.name].keeps == "codes" else 4.0
+        return unit * sum(self.size[i] for i in dict.fromkeys(operands))
+
+    def _best(self, keeper: fx.Node) -> _Region | None:
+        """The region that ends with `keeper` and saves the most, or None if none saves."""
+        best, most = None, 0.0
+        source = self.before[keeper]
+        while source is not None:
+            if source not in self.tensors:
+                source = self._step(source)
+                continue
+            region = self._region([source], [keeper])
+            if region is None:
+                break
+            saved = self._saves(region)
+            if saved > most * 1.01:
+                best, most = region, saved
+            source = self._step(source)
+        return best
+
+    def _cost(self, source: fx.Node) -> float:
+        return self.size[source] * (4.0 if self.exact else 1.0)
+
+    def _step(self, node: fx.Node) -> fx.Node | None:
+        """Where the kept value may lie before `node`, if computing `node` again is allowed."""
+        before = self.before[node]
+        if before is None or node.name in self.written:
+            return None
+        smaller = self.size[node] / max(1.0, self.size[before])
+        heavy = any(self._is_heavy(n) for n in self.flow.between(before, [node]))
+        enough = WORTH if heavy and not self.exact else 1.0
+        return before if smaller >= enough else None
+
+    def _is_heavy(self, node: fx.Node) -> bool:
+        if self._keeps(node):
+            return False  # attention is computed again for itself already
+        return isinstance(module_of(self.gm, node), (nn.Linear, *CONVS))
+
+    # --- regions ---------------------------------------------------------------------------------
+
+    def _region(self, sources: list[fx.Node], ends: list[fx.Node]) -> _Region | None:
+        inside = self.flow.behind_any(sources, ends)
+        if not all(self._may_run_again(node, sources) for node in inside):
+            return None
+        names = {node.name for node in inside}
+        if any(names & set(self.readers.get(name, ())) for name in names):
+            return None  # a host begins inside
+        for node in inside:
+            for i in node.all_input_nodes:
+                if i in self.trained and i not in sources and i not in inside:
+                    return None
+        keepers = [node for node in inside if node in self.trained and self._keeps(node)]
+        return _Region(sources, keepers, inside)
+
+    def _may_run_again(
+        self, node: fx.Node, sources: list[fx.Node], *, with_hosts: bool = False
+    ) -> bool:
+        trains = str(node.target) == self.head or node.name in self.written
+        if trains and not with_hosts:
+            return False
+        if node.op in ("placeholder", "output", "get_attr"):
+            return False
+        name = str(getattr(node.target, "__name__", node.target))
+        planned = self.plan.get(node.name)
+        first = node.args[0] if node.args else None
+        if isinstance(first, fx.Node) and first in sources and overwrites(self.gm, node, planned):
+            # the region's first operation can leave its input alone, if nobody else would see it
+            seen = len(first.users) > 1 or len(sources) > 1
+            if seen or node.op == "call_method" or name in IN_PLACE_OPERATORS:
+                return False
+        if node.op == "call_function":
+            home = str(getattr(node.target, "__module__", "") or "")
+            random = any(word in name for word in ("dropout", "rand", "bernoulli", "multinomial"))
+            random = random and not (planned is not None and planned.action == "remove")
+            return home.split(".")[0] in _PURE and not random
+        return True
+
+    def _saves(self, region: _Region) -> float:
+        return sum(map(self._alone, region.keepers)) - sum(map(self._cost, region.sources))
+
+
+def _is_unpacked(node: fx.Node) -> bool:
+    """Whether what `node` returns may be a tuple."""
+    items = [user for user in node.users if user.target is operator.getitem]
+    return any(isinstance(item.args[1], int) for item in items)

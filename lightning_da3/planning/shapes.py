@@ -1,0 +1,149 @@
+"""What shape every value of a graph has, on fake tensors of a guessed input."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lightning_da3.memory import fake_mode_of
+from lightning_da3.memory.fake import quiet
+from lightning_da3.memory.names import mutable
+from lightning_da3.nn.frozen import numbers
+from lightning_da3.planning.layers import CONVS, layer_called
+from lightning_da3.tracing.tracer import module_of
+
+Shapes = dict[fx.Node, tuple[int, ...]]
+
+# tried in this order; networks with fixed positions take only their own
+SIDES: dict[int, tuple[tuple[int, ...], ...]] = {
+    1: ((1024,), (256,), (128,), (64,)),
+    2: ((224, 224), (256, 256), (384, 384), (32, 32), (28, 28), (64, 64), (96, 96), (512, 512)),
+    3: ((16, 112, 112), (16, 224, 224), (32, 224, 224), (16, 16, 16), (32, 32, 32)),
+}
+_TOKENS = 64
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.shapes: Shapes = {}
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        # the graph's own code passes new lists, which functions may write into
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return mutable(args), mutable(kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.shapes[n] = tuple(result.shape)
+        return result
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        layer = self.fetch_attr(target)
+        if not (isinstance(layer, nn.RNNBase) and args[0].dim() == 3):
+            return super().call_module(target, args, kwargs)
+        axis = 1 if layer.batch_first else 0  # one step: fake ones are no quicker than real ones
+        size = [-1, -1, -1]
+        size[axis] = args[0].shape[axis]
+        y, state = layer(args[0].narrow(axis, 0, 1), *args[1:], **kwargs)
+        return y.expand(size), state
+
+
+def guess_shapes(gm: fx.GraphModule) -> Shapes:
+    """Shapes of one sample's values, by node; empty if no guess fits the network."""
+    mode = fake_mode_of(gm) or FakeTensorMode(allow_non_fake_inputs=True)
+    for inputs in guesses(gm):
+        # the user's own forward on a guess: anything can go wrong, and then nothing is known
+        with quiet(), contextlib.suppress(Exception), mode:
+            recorder = _Recorder(gm)
+            with torch.no_grad():
+                recorder.run(*[torch.zeros(i.shape, dtype=i.dtype) for i in inputs])
+            return recorder.shapes
+    return {}
+
+
+def guesses(gm: fx.GraphModule) -> Iterator[list[Tensor]]:
+    """Inputs that a graph may take, most likely first: one sample, without memory."""
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    required = [node for node in placeholders if not node.args]
+    readers = [_reader(gm, node) for node in required]
+    side = getattr(gm, "image_size", None)
+    for i in range(max(len(sides) for sides in SIDES.values())):
+        found = [_guess(layer, i) for layer in readers]
+        guess = [g for g in found if g is not None]
+        if len(guess) == len(found):
+            yield guess
+            if i == 0 and isinstance(side, int):
+                yield [g.new_empty(*g.shape[:2], *[side] * (g.dim() - 2)) for g in guess]
+
+
+def _reader(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The first layer with weights that reads `node`, maybe through other operations."""
+    seen = [node]
+    for reader in seen:
+        for user in reader.users:
+            layer = module_of(gm, user)
+            if isinstance(layer, (*CONVS, nn.Linear, nn.Embedding, nn.RNNBase)):
+                return layer
+            if user not in seen and len(seen) < 30:
+                seen.append(user)
+    return None
+
+
+def _guess(layer: nn.Module | None, i: int) -> Tensor | None:
+    if isinstance(layer, CONVS):
+        sides = SIDES[layer.weight.dim() - 2]
+        shape = (1, layer.in_channels, *sides[i]) if i < len(sides) else None
+    elif isinstance(layer, nn.Linear):
+        shape = ((1, _TOKENS, layer.in_features), (1, layer.in_features), None)[min(i, 2)]
+    elif isinstance(layer, nn.RNNBase):
+        row = (1, _TOKENS) if layer.batch_first else (_TOKENS, 1)
+        shape = (*row, layer.input_size) if i == 0 else None
+    elif isinstance(layer, nn.Embedding):
+        return None if i else torch.empty((1, _TOKENS), dtype=torch.long, device="meta")
+    else:
+        return None
+    dtype = next(layer.parameters()).dtype
+    return None if shape is None else torch.empty(shape, dtype=dtype, device="meta")
+
+
+def sizes(gm: fx.GraphModule, shapes: Shapes) -> dict[fx.Node, float]:
+    """Elements of every node's value for one sample; in relation to each other without shapes."""
+    found: dict[fx.Node, float] = {}
+    for node in gm.graph.nodes:
+        before = max((found[i] for i in node.all_input_nodes), default=1.0)
+        if node in shapes:
+            found[node] = float(math.prod(shapes[node]))
+        elif shapes:
+            found[node] = before  # a tuple, say
+        else:
+            found[node] = before * _growth(layer_called(gm, node))
+    return found
+
+
+def _growth(layer: nn.Module | None) -> float:
+    if isinstance(layer, CONVS):
+        return layer.out_channels / layer.in_channels / math.prod(layer.stride)
+    if isinstance(layer, nn.Linear):
+        return layer.out_features / layer.in_features
+    if isinstance(layer, (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)):
+        return 1e-3
+    return 1.0
+
+
+def reductions(gm: fx.GraphModule) -> dict[fx.Node, float]:
+    """By how much strides make every node's map smaller than the network's input, on one axis."""
+    found: dict[fx.Node, float] = {}
+    for node in gm.graph.nodes:
+        before = max((found[i] for i in node.all_input_nodes), default=1.0)
+        layer = layer_called(gm, node)
+        stride = getattr(layer, "stride", 1) if layer is not None else 1
+        found[node] = before * (max(numbers(stride, 1)) if stride else 1)
+    return found

@@ -1,0 +1,1 @@
+"""Domains inside a Lightning Trainer."""

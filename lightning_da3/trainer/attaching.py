@@ -1,0 +1,229 @@
+"""Finds the network inside a bigger module, puts its converted twin in its place, loads both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from lightning_da3.config import DA3Config
+from lightning_da3.converting import convert
+from lightning_da3.errors import CheckpointError, ConfigError, ConversionError
+from lightning_da3.model.model import DA3Model
+from lightning_da3.model.state import EXTRA
+
+SPATIAL = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NOTHING_LEFT = _IncompatibleKeys([], [])  # what `load_state_dict` returns when every key matched
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def find_backbone(module: nn.Module, name: str | None) -> str:
+    """Dotted name of the network inside `module`.
+
+    Args:
+        module: A LightningModule, say.
+        name: What the user says it is called, or None to look for the one child with convolutions.
+
+    Raises:
+        ConfigError: The name is wrong, or nothing or more than one child fits.
+    """
+    children = dict(module.named_children())
+    if name is not None:
+        try:
+            module.get_submodule(name)
+        except AttributeError as error:
+            raise ConfigError(
+                f"{type(module).__name__} has no submodule {name!r} to take as backbone. "
+                f"It has {sorted(children)}."
+            ) from error
+        return name
+    fitting = [key for key, child in children.items() if _has(child, *SPATIAL)]
+    fitting = fitting or [key for key, child in children.items() if _has(child, nn.Linear)]
+    if len(fitting) != 1:
+        found = f"{fitting} all have" if fitting else f"of {sorted(children)} none has"
+        raise ConfigError(
+            f"Cannot tell which part of {type(module).__name__} is the backbone: {found} "
+            "convolutions or linear layers. Name it: DA3Callback(..., backbone='net'), where "
+            "self.net is the network."
+        )
+    return fitting[0]
+
+
+def _has(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    return any(isinstance(layer, (DA3Model, *kinds)) for layer in module.modules())
+
+
+def attach_(
+    module: nn.Module,
+    backbone: str | None,
+    config: DA3Config,
+    domains: Mapping[str, int | None],
+) -> DA3Model:
+    """Convert the network inside `module` if it is not yet, and activate a domain of it.
+
+    Args:
+        module: Edited in place, and only once nothing can fail any more.
+        backbone: Its dotted name, or None to look for it.
+        config: For the conversion.
+        domains: Number of classes by name, at least one; new ones are added, the first is
+            activated unless another of them is active.
+
+    Returns:
+        The converted network, now part of `module`.
+
+    Raises:
+        ConfigError: The backbone cannot be found, or the arguments contradict an existing domain.
+        ConversionError: The network cannot be converted.
+        DomainError: A domain is ill-named.
+    """
+    name = find_backbone(module, backbone)
+    network = module.get_submodule(name)
+    model = network if isinstance(network, DA3Model) else convert(network, config)
+    for domain, num_classes in domains.items():
+        _check_same(model, config, domain, num_classes)
+    for domain, num_classes in domains.items():
+        if domain not in model.domains:
+            model.add_domain(domain, num_classes)
+    active = model.active_domain
+    model.set_domain(active if active in domains else next(iter(domains)))
+    if model is not network:
+        module.set_submodule(name, model)
+    if config.memory.budget is not None:  # of this machine, whatever the network came with
+        model.budget_policy.hold(config.memory)
+    return model
+
+
+def _check_same(model: DA3Model, config: DA3Config, domain: str, num_classes: int | None) -> None:
+    if model.config != config:
+        raise ConversionError(
+            f"The network was converted with {model.config}, this callback asks for {config}. One "
+            "conversion serves every domain: give every DA3Callback the same config."
+        )
+    if domain in model.domains and num_classes is not None:
+        classes = model.domain(domain).num_classes
+        if classes != num_classes:
+            raise ConfigError(
+                f"Domain {domain!r} has {classes} classes already, got num_classes={num_classes}. "
+                "Use another domain name, or `delete_domain` first."
+            )
+
+
+# --- states ---------------------------------------------------------------------------------------
+
+
+def load_state_(
+    module: nn.Module,
+    state: Mapping[str, Any],
+    strict: bool = True,
+    load: Callable[..., Any] = nn.Module.load_state_dict,
+) -> None:
+    """Load a state of `module` and be strict about its domains, whatever `strict` says.
+
+    Args:
+        module: Holds one DA3Model or more.
+        state: Of `module`, with or without backbones, or as it was before the conversion.
+        strict: About everything else.
+        load: The module's own way.
+
+    Raises:
+        CheckpointError: Keys are missing or unexpected, or shapes or backbones differ.
+    """
+    try:
+        result = load(module, state, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"The checkpoint does not fit {type(module).__name__}: {error}"
+        ) from (error)
+    models = [name for name, child in module.named_modules() if isinstance(child, DA3Model)]
+    inside = tuple(f"{name}." for name in models)
+    trainable = {name for name, value in module.named_parameters() if value.requires_grad}
+    missing = [k for k in result.missing_keys if strict or k in trainable or k.startswith(inside)]
+    unexpected = [k for k in result.unexpected_keys if strict or k.startswith(inside)]
+    problems = []
+    if missing:
+        problems.append(f"It lacks {missing}.")
+    if unexpected:
+        problems.append(f"It has {unexpected}, for which there is no place.")
+    if problems:
+        raise CheckpointError(
+            f"The checkpoint does not fit {type(module).__name__}: {' '.join(problems)} Load it "
+            "into the module, and with the domains and config, that it was saved from."
+        )
+
+
+def domains_in(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the DA3Models of a saved module say of their domains, by dotted name of the model."""
+    return {
+        name.removesuffix(f".{EXTRA}"): extra
+        for name, extra in state.items()
+        if name.endswith(f".{EXTRA}")
+        and isinstance(extra, dict)
+        and {*extra} >= {"backbone", "num_classes", "active"}
+    }
+
+
+def load_from_checkpoint(cls: type[_Module], checkpoint_path: Any, **kwargs: Any) -> _Module:
+    """A LightningModule with the domains of a checkpoint, the last active one active again.
+
+    Lightning's own ``cls.load_from_checkpoint`` knows nothing of the conversion: it refuses the
+    domains, and with ``strict=False`` drops them.
+
+    Args:
+        cls: The user's LightningModule, which makes its pretrained network in ``__init__`` or
+            ``configure_model``: checkpoints do not hold the backbone.
+        checkpoint_path: Of a checkpoint that a Trainer with a `DA3Callback` wrote.
+        kwargs: As ``cls.load_from_checkpoint`` takes them: ``map_location``, ``strict`` and what
+            ``cls.__init__`` needs.
+
+    Returns:
+        The module, its network converted as it was when the checkpoint was written.
+
+    Raises:
+        CheckpointError: The checkpoint holds no domain, or does not fit.
+    """
+    original = cls.load_state_dict
+    own = "load_state_dict" in vars(cls)
+
+    def convert_and_load(module: nn.Module, state: Mapping[str, Any], strict: bool = True) -> Any:
+        active = _convert_as_in_(module, state)
+        load_state_(module, state, strict, original)
+        for model, domain in active.items():
+            model.set_domain(domain)
+        return NOTHING_LEFT
+
+    # the one place between making the module and loading it
+    cls.load_state_dict = convert_and_load  # type: ignore[assignment]
+    try:
+        return cls.load_from_checkpoint(checkpoint_path, **kwargs)  # type: ignore[attr-defined,no-any-return]
+    finally:
+        if own:
+            cls.load_state_dict = original  # type: ignore[method-assign]
+        else:
+            del cls.load_state_dict
+
+
+def _convert_as_in_(module: nn.Module, state: Mapping[str, Any]) -> dict[DA3Model, str | None]:
+    """Convert what was a DA3Model when `state` was saved; says which domains were active."""
+    extras = domains_in(state)
+    if not extras:
+        raise CheckpointError(
+            f"The checkpoint holds no domain. Use {type(module).__name__}.load_from_checkpoint."
+        )
+    active = {}
+    for name, extra in extras.items():
+        try:
+            network = module.get_submodule(name)
+        except AttributeError as error:
+            raise CheckpointError(
+                f"The checkpoint's domains {list(extra['num_classes'])} belong to the network "
+                f"{name!r}, which {type(module).__name__} does not have after __init__ and "
+                "configure_model. Make it there, or give ckpt_path to the Trainer."
+            ) from error
+        if not isinstance(network, DA3Model):
+            network = convert(network, DA3Config.from_dict(extra["config"]))
+            module.set_submodule(name, network)
+        active[network] = extra["active"]
+    return active

@@ -1,0 +1,94 @@
+"""What a run refuses, with the reason and the alternative. Nothing here imports Lightning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_da3.errors import ConfigError
+from lightning_da3.model.model import DA3Model
+from lightning_da3.trainer.attaching import find_backbone
+
+BACKBONE_OUT_OF_REACH = (
+    "the backbone is frozen, folded into constants and left out of checkpoints: changes to it "
+    "would be lost, and change what every other domain computes"
+)
+REFUSED_CALLBACKS = {
+    "BaseFinetuning": f"It unfreezes the backbone; {BACKBONE_OUT_OF_REACH}.",
+    "ModelPruning": f"It prunes the backbone; {BACKBONE_OUT_OF_REACH}.",
+}
+REFUSED_PRECISIONS = {
+    "BitsandbytesPrecision": f"It replaces layers of the backbone; {BACKBONE_OUT_OF_REACH}.",
+    "TransformerEnginePrecision": f"It replaces layers of the backbone; {BACKBONE_OUT_OF_REACH}.",
+}
+
+
+def builds_later(pl_module: Any) -> bool:
+    """Whether the network may be made, or made anew, after `Callback.setup`."""
+    return any(
+        not getattr(type(pl_module), hook).__module__.endswith((".core.hooks", ".core.module"))
+        for hook in ("setup", "configure_model")
+    )
+
+
+def starts_processes(strategy: Any) -> bool:
+    """Whether it trains in processes that get the LightningModule as a copy: spawn and fork."""
+    return is_of_lightning(getattr(strategy, "launcher", None), "_MultiProcessingLauncher")
+
+
+def check_converted_before(strategy: Any, pl_module: Any, backbone: str | None) -> None:
+    """Refuse to convert in a started process: the main process would not get the domains.
+
+    Raises:
+        ConfigError: The network is not converted.
+    """
+    name = None if builds_later(pl_module) else find_backbone(pl_module, backbone)
+    if name is None or not isinstance(pl_module.get_submodule(name), DA3Model):
+        raise ConfigError(
+            f"{type(strategy).__name__} trains copies of the LightningModule in processes that it "
+            "starts, and the main process drops what it does not know: the domains would vanish. "
+            'Use strategy="da3_ddp_spawn" or "da3_ddp_notebook" with a network made in __init__, '
+            'which is converted before the processes start; or strategy="ddp".'
+        )
+
+
+def check_strategy(strategy: Any) -> None:
+    """Refuse strategies that shard or replace the network.
+
+    Raises:
+        ConfigError: It is neither Lightning's single-device nor its DDP strategy, nor derived.
+    """
+    kinds = [kind for kind in type(strategy).__mro__ if _from_lightning(kind)]
+    if not kinds or kinds[0].__name__ not in ("SingleDeviceStrategy", "DDPStrategy"):
+        raise ConfigError(
+            f"{type(strategy).__name__} is not supported: it shards or replaces parameters, which "
+            'the frozen backbone and its small domains do not need. Use strategy="da3" (one '
+            'device) or strategy="da3_ddp" (several); plain "auto" and "ddp" with a DA3Callback '
+            "do as well."
+        )
+
+
+def check_plugins(trainer: Any) -> None:
+    """Refuse what would touch the backbone.
+
+    Raises:
+        ConfigError: A callback or the precision does; all are named, with the reason.
+    """
+    parts = [*trainer.callbacks, trainer.precision_plugin]
+    refused = REFUSED_CALLBACKS | REFUSED_PRECISIONS
+    problems = [
+        f"{type(part).__name__} cannot be used with a domain. {reason}"
+        for part in parts
+        for kind, reason in refused.items()
+        if is_of_lightning(part, kind)
+    ]
+    if problems:
+        raise ConfigError(" ".join(problems))
+
+
+def is_of_lightning(thing: Any, kind: str) -> bool:
+    """By name: both of Lightning's packages have the class."""
+    return any(cls.__name__ == kind and _from_lightning(cls) for cls in type(thing).__mro__)
+
+
+def _from_lightning(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in ("lightning", "pytorch_lightning")

@@ -1,0 +1,196 @@
+"""The strategies "da3" and "da3_ddp": what DA3Callback does, at the earliest point."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from typing_extensions import override
+
+from lightning_da3.config import DA3Config
+from lightning_da3.errors import ConfigError
+from lightning_da3.trainer.callback import DA3Callback
+from lightning_da3.trainer.refusals import builds_later, check_converted_before
+
+
+class DA3Strategy(SingleDeviceStrategy):
+    """One device; the network is converted before any callback or optimizer sees it.
+
+    What is learned comes from the Trainer's `DA3Callback`, or, if it has none, from here: the
+    strategy then adds one.
+
+    Args:
+        domain: Its name; or, to learn several, numbers of classes by name.
+        num_classes: Of the one domain; needed when it is new.
+        config: For the conversion; the same for every domain of one network.
+        backbone: Name of the network inside the LightningModule; by default the one child that has
+            convolutions.
+        save_dir: Folder in which ``<domain>.safetensors`` is kept up to date after every epoch.
+        budget: What a step may take at its peak, as of `MemoryConfig`; None: as `config` says.
+        kwargs: As `lightning.pytorch.strategies.SingleDeviceStrategy` takes them.
+    """
+
+    strategy_name = "da3"
+
+    def __init__(
+        self,
+        domain: str | dict[str, int] | None = None,
+        num_classes: int | None = None,
+        config: DA3Config | None = None,
+        backbone: str | None = None,
+        save_dir: str | None = None,
+        budget: int | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self._da3 = _callback(domain, num_classes, config, backbone, save_dir, budget)
+        self._devices: list[torch.device] | None = None
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:
+        """The one device, in the list in which a Trainer hands it over."""
+        return self._devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device]) -> None:
+        if len(devices) != 1:
+            raise ConfigError(
+                f'strategy="da3" trains on one device, the Trainer was given {len(devices)}: '
+                'Trainer(strategy="da3", devices=1), or strategy="da3_ddp".'
+            )
+        self._devices, self._root_device = devices, devices[0]
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        _start(self.lightning_module, self._da3)
+
+
+class DA3DDPStrategy(DDPStrategy):
+    """DistributedDataParallel; the network is converted before any callback or optimizer sees it.
+
+    Gradients are those of one process with the same global batch, the gates' budget included.
+    ``start_method`` ``"spawn"`` and ``"fork"`` (notebooks) convert before the processes start, so
+    that the main process has the learned domains at the end.
+
+    Args:
+        domain: Its name; or, to learn several, numbers of classes by name.
+        num_classes: Of the one domain; needed when it is new.
+        config: For the conversion; the same for every domain of one network.
+        backbone: Name of the network inside the LightningModule; by default the one child that has
+            convolutions.
+        save_dir: Folder in which ``<domain>.safetensors`` is kept up to date after every epoch.
+        budget: What a step may take at its peak, as of `MemoryConfig`; None: as `config` says.
+        kwargs: As `lightning.pytorch.strategies.DDPStrategy` takes them.
+    """
+
+    strategy_name = "da3_ddp"
+
+    def __init__(
+        self,
+        domain: str | dict[str, int] | None = None,
+        num_classes: int | None = None,
+        config: DA3Config | None = None,
+        backbone: str | None = None,
+        save_dir: str | None = None,
+        budget: int | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self._da3 = _callback(domain, num_classes, config, backbone, save_dir, budget)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        _start(self.lightning_module, self._da3)
+
+    @override
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        if self._start_method != "popen":
+            self._launcher = _ConvertingLauncher(self, self._start_method)
+
+
+class _ConvertingLauncher(_MultiProcessingLauncher):
+    """Converts in the main process, which gets the domains' state back from a started one."""
+
+    @override
+    def launch(
+        self, function: Any, *args: Any, trainer: L.Trainer | None = None, **kwargs: Any
+    ) -> Any:
+        if trainer is not None and trainer.state.fn == "fit":
+            callback = _find(trainer, self._strategy._da3)  # type: ignore[attr-defined]
+            module = trainer.lightning_module
+            if builds_later(module):
+                check_converted_before(self._strategy, module, callback.backbone)
+            callback.session.attach(module)
+        return super().launch(function, *args, trainer=trainer, **kwargs)
+
+
+def _callback(
+    domain: str | dict[str, int] | None,
+    num_classes: int | None,
+    config: DA3Config | None,
+    backbone: str | None,
+    save_dir: str | None,
+    budget: int | str | None,
+) -> DA3Callback | None:
+    if domain is not None:
+        return DA3Callback(domain, num_classes, config, backbone, save_dir, budget=budget)
+    given = {
+        "num_classes": num_classes,
+        "config": config,
+        "backbone": backbone,
+        "save_dir": save_dir,
+        "budget": budget,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if given:
+        raise ConfigError(f"{sorted(given)} say how to learn a domain, but `domain` is missing.")
+    return None
+
+
+def _start(pl_module: L.LightningModule | None, own: DA3Callback | None) -> None:
+    """The first hook in which the Trainer has all of its callbacks."""
+    assert pl_module is not None
+    trainer: Any = pl_module.trainer
+    callback = _find(trainer, own)
+    if callback not in trainer.callbacks:
+        trainer.callbacks.insert(0, callback)
+    callback.session.bind(trainer)
+    if not builds_later(pl_module):
+        callback.session.attach(pl_module, trainer)
+
+
+def _find(trainer: Any, own: DA3Callback | None) -> DA3Callback:
+    """The Trainer's DA3Callback, or the strategy's own."""
+    theirs = [c for c in trainer.callbacks if isinstance(c, DA3Callback) and c is not own]
+    if theirs and own is None:
+        return theirs[0]
+    if theirs or own is None:
+        name = type(trainer.strategy).__name__
+        problem = "is said twice" if theirs else "was not said"
+        raise ConfigError(
+            f"What {name} shall learn {problem}. Either give the Trainer a "
+            f'DA3Callback(domain="flowers", num_classes=102), or the strategy: '
+            f'{name}(domain="flowers", num_classes=102).'
+        )
+    return own
+
+
+def _register() -> None:
+    description = "Learns domains beside a frozen backbone (lightning_da3)"
+    registered = {
+        "da3": (DA3Strategy, {}),
+        "da3_ddp": (DA3DDPStrategy, {}),
+        "da3_ddp_spawn": (DA3DDPStrategy, {"start_method": "spawn"}),
+        "da3_ddp_notebook": (DA3DDPStrategy, {"start_method": "fork"}),
+    }
+    for name, (strategy, arguments) in registered.items():
+        StrategyRegistry.register(name, strategy, description, override=True, **arguments)
+
+
+_register()

@@ -1,0 +1,194 @@
+"""Runs of two processes: ``python ranks.py NAME FOLDER STRATEGY``. Rank zero writes the results."""
+
+import os
+import sys
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from helpers.lit import CONFIG, Lit, LitConfigure, data
+from lightning_da3 import (
+    DA3Callback,
+    DA3Config,
+    DA3DDPStrategy,
+    DomainLoader,
+    GateConfig,
+    MemoryConfig,
+)
+from lightning_da3.budget.microbatches import Microbatches
+
+# nothing random, nothing rounded, and a budget that weighs as much as the loss
+BUDGET = DA3Config(
+    adapter=CONFIG.adapter,
+    gate=GateConfig(target=0.3, weight=5.0, noise=False),
+    memory=MemoryConfig(exact=True),
+)
+UNGATED = DA3Config(
+    adapter=CONFIG.adapter, gate=None, memory=MemoryConfig(exact=True, split="accumulate")
+)
+
+
+class HalfShut(Lit):
+    """Starts with gates of which some are shut, not the same ones for every sample."""
+
+    def on_fit_start(self):
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for name, value in self.net.domain("a").named_parameters():
+                value.copy_(0.5 * torch.randn(value.shape, generator=generator))
+                if name.endswith("attend.bias"):
+                    value.zero_()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+    def train_dataloader(self):
+        """Two global batches of eight in a fixed order, of which every rank has its part."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(16, 3, 16, 16, generator=generator)
+        samples = TensorDataset(x, (x.mean(dim=(1, 2, 3)) > 0).long())
+        ranks = self.trainer.world_size
+        sampler = DistributedSampler(samples, ranks, self.global_rank, shuffle=False)
+        return DataLoader(samples, batch_size=8 // ranks, sampler=sampler)
+
+    def on_before_optimizer_step(self, optimizer):
+        domain = self.net.domain("a")
+        gradients = {name: value.grad.clone() for name, value in domain.named_parameters()}
+        self.steps = [*getattr(self, "steps", []), gradients]
+        if self.net.executed_flops_fraction is not None:
+            fraction = self.net.executed_flops_fraction.item()
+            self.fractions = [*getattr(self, "fractions", []), fraction]
+
+
+def trainer(folder, strategy, devices=2, callbacks=(), **kwargs):
+    return L.Trainer(
+        **{
+            "accelerator": "cpu",
+            "strategy": strategy,
+            "devices": devices,
+            "max_epochs": 1,
+            "default_root_dir": folder,
+            "callbacks": list(callbacks),
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            **kwargs,
+        }
+    )
+
+
+def gradients(folder, devices, strategy, config=BUDGET, split=None):
+    """Two steps of global batches of eight, on one process or two; split by `split` if any."""
+
+    class Splits(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            pl_module.net.budget_policy.split = split
+
+    module = HalfShut()
+    callbacks = [DA3Callback("a", 2, config), Splits()]
+    fitter = trainer(folder, strategy, devices, callbacks, use_distributed_sampler=False)
+    fitter.fit(module)
+    return module, fitter
+
+
+def save(fitter, folder, name, content):
+    if fitter.is_global_zero:
+        torch.save(content, Path(folder) / f"{name}.pt")
+
+
+def equal_gradients(folder, strategy):
+    module, fitter = gradients(folder, 2, strategy)
+    save(fitter, folder, "learned", {"steps": module.steps, "fractions": module.fractions})
+
+
+def equal_gradients_in_pieces(folder, strategy):
+    module, fitter = gradients(folder, 2, strategy, split=Microbatches(1, 2))
+    save(fitter, folder, "learned", {"steps": module.steps, "fractions": module.fractions})
+
+
+def equal_gradients_accumulated(folder, strategy):
+    module, fitter = gradients(folder, 2, strategy, UNGATED, Microbatches(2))
+    save(fitter, folder, "learned", {"steps": module.steps})
+
+
+def two_domains_one_after_the_other(folder, strategy):
+    module = LitConfigure("configure_model")
+    for domain, classes in (("a", 2), ("b", 3)):
+        callback = DA3Callback(domain, classes, CONFIG, save_dir=folder)
+        fitter = trainer(folder, strategy, callbacks=[callback])
+        fitter.fit(module, data())
+        fitter.test(module, data(), verbose=False)
+        fitter.save_checkpoint(Path(folder) / f"{domain}.ckpt")
+    save(fitter, folder, "learned", {d: module.net.domain(d).state_dict() for d in "ab"})
+
+
+def interleaved(folder, strategy):
+    class Module(Lit):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+
+        def on_before_optimizer_step(self, optimizer):
+            self.grads = {
+                name: [p.grad is not None for p in self.net.domain(name).parameters()]
+                for name in self.net.domains
+            }
+            assert all(self.grads.pop(self.net.active_domain))
+            assert not any(any(given) for given in self.grads.values())
+
+    module = Module()
+    callback = DA3Callback({"a": 2, "b": 2}, config=CONFIG)
+    fitter = trainer(folder, strategy, callbacks=[callback], max_epochs=2)
+    fitter.fit(module, DomainLoader({"a": data(), "b": data(1)}))
+    save(fitter, folder, "learned", fitter.global_step)
+
+
+def dies(folder, strategy):
+    class Dies(Lit):
+        def training_step(self, batch, batch_idx):
+            if self.global_rank == 1 and batch_idx == 1:
+                if os.environ["HOW"] == "killed":
+                    os._exit(3)
+                raise RuntimeError("rank one has had enough")
+            return super().training_step(batch, batch_idx)
+
+    trainer(folder, strategy, callbacks=[DA3Callback("a", 2, CONFIG)]).fit(Dies(), data())
+    (Path(folder) / "finished").touch()
+
+
+def nan_on_one_rank(folder, strategy):
+    class Nan(Lit):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("nan") if self.global_rank == 1 else loss
+
+    trainer(folder, strategy, callbacks=[DA3Callback("a", 2, CONFIG)]).fit(Nan(), data())
+    (Path(folder) / "finished").touch()
+
+
+def started_processes(folder, strategy):
+    """Spawn or fork: the domains must be in the main process afterwards."""
+    module = Lit()
+    fitter = trainer(folder, DA3DDPStrategy("a", 2, CONFIG, start_method=strategy))
+    fitter.fit(module, data())
+    fitter.test(module, data(), verbose=False)
+    save(fitter, folder, "learned", {"state": module.net.domain("a").state_dict()})
+    assert module.net.active_domain == "a"
+
+
+def started_too_late(folder, strategy):
+    """The callback alone cannot convert before the processes start."""
+    trainer(folder, strategy, callbacks=[DA3Callback("a", 2, CONFIG)]).fit(Lit(), data())
+
+
+def started_without_a_network(folder, strategy):
+    fitter = trainer(folder, DA3DDPStrategy("a", 2, CONFIG, start_method=strategy))
+    fitter.fit(LitConfigure("configure_model"), data())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    name, folder, strategy = sys.argv[1:]
+    globals()[name](folder, strategy)

@@ -1,0 +1,112 @@
+"""Two processes on a CPU: each run of `ranks.py` in a process of its own, with a limit of time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ranks
+
+import lightning_da3
+
+pytestmark = pytest.mark.slow
+LIMIT_S = 300  # far more than any of them takes; a hang is a failure
+
+
+def run(name, folder, strategy, **environment):
+    """What a run printed, and how it ended."""
+    package = str(Path(lightning_da3.__file__).parents[1])
+    inherited = os.environ.get("PYTHONPATH")
+    paths = [package, inherited] if inherited else [package]
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", ranks.__file__, name, str(folder), strategy],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    return process.stdout + process.stderr, process.returncode
+
+
+def succeeds(name, folder, strategy):
+    printed, returncode = run(name, folder, strategy)
+    assert returncode == 0, printed
+    return torch.load(folder / "learned.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "da3_ddp"])
+def test_gradients_are_those_of_one_process_with_the_same_global_batch(tmp_path, strategy):
+    learned = succeeds("equal_gradients", tmp_path, strategy)
+    module, _ = ranks.gradients(tmp_path, 1, "auto")
+    assert all(0.1 < fraction < 0.9 for fraction in module.fractions)
+    assert learned["fractions"] != module.fractions  # so a rank's own budget would be another
+    assert len(module.steps) == 2
+    torch.testing.assert_close(module.steps, learned["steps"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "da3_ddp"])
+def test_split_batches_give_the_gradients_of_the_global_batch(tmp_path, strategy):
+    learned = succeeds("equal_gradients_in_pieces", tmp_path, strategy)
+    module, _ = ranks.gradients(tmp_path, 1, "auto")
+    torch.testing.assert_close(module.steps, learned["steps"], rtol=1e-4, atol=1e-6)
+    learned = succeeds("equal_gradients_accumulated", tmp_path, strategy)
+    module, _ = ranks.gradients(tmp_path, 1, "auto", ranks.UNGATED)
+    torch.testing.assert_close(module.steps, learned["steps"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "da3_ddp"])
+def test_domains_are_switched_between_fits(tmp_path, strategy):
+    learned = succeeds("two_domains_one_after_the_other", tmp_path, strategy)
+    first = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    last = torch.load(tmp_path / "b.ckpt", weights_only=True)["state_dict"]
+    assert not [key for key in last if key.startswith("net.backbone.")]
+    for name, value in learned["a"].items():  # learning b left it as it was
+        assert torch.equal(value, first[f"net.bank.a.{name}"])
+        assert torch.equal(value, last[f"net.bank.a.{name}"])
+    for domain in "ab":
+        assert any(v.any() for k, v in learned[domain].items() if "value.weight" in k)
+        assert (tmp_path / f"{domain}.safetensors").exists()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "da3_ddp"])
+def test_interleaved_domains(tmp_path, strategy):
+    """What got no gradient has none, or DDP would have filled in zeros (checked in the run)."""
+    assert succeeds("interleaved", tmp_path, strategy) == 2 * 2 * 2  # epochs, domains, batches
+
+
+@pytest.mark.parametrize("how", ["killed", "raises"])
+def test_a_rank_that_dies_ends_the_run_with_an_error(tmp_path, how):
+    printed, returncode = run("dies", tmp_path, "ddp", HOW=how)
+    assert returncode != 0
+    assert not (tmp_path / "finished").exists()
+    assert ("rank one has had enough" in printed) == (how == "raises")
+
+
+def test_nan_on_one_rank_ends_the_run_with_an_error(tmp_path):
+    printed, returncode = run("nan_on_one_rank", tmp_path, "da3_ddp")
+    assert returncode != 0
+    assert "The loss of domain 'a' is nan" in printed or "Connection" in printed
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "fork"])
+def test_started_processes_give_the_domains_back(tmp_path, start_method):
+    learned = succeeds("started_processes", tmp_path, start_method)
+    assert any(v.any() for k, v in learned["state"].items() if "value.weight" in k)
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        ("started_too_late", "ddp_spawn"),
+        ("started_too_late", "ddp_notebook"),
+        ("started_without_a_network", "spawn"),
+    ],
+)
+def test_started_processes_that_could_not_give_them_back_are_refused(tmp_path, name, strategy):
+    printed, returncode = run(name, tmp_path, strategy)
+    assert returncode != 0
+    assert "ConfigError" in printed
+    assert "the domains would vanish" in printed
