@@ -17,7 +17,7 @@ from lightning_da3.ops.bits import dense, has_no_values
 
 # no map is larger, if one sample allows: caches hold it, and memory of more than 32 MiB goes back
 # to the system whenever it is freed (glibc), so that every step would wait for new pages
-LARGEST_BYTES = 24 * 2**20
+LARGEST_BYTES = 6 * 2**20
 
 
 class Prologue(Microbatched):

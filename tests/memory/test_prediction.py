@@ -349,7 +349,7 @@ def test_values_are_no_part_of_what_the_command_builds():
 def test_the_command_that_holds_predictions_against_real_steps(monkeypatch, capsys):
     known_before = pytest.importorskip("known_before")
     monkeypatch.setattr(
-        "sys.argv", "known_before --models resnet18 --image-size 64 --batch-size 8".split()
+        "sys.argv", "known_before --models resnet18 --image-size 96 --batch-size 8".split()
     )
     assert known_before.main() == 0
     assert capsys.readouterr().out.count("pass") == 3
