@@ -829,9 +829,9 @@ def test_users_register_their_own_layers():
     for kind in (Doubles, DoublesSlowly):
         model = tracer_sees(kind)
         assert model(torch.zeros(1, 3, 6, 6)).shape == (1, 4, 2, 2)
-    with pytest.raises(ConfigError, match="Doubles has a rule already: _doubles"):
+    with pytest.raises(ConfigError, match=r"Doubles is registered already .its rule is _doubles"):
         register(Doubles)(lambda layer: None)
-    with pytest.raises(ConfigError, match=r"takes types of torch.nn.Module, got 'ReLU'"):
+    with pytest.raises(ConfigError, match=r"takes subclasses of torch.nn.Module.* got 'ReLU'"):
         register("ReLU")(lambda layer: None)
 
 
@@ -861,7 +861,7 @@ def test_a_registered_layer_is_replaced():
 
 
 def test_a_type_has_one_rule_and_is_a_module():
-    with pytest.raises(ConfigError, match="Negate has a rule already: _negate"):
+    with pytest.raises(ConfigError, match="Negate is registered already"):
         register(Negate)(_negate)
-    with pytest.raises(ConfigError, match="`register` takes types"):
+    with pytest.raises(ConfigError, match="`register` takes subclasses"):
         register(int)(_negate)

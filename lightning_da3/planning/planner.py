@@ -10,11 +10,11 @@ from torch import fx
 
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import ConversionError
+from lightning_da3.layers import CONVS
 from lightning_da3.planning.flow import Flow
 from lightning_da3.planning.fusion import find_folds, fused
 from lightning_da3.planning.head import find_head
 from lightning_da3.planning.hosts import HostFinder
-from lightning_da3.planning.layers import CONVS
 from lightning_da3.planning.nodes import plan_nodes, trained_through
 from lightning_da3.planning.plan import (
     HostPlan,
