@@ -17,7 +17,12 @@ from lightning_da3.layers.modules import BATCH_NORMS, CONVS
 
 def facts_of(layer: nn.Module | None) -> Facts:
     """What is known of a layer's exact type."""
-    return TABLE.get(type(layer), UNKNOWN)
+    return facts_of_kind(type(layer))
+
+
+def facts_of_kind(kind: type) -> Facts:
+    """What is known of an exact type."""
+    return TABLE.get(kind, UNKNOWN)
 
 
 def is_registered(kind: type[nn.Module]) -> bool:

@@ -13,7 +13,7 @@ from lightning_da3.layers import facts_of_call, is_in_place
 from lightning_da3.nn.frozen import AdaptiveAvgPool, FrozenConv, QuantizedGradActivation
 from lightning_da3.nn.recomputed import ActivatedConv, Excitation, Shortcut, Small
 from lightning_da3.passes.subgraphs import exits_of
-from lightning_da3.tracing.tracer import module_of
+from lightning_da3.tracing.graphs import module_of
 
 _SPATIAL = ((2, 3), [2, 3], (-2, -1), [-2, -1])
 

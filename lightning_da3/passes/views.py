@@ -13,7 +13,7 @@ from torch import fx
 from lightning_da3.config import DA3Config
 from lightning_da3.layers import copying_name
 from lightning_da3.planning.plan import PartPlan
-from lightning_da3.tracing.tracer import Part
+from lightning_da3.tracing.graphs import Part
 
 
 def reshape_(part: Part, plan: PartPlan, config: DA3Config) -> None:

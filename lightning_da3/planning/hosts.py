@@ -24,7 +24,7 @@ from lightning_da3.planning.layers import (
 )
 from lightning_da3.planning.plan import HostPlan
 from lightning_da3.planning.shapes import Shapes, reductions
-from lightning_da3.tracing.tracer import Part, module_of
+from lightning_da3.tracing.graphs import Part, module_of
 
 
 class HostFinder:

@@ -10,7 +10,7 @@ from torch import fx, nn
 from lightning_da3.layers import BATCH_NORMS, CONVS, is_in_place, layer_of
 from lightning_da3.nn.frozen import Conv
 from lightning_da3.planning.plan import NodePlan
-from lightning_da3.tracing.tracer import module_of
+from lightning_da3.tracing.graphs import module_of
 
 
 def layer_called(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:

@@ -21,7 +21,7 @@ from lightning_da3.layers import (
 )
 from lightning_da3.planning.layers import has_statistics, layer_called
 from lightning_da3.planning.plan import HostPlan, NodePlan
-from lightning_da3.tracing.tracer import module_of
+from lightning_da3.tracing.graphs import module_of
 
 
 def plan_nodes(

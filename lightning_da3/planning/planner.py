@@ -25,7 +25,7 @@ from lightning_da3.planning.prologue import find_prologue
 from lightning_da3.planning.regions import RegionFinder
 from lightning_da3.planning.shapes import Shapes, guess_shapes, sizes
 from lightning_da3.planning.spans import SpanFinder
-from lightning_da3.tracing.tracer import Part, Traced, module_of
+from lightning_da3.tracing.graphs import Part, Traced, module_of
 
 
 @dataclass
@@ -45,7 +45,7 @@ def make_plan(traced: Traced, config: DA3Config) -> Plan:
     """Decide what becomes of every node.
 
     Args:
-        traced: From `lightning_da3.tracing.tracer.trace`; only read.
+        traced: From `lightning_da3.tracing.islands.trace`; only read.
         config: The user's choices.
 
     Raises:

@@ -17,7 +17,7 @@ from lightning_da3.layers import CONVS, facts_of_call, is_pure, is_random
 from lightning_da3.planning.flow import Flow, Nodes, dominators
 from lightning_da3.planning.layers import overwrites
 from lightning_da3.planning.plan import HostPlan, NodePlan, RecomputeRegion
-from lightning_da3.tracing.tracer import module_of
+from lightning_da3.tracing.graphs import module_of
 
 # passing a convolution or a matrix product must make the kept value at least so much smaller
 WORTH = 2.0

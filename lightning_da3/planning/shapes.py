@@ -17,7 +17,7 @@ from lightning_da3.memory.fake import quiet
 from lightning_da3.memory.names import mutable
 from lightning_da3.nn.frozen import numbers
 from lightning_da3.planning.layers import layer_called
-from lightning_da3.tracing.tracer import module_of
+from lightning_da3.tracing.graphs import module_of
 
 Shapes = dict[fx.Node, tuple[int, ...]]
 

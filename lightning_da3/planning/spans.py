@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
+from lightning_da3.layers import is_in_place
 from lightning_da3.planning.flow import Flow
 from lightning_da3.planning.plan import HostPlan, NodePlan, RecomputeRegion
-from lightning_da3.tracing.tracer import is_in_place, output_node
+from lightning_da3.tracing.graphs import output_node
 
 # what a byte that lives during one region's backward counts, beside one that lives all the time
 TRANSIENT = 0.1
