@@ -20,7 +20,8 @@ from lightning_da3.ops.host import coarse_grid, pool, upsample
 from lightning_da3.ops.tokens import TokenGrid
 from lightning_da3.planning.plan import HostPlan, PartPlan
 from lightning_da3.planning.shapes import mutable
-from lightning_da3.tracing.tracer import Part, trace
+from lightning_da3.tracing.graphs import Part
+from lightning_da3.tracing.islands import trace
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

@@ -16,7 +16,7 @@ from lightning_da3.model.model import DA3Model
 from lightning_da3.model.state import architecture, backbone_state
 from lightning_da3.passes.rewriting import rewrite
 from lightning_da3.planning.planner import make_plan
-from lightning_da3.tracing.tracer import trace
+from lightning_da3.tracing.islands import trace
 
 NO_FINGERPRINT = "0" * 64
 

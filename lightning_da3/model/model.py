@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from lightning_da3.budget.microbatches import batch_size, cut, run_microbatches
@@ -20,6 +20,7 @@ from lightning_da3.costs import ModelPlan, Original
 from lightning_da3.eager import KeepsLess
 from lightning_da3.errors import CheckpointError, ConfigError, DA3Error, DomainError, InputError
 from lightning_da3.files.domain_file import domain_file_bytes, read_domain, write_domain
+from lightning_da3.layers import has_modes
 from lightning_da3.model.mixed import NEAREST, Domains, by_sample, check_domains, samples_in
 from lightning_da3.model.state import (
     HAS_STATISTICS,
@@ -485,7 +486,7 @@ class DA3Model(nn.Module):
         """
         super().train(mode)
         for layer in self.backbone.modules():
-            if _has_modes(layer):
+            if has_modes(layer):
                 layer.eval()
         for path, _ in self.plan.python:
             self.backbone.get_submodule(path).training = mode
@@ -717,25 +718,6 @@ def checked_class_names(names: Sequence[str] | None, num_classes: int | None) ->
             f"{len(names)}."
         )
     return list(names)
-
-
-_MODAL = (
-    nn.modules.batchnorm._NormBase,
-    nn.modules.dropout._DropoutNd,
-    nn.RReLU,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    nn.TransformerEncoderLayer,
-    nn.TransformerEncoder,
-)
-
-
-def _has_modes(layer: nn.Module) -> bool:
-    """Whether a layer of the rewritten backbone may compute differently in train mode."""
-    home = type(layer).__module__
-    if home.startswith("torch.nn."):
-        return isinstance(layer, _MODAL)
-    return not isinstance(layer, fx.GraphModule) and not home.startswith("lightning_da3.")
 
 
 def _laid_out(output: Any, args: Any, kwargs: Any) -> Any:

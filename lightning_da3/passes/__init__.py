@@ -16,7 +16,7 @@ from lightning_da3.passes.prologue import prologue_
 from lightning_da3.passes.recompute import recompute_
 from lightning_da3.passes.views import reshape_
 from lightning_da3.planning.plan import PartPlan
-from lightning_da3.tracing.tracer import Part
+from lightning_da3.tracing.graphs import Part
 
 Pass = Callable[[Part, PartPlan, DA3Config], None]
 

@@ -20,7 +20,7 @@ from lightning_da3.nn.frozen import (
 )
 from lightning_da3.planning.layers import layer_called
 from lightning_da3.planning.plan import NodePlan, PartPlan
-from lightning_da3.tracing.tracer import Part, module_of
+from lightning_da3.tracing.graphs import Part, module_of
 
 STANDS_FOR = "stands_for"
 

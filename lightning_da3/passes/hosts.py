@@ -10,7 +10,7 @@ from lightning_da3.config import DA3Config
 from lightning_da3.nn.adapter import HostInput, HostOutput
 from lightning_da3.nn.gate import Recorder
 from lightning_da3.planning.plan import HostPlan, PartPlan
-from lightning_da3.tracing.tracer import Part
+from lightning_da3.tracing.graphs import Part
 
 INPUTS, OUTPUTS, RECORDERS = "host_inputs", "host_outputs", "recorders"
 

@@ -13,7 +13,7 @@ from lightning_da3.nn.adapter import HostOutput
 from lightning_da3.nn.frozen import FrozenConv
 from lightning_da3.passes.hosts import INPUTS, OUTPUTS, host_key
 from lightning_da3.planning.plan import PartPlan
-from lightning_da3.tracing.tracer import Part, module_of
+from lightning_da3.tracing.graphs import Part, module_of
 
 # Multiply-accumulates for one byte that is not kept. Pointwise and grouped convolutions stay below,
 # a dense 3x3 of 128 channels and more does not: the backward would take half as long again.

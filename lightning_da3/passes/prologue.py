@@ -10,7 +10,7 @@ from lightning_da3.passes.freeze import stands_for
 from lightning_da3.passes.subgraphs import call_instead_, copied, exits_of
 from lightning_da3.planning.flow import Nodes
 from lightning_da3.planning.plan import PartPlan
-from lightning_da3.tracing.tracer import Part
+from lightning_da3.tracing.graphs import Part
 
 PLACE = "prologue"
 

@@ -15,7 +15,7 @@ from lightning_da3.passes.shortcuts import shortcut_of
 from lightning_da3.passes.subgraphs import call_instead_, copied
 from lightning_da3.planning.flow import Flow, Nodes
 from lightning_da3.planning.plan import PartPlan, RecomputeRegion
-from lightning_da3.tracing.tracer import Part, module_of
+from lightning_da3.tracing.graphs import Part, module_of
 
 PLACE = "recomputed"
 

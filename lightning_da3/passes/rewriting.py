@@ -12,7 +12,7 @@ from lightning_da3.nn.linear import freeze_linear_layers_
 from lightning_da3.passes import ORDER
 from lightning_da3.passes.stored_weights import store_weights_in_bfloat16_
 from lightning_da3.planning.plan import Plan
-from lightning_da3.tracing.tracer import Traced
+from lightning_da3.tracing.graphs import Traced
 
 
 def rewrite(traced: Traced, plan: Plan, config: DA3Config) -> nn.Module:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Sequence
 from typing import TypeGuard
 
 import torch
 from torch import fx, nn
 
+from lightning_da3.layers import facts_of_call, is_in_place
 from lightning_da3.nn.frozen import AdaptiveAvgPool, FrozenConv, QuantizedGradActivation
 from lightning_da3.nn.recomputed import ActivatedConv, Excitation, Shortcut, Small
 from lightning_da3.passes.subgraphs import exits_of
-from lightning_da3.tracing.tracer import module_of
+from lightning_da3.tracing.graphs import module_of
 
-_PRODUCTS = (operator.mul, torch.mul, "mul")
 _SPATIAL = ((2, 3), [2, 3], (-2, -1), [-2, -1])
 
 
@@ -72,7 +71,9 @@ def _excitation(
     *branch, product = inside
     if len(branch) < 2 or not _is_chain([v, *branch]):
         return None
-    if product.target not in _PRODUCTS or {*product.args} != {v, branch[-1]}:
+    facts = facts_of_call(product)
+    times = facts.does == "product" and facts.elementwise and not is_in_place(product)
+    if not times or {*product.args} != {v, branch[-1]}:
         return None
     first, *rest = layers[1:-1]
     if not (_is_matrix(first) and _is_mean(branch[0], layers[0], first)):

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from lightning_da3.layers import has_hooks
 from lightning_da3.nn.linear import attends_plainly, store_weights_
-from lightning_da3.tracing.tracer import Part, module_of
+from lightning_da3.tracing.graphs import Part, module_of
 
 
 def store_weights_in_bfloat16_(part: Part, head: str | None) -> None:

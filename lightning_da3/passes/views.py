@@ -11,10 +11,9 @@ import torch
 from torch import fx
 
 from lightning_da3.config import DA3Config
+from lightning_da3.layers import copying_name
 from lightning_da3.planning.plan import PartPlan
-from lightning_da3.tracing.tracer import Part
-
-_INSTEAD = {"view": "reshape", "view_as": "reshape_as"}
+from lightning_da3.tracing.graphs import Part
 
 
 def reshape_(part: Part, plan: PartPlan, config: DA3Config) -> None:
@@ -25,8 +24,9 @@ def reshape_(part: Part, plan: PartPlan, config: DA3Config) -> None:
     del plan, config
     for node in part.gm.graph.nodes:
         to_type = any(map(_is_type, (*node.args, *node.kwargs.values())))
-        if node.op == "call_method" and node.target in _INSTEAD and not to_type:
-            node.target = _INSTEAD[node.target]
+        copying = copying_name(str(node.target)) if node.op == "call_method" else ""
+        if copying and not to_type:
+            node.target = copying
             node.kwargs = {"shape" if k == "size" else k: v for k, v in node.kwargs.items()}
 
 

@@ -7,9 +7,9 @@ from functools import cached_property
 
 from torch import fx
 
-Nodes = dict[fx.Node, None]  # an ordered set
+from lightning_da3.layers import attribute_is_number, facts_of_call
 
-_NUMBERS = {"size", "dim", "numel", "ndimension", "stride", "is_floating_point", "element_size"}
+Nodes = dict[fx.Node, None]  # an ordered set
 
 
 class Flow:
@@ -84,13 +84,8 @@ class Flow:
 
 
 def _is_number(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in _NUMBERS
-    if node.target is len:
-        return True
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in ("shape", "ndim", "dtype", "device")
-    return False
+    attribute = node.op == "call_function" and node.target is getattr
+    return facts_of_call(node).gives_number or (attribute and attribute_is_number(node.args[1]))
 
 
 def dominators(

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 from torch import fx
 
-from lightning_da3.layers import replacement_for
+from lightning_da3.layers import CONVS, replacement_for
 from lightning_da3.nn.frozen import PiecewiseLinear
-from lightning_da3.planning.layers import CONVS, has_statistics, layer_called
+from lightning_da3.planning.layers import has_statistics, layer_called
 from lightning_da3.planning.plan import HostPlan, NodePlan, RecomputeRegion
-from lightning_da3.tracing.tracer import module_of
+from lightning_da3.tracing.graphs import module_of
 
 
 def _calls(gm: fx.GraphModule) -> Counter[int]:

@@ -7,9 +7,9 @@ from typing import Any
 from torch import fx, nn
 
 from lightning_da3.errors import ConversionError
+from lightning_da3.layers import CONVS
 from lightning_da3.planning.flow import Flow
-from lightning_da3.planning.layers import CONVS
-from lightning_da3.tracing.tracer import Traced, module_of, output_node
+from lightning_da3.tracing.graphs import Traced, module_of, output_node
 
 
 def find_head(traced: Traced, head: str | None) -> str | None:

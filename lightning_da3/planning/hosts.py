@@ -7,19 +7,15 @@ narrow ends of such a block are what is cheap to read.
 from __future__ import annotations
 
 import math
-import operator
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import fx, nn
 
-from lightning_da3.layers import replacement_for
+from lightning_da3.layers import BATCH_NORMS, CONVS, facts_of, facts_of_call
 from lightning_da3.planning.flow import Flow, Nodes
 from lightning_da3.planning.layers import (
-    CONVS,
-    MAX_POOLS,
     has_statistics,
     is_depthwise,
     is_pointwise,
@@ -28,10 +24,7 @@ from lightning_da3.planning.layers import (
 )
 from lightning_da3.planning.plan import HostPlan
 from lightning_da3.planning.shapes import Shapes, reductions
-from lightning_da3.tracing.tracer import Part, module_of
-
-_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+from lightning_da3.tracing.graphs import Part, module_of
 
 
 class HostFinder:
@@ -165,7 +158,9 @@ class HostFinder:
                 if str(step.target) == self.head:
                     return None
                 return step
-            if not (_is_elementwise(layer) or step.target in _PRODUCTS):
+            known = facts_of_call(step)
+            product = known.does == "product" and known.elementwise
+            if not (_is_elementwise(layer) or product):
                 return None
             node = step
 
@@ -189,7 +184,7 @@ class HostFinder:
     def _branches(self, node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
         """(x, f(x)) for every reading of `node` as ``x + f(x)``."""
         operands = [a for a in node.args if isinstance(a, fx.Node) and a in self.flow.activations]
-        if node.target not in _ADDS or len(operands) != 2 or node.kwargs:
+        if facts_of_call(node).does != "sum" or len(operands) != 2 or node.kwargs:
             return
         for x, last in (operands, operands[::-1]):
             if x is not last and len(last.users) == 1 and self._dominates(x, last):
@@ -275,7 +270,7 @@ class HostFinder:
         """Class and register tokens: constants put in front of the others by a concatenation."""
         node: fx.Node | None = x
         while node is not None:
-            if getattr(node.target, "__name__", "") in ("cat", "concat"):
+            if facts_of_call(node).does == "concatenation":
                 return self._constants_in_front(node)
             node = self.flow.before[node]
         return 0
@@ -305,15 +300,7 @@ class HostFinder:
 
 
 def _is_elementwise(layer: nn.Module | None) -> bool:
-    if layer is None:
-        return False
-    if has_statistics(layer):
-        return True
-    replacement = replacement_for(layer)
-    return replacement is not None and (
-        (replacement.keeps in ("bits", "codes") and not isinstance(layer, MAX_POOLS))
-        or replacement.build is None
-    )
+    return facts_of(layer).elementwise and (type(layer) not in BATCH_NORMS or has_statistics(layer))
 
 
 def _has_weights(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -322,8 +309,7 @@ def _has_weights(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _mixes_channels(gm: fx.GraphModule, inside: Nodes) -> bool:
-    mixing = (nn.Linear, nn.MultiheadAttention, *CONVS)
-    return any(isinstance(module_of(gm, n), mixing) for n in inside) or any(
+    return any(facts_of(module_of(gm, n)).mixes_channels for n in inside) or any(
         i.op == "get_attr" and str(i.target).endswith("weight")
         for n in inside
         for i in n.all_input_nodes

@@ -7,14 +7,10 @@ from typing import TypeGuard
 
 from torch import fx, nn
 
-from lightning_da3.layers import layer_of
+from lightning_da3.layers import BATCH_NORMS, CONVS, is_in_place, layer_of
 from lightning_da3.nn.frozen import Conv
 from lightning_da3.planning.plan import NodePlan
-from lightning_da3.tracing.tracer import is_in_place, module_of
-
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+from lightning_da3.tracing.graphs import module_of
 
 
 def layer_called(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:

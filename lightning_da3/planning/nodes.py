@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import fx, nn
 
-from lightning_da3.layers import Replacement, convolution_of, has_hooks, replacement_for
-from lightning_da3.planning.layers import CONVS, has_statistics, layer_called
+from lightning_da3.layers import (
+    CONVS,
+    Replacement,
+    convolution_of,
+    facts_of,
+    facts_of_call,
+    has_hooks,
+    is_in_place,
+    operation,
+    replacement_for,
+)
+from lightning_da3.planning.layers import has_statistics, layer_called
 from lightning_da3.planning.plan import HostPlan, NodePlan
-from lightning_da3.tracing.tracer import module_of
+from lightning_da3.tracing.graphs import module_of
 
 
 def plan_nodes(
@@ -44,9 +52,6 @@ def plan_nodes(
         yield planned
 
 
-_NEW_MEMORY = {torch.cat, torch.add, torch.sub, torch.mul}
-
-
 def _is_free(node: fx.Node, fresh: set[str]) -> bool:
     """Whether `node` alone reads its first argument, and that is new memory."""
     before = node.args[0] if node.args else None
@@ -54,13 +59,13 @@ def _is_free(node: fx.Node, fresh: set[str]) -> bool:
 
 
 def _is_fresh(node: fx.Node, planned: NodePlan, fresh: set[str]) -> bool:
-    name = getattr(node.target, "__name__", "")
+    facts = facts_of_call(node)
     gone = planned.action in ("fold", "remove")
-    if planned.inplace or gone or name in ("iadd", "isub", "imul"):
+    if planned.inplace or gone or is_in_place(node):
         return _is_free(node, fresh)  # the memory of what it reads, under a second name
     if planned.action in ("freeze", "affine", "replace"):
         return True
-    return node.target in _NEW_MEMORY or name in ("add", "sub", "mul")
+    return facts.elementwise or facts.does == "concatenation"
 
 
 def _plan_node(
@@ -90,8 +95,7 @@ def _plan_node(
         return NodePlan(node.name, label, "accumulate", inplace=True)
     replacement = replacement_for(layer, exact) if layer is not None else None
     if replacement is None:
-        keeps = "nothing" if _keeps_nothing(node, called, trained) else "kept"
-        return NodePlan(node.name, label, "leave", keeps)
+        return NodePlan(node.name, label, "leave", _keeps(node, called, trained))
     if replacement.build is None:
         return NodePlan(node.name, label, "remove")
     inplace = _overwrites(replacement, free)
@@ -100,7 +104,7 @@ def _plan_node(
 
 def _is_sum(node: fx.Node) -> bool:
     two = len(node.args) == 2 and not node.kwargs and isinstance(node.args[1], fx.Node)
-    return two and node.target in (operator.add, operator.iadd, torch.add)
+    return two and facts_of_call(node).does == "sum"
 
 
 def _is_conv_of_constants(node: fx.Node) -> bool:
@@ -130,52 +134,22 @@ def _overwrites(replacement: Replacement, free: bool) -> bool:
 def _label(node: fx.Node, called: nn.Module | None) -> str:
     if called is not None:
         return type(called).__name__
-    return str(getattr(node.target, "__name__", node.target))
+    return operation(node)
 
 
-# frozen, they keep nothing, and they compute the same in train mode as in eval
-INERT_LAYERS = (
-    nn.Linear,
-    nn.Flatten,
-    nn.Unflatten,
-    nn.ZeroPad1d,
-    nn.ZeroPad2d,
-    nn.ZeroPad3d,
-    nn.ConstantPad1d,
-    nn.ConstantPad2d,
-    nn.ConstantPad3d,
-    nn.Upsample,
-    nn.UpsamplingNearest2d,
-    nn.UpsamplingBilinear2d,
-    nn.PixelShuffle,
-    nn.PixelUnshuffle,
-    nn.ChannelShuffle,
-    nn.Embedding,
-)
-_KEEP_NOTHING_NAMES = frozenset(
-    "add add_ iadd sub sub_ isub radd rsub cat concat concatenate stack hstack vstack chunk split "
-    "unbind flatten unflatten view view_as reshape permute transpose contiguous clone size getattr "
-    "getitem unsqueeze squeeze expand repeat mean sum to dim numel float half double bfloat16 type "
-    "pad movedim moveaxis swapaxes swapdims t neg floordiv mod eq ne lt le gt ge _assert narrow "
-    "select roll flip interpolate upsample pixel_shuffle pixel_unshuffle unfold fold detach "
-    "constant_pad_nd one_hot ones_like zeros_like linear unsafe_chunk index_select len "
-    "must_be_default".split()
-)
-# they keep of each operand what the others need: nothing, if only one carries gradients
-_BILINEAR_NAMES = frozenset("mul mul_ imul rmul matmul bmm mm addmm einsum dot".split())
-_QUOTIENT_NAMES = frozenset("truediv div div_ itruediv".split())
-
-
-def _keeps_nothing(node: fx.Node, called: nn.Module | None, trained: set[str]) -> bool:
+def _keeps(node: fx.Node, called: nn.Module | None, trained: set[str]) -> str:
+    """What PyTorch keeps of a call that is left as it is."""
     if called is not None:
-        return type(called) in INERT_LAYERS
-    label = _label(node, None)
+        return facts_of(called).keeps
+    facts = facts_of_call(node)
     carrying = [i for i in node.all_input_nodes if i.name in trained]
-    if label in _BILINEAR_NAMES or label == "conv":
-        return len(carrying) <= 1 and sum(a in carrying for a in node.args) <= 1
-    if label in _QUOTIENT_NAMES:
-        return len(carrying) == 1 and node.args[0] in carrying and node.args[1] not in carrying
-    return label in _KEEP_NOTHING_NAMES
+    if facts.does == "product":  # of each operand what the others need
+        alone = len(carrying) <= 1 and sum(a in carrying for a in node.args) <= 1
+    elif facts.does == "quotient":
+        alone = len(carrying) == 1 and node.args[0] in carrying and node.args[1] not in carrying
+    else:
+        return facts.keeps
+    return "nothing" if alone else "kept"
 
 
 def trained_through(

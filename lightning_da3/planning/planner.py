@@ -10,11 +10,11 @@ from torch import fx
 
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import ConversionError
+from lightning_da3.layers import CONVS
 from lightning_da3.planning.flow import Flow
 from lightning_da3.planning.fusion import find_folds, fused
 from lightning_da3.planning.head import find_head
 from lightning_da3.planning.hosts import HostFinder
-from lightning_da3.planning.layers import CONVS
 from lightning_da3.planning.nodes import plan_nodes, trained_through
 from lightning_da3.planning.plan import (
     HostPlan,
@@ -25,7 +25,7 @@ from lightning_da3.planning.prologue import find_prologue
 from lightning_da3.planning.regions import RegionFinder
 from lightning_da3.planning.shapes import Shapes, guess_shapes, sizes
 from lightning_da3.planning.spans import SpanFinder
-from lightning_da3.tracing.tracer import Part, Traced, module_of
+from lightning_da3.tracing.graphs import Part, Traced, module_of
 
 
 @dataclass
@@ -45,7 +45,7 @@ def make_plan(traced: Traced, config: DA3Config) -> Plan:
     """Decide what becomes of every node.
 
     Args:
-        traced: From `lightning_da3.tracing.tracer.trace`; only read.
+        traced: From `lightning_da3.tracing.islands.trace`; only read.
         config: The user's choices.
 
     Raises:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lightning_da3.layers import has_hooks
+from lightning_da3.layers import facts_of, facts_of_call, has_hooks
 from lightning_da3.planning.flow import Flow
 from lightning_da3.planning.layers import layer_called, overwrites
 from lightning_da3.planning.plan import HostPlan, NodePlan, ProloguePlan
@@ -18,18 +16,6 @@ from lightning_da3.planning.shapes import Shapes
 
 # rules by which nodes were planned whose operations never mix samples
 _ALONE = ("freeze", "fold", "fuse", "affine", "remove")
-_LAYERS = (
-    *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU),
-    *(nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Identity),
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear, nn.LayerNorm),
-    *(nn.GroupNorm, nn.ZeroPad2d, nn.Upsample, nn.PixelShuffle),
-)
-_ELEMENTWISE = {
-    *(operator.add, operator.iadd, operator.sub, operator.mul, operator.imul, operator.truediv),
-    *(torch.add, torch.sub, torch.mul, torch.div, "add", "add_", "sub", "mul", "mul_", "div"),
-}
 
 
 def find_prologue(
@@ -92,14 +78,14 @@ def _only_reads(gm: fx.GraphModule, planned: dict[str, NodePlan], node: fx.Node)
     """Whether a node writes into no memory but its own, and hands on none."""
     if node.name not in planned or planned[node.name].action in ("freeze", "fold", "fuse"):
         return node.name in planned
-    known = type(layer_called(gm, node)) in _LAYERS or node.target in _ELEMENTWISE
+    known = facts_of(layer_called(gm, node)).by_sample or facts_of_call(node).elementwise
     return known and not _hands_on(gm, planned, node)
 
 
 def _hands_on(gm: fx.GraphModule, planned: dict[str, NodePlan], node: fx.Node) -> bool:
     """Whether the result lies in the memory of the first argument."""
     step = planned[node.name]
-    turned = node.target in (torch.permute, "permute")
+    turned = facts_of_call(node).does == "permutation"
     gone = step.action == "remove" or isinstance(layer_called(gm, node), nn.Identity)
     return turned or gone or overwrites(gm, node, step)
 
@@ -116,18 +102,19 @@ def _is_by_sample(
     if planned.action == "leave" and planned.keeps == "head":
         return False
     axes = len(shapes[node])
-    if type(layer) in _LAYERS:
+    if facts_of(layer).by_sample:
         return not isinstance(layer, nn.LayerNorm) or len(layer.normalized_shape) < axes
     if node.op == "call_module":
         return False
     given: list[Any] = [*node.args[1:], *node.kwargs.values()]
-    if node.target in _ELEMENTWISE:
+    facts = facts_of_call(node)
+    if facts.elementwise:
         return all(_broadcasts(flow, shapes, i, axes) for i in node.all_input_nodes)
-    if node.target is torch.cat:
+    if facts.does == "concatenation":
         return len(given) == 1 and isinstance(given[0], int) and given[0] % axes > 0
     if node.target is F.layer_norm:
         return bool(given) and isinstance(given[0], (tuple, list)) and len(given[0]) < axes
-    if node.target in (torch.permute, "permute"):
+    if facts.does == "permutation":
         order = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
         return bool(order) and order[0] == 0
     return False

@@ -13,13 +13,12 @@ from collections.abc import Container, Sequence
 
 from torch import fx, nn
 
+from lightning_da3.layers import CONVS, facts_of_call, is_pure, is_random
 from lightning_da3.planning.flow import Flow, Nodes, dominators
-from lightning_da3.planning.layers import CONVS, overwrites
+from lightning_da3.planning.layers import overwrites
 from lightning_da3.planning.plan import HostPlan, NodePlan, RecomputeRegion
-from lightning_da3.tracing.tracer import IN_PLACE_OPERATORS, module_of
+from lightning_da3.tracing.graphs import module_of
 
-# pure functions: what they compute depends on nothing but their arguments
-_PURE = ("torch", "_operator", "operator", "math", "torchvision", "timm", "einops", "builtins")
 # passing a convolution or a matrix product must make the kept value at least so much smaller
 WORTH = 2.0
 
@@ -203,19 +202,16 @@ class RegionFinder:
             return False
         if node.op in ("placeholder", "output", "get_attr"):
             return False
-        name = str(getattr(node.target, "__name__", node.target))
         planned = self.plan.get(node.name)
         first = node.args[0] if node.args else None
         if isinstance(first, fx.Node) and first in sources and overwrites(self.gm, node, planned):
             # the region's first operation can leave its input alone, if nobody else would see it
             seen = len(first.users) > 1 or len(sources) > 1
-            if seen or node.op == "call_method" or name in IN_PLACE_OPERATORS:
+            if seen or node.op == "call_method" or facts_of_call(node).in_place:
                 return False
         if node.op == "call_function":
-            home = str(getattr(node.target, "__module__", "") or "")
-            random = any(word in name for word in ("dropout", "rand", "bernoulli", "multinomial"))
-            random = random and not (planned is not None and planned.action == "remove")
-            return home.split(".")[0] in _PURE and not random
+            removed = planned is not None and planned.action == "remove"
+            return is_pure(node.target) and (removed or not is_random(node.target))
         return True
 
     def _saves(self, region: _Region) -> float:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lightning_da3.layers import ADAPTIVE_POOLS, CONVS
 from lightning_da3.memory import fake_mode_of
 from lightning_da3.memory.fake import quiet
 from lightning_da3.memory.names import mutable
 from lightning_da3.nn.frozen import numbers
-from lightning_da3.planning.layers import CONVS, layer_called
-from lightning_da3.tracing.tracer import module_of
+from lightning_da3.planning.layers import layer_called
+from lightning_da3.tracing.graphs import module_of
 
 Shapes = dict[fx.Node, tuple[int, ...]]
 
@@ -133,7 +134,7 @@ def _growth(layer: nn.Module | None) -> float:
         return layer.out_channels / layer.in_channels / math.prod(layer.stride)
     if isinstance(layer, nn.Linear):
         return layer.out_features / layer.in_features
-    if isinstance(layer, (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)):
+    if isinstance(layer, ADAPTIVE_POOLS):
         return 1e-3
     return 1.0
 

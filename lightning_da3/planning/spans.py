@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
+from lightning_da3.layers import is_in_place
 from lightning_da3.planning.flow import Flow
 from lightning_da3.planning.plan import HostPlan, NodePlan, RecomputeRegion
-from lightning_da3.tracing.tracer import is_in_place, output_node
+from lightning_da3.tracing.graphs import output_node
 
 _LEVELS = 24
 _BYTES = {"bits": 0.125, "codes": 1.0, "kept": 4.0, "head": 4.0}  # an element that is read

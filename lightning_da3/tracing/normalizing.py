@@ -1,145 +1,109 @@
-"""Functions of one layer's own weights, read as calls of that layer.
-
-Layers of users often inherit from PyTorch's and call the function by themselves, maybe with weights
-that they compute in every call. In eval such a layer is PyTorch's own, with the computed weights.
-"""
+"""Graphs in one form, whatever way the user wrote the same: what is behind looks in one place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+import operator
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import is_fake
+from torch import fx, nn
 
-from lightning_da3.layers import has_hooks
-
-DERIVED = "weights_are_derived"  # marks a layer whose weight its network computes from others
-
-_CONVS = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
-_NAMES: dict[Callable[..., Any], tuple[type[nn.Module], str]] = {
-    **{f: (kind, "weight bias stride padding dilation groups") for f, kind in _CONVS.items()},
-    F.linear: (nn.Linear, "weight bias"),
-    F.batch_norm: (nn.Module, "running_mean running_var weight bias training momentum eps"),
-    F.layer_norm: (nn.LayerNorm, "normalized_shape weight bias eps"),
-    F.group_norm: (nn.GroupNorm, "num_groups weight bias eps"),
-}
-_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1, "eps": 1e-5}
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+from lightning_da3.errors import ConversionError
+from lightning_da3.layers import facts_of, facts_of_call, is_in_place
+from lightning_da3.tracing.layer_calls import call_layers_
 
 
-def call_layers_(graph: fx.Graph, root: nn.Module) -> None:
-    """``F.linear(x, layer.weight, layer.bias)`` becomes ``layer(x)``, for PyTorch's layers.
+def normalize_(graph: fx.Graph, root: nn.Module) -> None:
+    """Edit a traced graph; it computes the same.
 
     Args:
-        graph: Of `root`; edited in place.
-        root: A copy that nobody else uses: its layers become PyTorch's own.
+        graph: The graph of `root`.
+        root: A copy that nobody else uses.
+
+    Raises:
+        ConversionError: A part of a value is changed, and all of it read later.
     """
-    owners: dict[str, list[tuple[fx.Node, type[nn.Module], dict[str, Any]]]] = {}
+    call_layers_(graph, root)
+    _first_by_position_(graph)
+    _settle_ranks_(graph, root)
+    _drop_unread_items_(graph)
+    _name_what_was_overwritten_(graph, root)
+
+
+def _first_by_position_(graph: fx.Graph) -> None:
+    """``layer(input=x)`` becomes ``layer(x)``, so that everything behind finds x in one place."""
     for node in graph.nodes:
-        if node.op == "call_function" and node.target in _NAMES and node.args:
-            kind, names = _NAMES[node.target]
-            call = {**dict(zip(names.split(), node.args[1:], strict=False)), **node.kwargs}
-            owner = _owner(call.get("weight"))
-            if owner is None or "input" in call:
-                continue
-            layer = root.get_submodule(owner)
-            if kind is nn.Module:
-                kind = next((k for k in _BATCH_NORMS if isinstance(layer, k)), nn.Module)
-            if kind is not nn.Module and isinstance(layer, kind):
-                owners.setdefault(owner, []).append((node, kind, call))
-    for name, calls in owners.items():
-        layer = root.get_submodule(name)
-        kind = calls[0][1]
-        if has_hooks(layer):
-            continue
-        if not all(_is_call_of(layer, root, call) for _, _, call in calls):
-            continue
-        weights = [_value(call["weight"], root) for _, _, call in calls]
-        if any(not _one_weight(weight, weights[0]) for weight in weights):
-            continue
-        if next(layer.children(), None) is not None and kind not in _BATCH_NORMS:
-            continue
-        if weights[0] is not layer.weight:
-            layer.weight = nn.Parameter(weights[0].detach(), requires_grad=False)
-            setattr(layer, DERIVED, True)
-        layer.__class__ = kind
-        for node, _, _ in calls:
-            node.op, node.target = "call_module", name
-            node.args, node.kwargs = node.args[:1], {}
-    for node in reversed(list(graph.nodes)):  # weights that nobody computes with any more
-        constant = node.op == "get_attr" or (node.op.startswith("call") and _owner(node))
-        if constant and not node.users:
+        if node.op in ("call_module", "call_function") and not node.args and "input" in node.kwargs:
+            node.args = (node.kwargs["input"],)
+            node.kwargs = {name: arg for name, arg in node.kwargs.items() if name != "input"}
+
+
+_COMPARISONS = (operator.eq, operator.ne)
+
+
+def _settle_ranks_(graph: fx.Graph, module: nn.Module) -> None:
+    """``assert conv(x).ndim == 4`` goes: it is true, and but for it a norm alone reads conv(x)."""
+    known: dict[fx.Node, int | bool] = {}
+    for node in graph.nodes:
+        node.args = fx.map_arg(node.args, lambda n: known.get(n, n))
+        node.kwargs = fx.map_arg(node.kwargs, lambda n: known.get(n, n))
+        rank = _rank_asked(node, module)
+        if rank is not None:
+            known[node] = rank
+        elif node.target in _COMPARISONS and all(isinstance(a, int) for a in node.args):
+            known[node] = node.target(*node.args)
+        elif node.target is torch._assert and node.args[0] is True:
+            known[node] = True
+    for node in reversed(known):
+        graph.erase_node(node)
+
+
+def _rank_asked(node: fx.Node, module: nn.Module) -> int | None:
+    """The number of axes that `node` asks a layer's output for, if that is what it does."""
+    attribute = node.target is getattr and node.args[1] == "ndim"
+    if not (attribute or (node.op == "call_method" and node.target in ("dim", "ndimension"))):
+        return None
+    x = node.args[0]
+    if not isinstance(x, fx.Node) or x.op != "call_module":
+        return None
+    return facts_of(module.get_submodule(str(x.target))).rank or None
+
+
+def _drop_unread_items_(graph: fx.Graph) -> None:
+    """``y, weights = attention(x)`` where nobody reads `weights`: one reader less.
+
+    Attributes, such as shapes in the message of an assertion, are items as well.
+    """
+    for node in reversed(list(graph.nodes)):
+        if node.target in (operator.getitem, getattr) and not node.users:
             graph.erase_node(node)
 
 
-def _owner(weight: Any) -> str | None:
-    """The one module whose tensors alone `weight` is computed from."""
-    owners: set[str] = set()
-    waiting, seen = [weight], set()
-    while waiting:
-        node = waiting.pop()
-        if not isinstance(node, fx.Node) or node.op in ("placeholder", "call_module"):
-            return None
-        if node in seen:
+def _name_what_was_overwritten_(graph: fx.Graph, module: nn.Module) -> None:
+    """``x.relu_(); f(x)`` becomes ``y = x.relu_(); f(y)``: so the flow of data shows the change.
+
+    Raises:
+        ConversionError: A part of a value is changed, and all of it read later.
+    """
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        x = node.args[0] if node.args else None
+        if not (isinstance(x, fx.Node) and _overwrites(module, node)):
             continue
-        seen.add(node)
-        if node.op == "get_attr":
-            owners.add(str(node.target).rpartition(".")[0])
-        elif not node.all_input_nodes or len(seen) > 100:
-            return None
-        waiting += node.all_input_nodes
-    return owners.pop() if len(owners) == 1 and "" not in owners else None
+        later = [user for user in x.users if position[user] > position[node]]
+        for user in later:
+            user.replace_input_with(x, node)
+        while facts_of_call(x).view and x.args:
+            x = x.args[0]
+            if not isinstance(x, fx.Node):
+                break
+            if any(position[user] > position[node] for user in x.users):
+                raise ConversionError(f"it changes a part of {x.name}, which it reads afterwards")
 
 
-def _is_call_of(layer: nn.Module, root: nn.Module, call: dict[str, Any]) -> bool:
-    """Whether the function gets of everything but the weight what the layer has."""
-    if call.pop("training", False):
+def _overwrites(module: nn.Module, node: fx.Node) -> bool:
+    """Whether `node` writes its result where its first argument was."""
+    if node.op == "call_module":
+        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+    if node.op not in ("call_function", "call_method"):
         return False
-    call.pop("momentum", None)
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and layer.padding_mode != "zeros":
-        return False
-    for name in [*call, *(n for n in _DEFAULTS if hasattr(layer, n))]:
-        if name == "weight":
-            continue
-        given, own = call.get(name, _DEFAULTS.get(name)), getattr(layer, name, None)
-        if isinstance(given, fx.Node):
-            if given.op != "get_attr" or _value(given, root) is not own:
-                return False
-        elif not _same(given, own):
-            return False
-    return True
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, int) and isinstance(other, tuple):
-        return all(one == item for item in other)
-    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return tuple(one) == tuple(other)
-    return type(one) is type(other) and bool(one == other)
-
-
-@torch.no_grad()
-def _value(node: fx.Node, root: nn.Module) -> Tensor:
-    """What a constant is."""
-
-    def value(node: fx.Node) -> Any:
-        args = fx.map_arg(node.args, value)
-        kwargs = fx.map_arg(node.kwargs, value)
-        if node.op == "get_attr":
-            path, _, name = str(node.target).rpartition(".")
-            return getattr(root.get_submodule(path), name)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return cast(Callable[..., Any], node.target)(*args, **kwargs)
-
-    result: Tensor = value(node)
-    return result
-
-
-def _one_weight(one: Tensor, other: Tensor) -> bool:
-    if is_fake(one) or is_fake(other):  # without values: tensors of one origin
-        return one.shape == other.shape
-    return torch.equal(one, other)
+    return is_in_place(node) or bool(node.kwargs.get("inplace")) or "out" in node.kwargs

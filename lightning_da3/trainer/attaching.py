@@ -11,10 +11,10 @@ from torch.nn.modules.module import _IncompatibleKeys
 from lightning_da3.config import DA3Config
 from lightning_da3.converting import convert
 from lightning_da3.errors import CheckpointError, ConfigError, ConversionError
+from lightning_da3.layers import CONVS
 from lightning_da3.model.model import DA3Model
 from lightning_da3.model.state import EXTRA
 
-SPATIAL = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NOTHING_LEFT = _IncompatibleKeys([], [])  # what `load_state_dict` returns when every key matched
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -40,7 +40,7 @@ def find_backbone(module: nn.Module, name: str | None) -> str:
                 f"It has {sorted(children)}."
             ) from error
         return name
-    fitting = [key for key, child in children.items() if _has(child, *SPATIAL)]
+    fitting = [key for key, child in children.items() if _has(child, *CONVS)]
     fitting = fitting or [key for key, child in children.items() if _has(child, nn.Linear)]
     if len(fitting) != 1:
         found = f"{fitting} all have" if fitting else f"of {sorted(children)} none has"

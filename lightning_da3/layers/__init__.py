@@ -1,0 +1,51 @@
+"""What is known of a layer, function or method: one table, which users add to with `register`."""
+
+from lightning_da3.layers.facts import Facts, Replacement, register
+from lightning_da3.layers.functions import convolution_of, facts_of_function, layer_of
+from lightning_da3.layers.modules import ADAPTIVE_POOLS, BATCH_NORMS, CONVS
+from lightning_da3.layers.queries import (
+    attribute_is_number,
+    copying_name,
+    facts_of,
+    facts_of_call,
+    facts_of_kind,
+    has_frozen_form,
+    has_hooks,
+    has_modes,
+    is_in_place,
+    is_pure,
+    is_random,
+    is_registered,
+    kinds_that_call,
+    operation,
+    replacement_for,
+    writes,
+)
+
+__all__ = [
+    "ADAPTIVE_POOLS",
+    "BATCH_NORMS",
+    "CONVS",
+    "Facts",
+    "Replacement",
+    "attribute_is_number",
+    "convolution_of",
+    "copying_name",
+    "facts_of",
+    "facts_of_call",
+    "facts_of_function",
+    "facts_of_kind",
+    "has_frozen_form",
+    "has_hooks",
+    "has_modes",
+    "is_in_place",
+    "is_pure",
+    "is_random",
+    "is_registered",
+    "kinds_that_call",
+    "layer_of",
+    "operation",
+    "register",
+    "replacement_for",
+    "writes",
+]

@@ -1,0 +1,189 @@
+"""Functions and methods. A name stands for PyTorch's functions, operators and methods of that name.
+
+Those that do what a layer does name the layer, so that every rule is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_da3.layers.facts import TABLE, UNKNOWN, Facts
+from lightning_da3.nn.frozen import ConvOfWeights
+
+# --- what the table says of names -----------------------------------------------------------------
+
+
+def _names(names: str, **facts: Any) -> None:
+    TABLE.update(dict.fromkeys(names.split(), Facts(**facts)))
+
+
+_ELEMENTWISE: dict[str, Any] = {"elementwise": True, "keeps": "nothing"}
+_names("add add_ radd", does="sum", **_ELEMENTWISE)
+_names("iadd", does="sum", in_place=True, **_ELEMENTWISE)
+_names("sub sub_ rsub neg", **_ELEMENTWISE)
+_names("isub", in_place=True, **_ELEMENTWISE)
+_names("mul mul_ rmul", elementwise=True, does="product")
+_names("imul", elementwise=True, does="product", in_place=True)
+_names("truediv div div_", elementwise=True, does="quotient")
+_names("itruediv", elementwise=True, does="quotient", in_place=True)
+_names("ipow", in_place=True)
+_names("matmul bmm mm addmm einsum dot", does="product")
+_names("cat concat concatenate", does="concatenation", keeps="nothing")
+_names("softmax", does="softmax")
+
+_VIEW: dict[str, Any] = {"view": True, "keeps": "nothing"}
+_names("view", copying="reshape", **_VIEW)
+_names("view_as", copying="reshape_as", **_VIEW)
+_names("permute", does="permutation", **_VIEW)
+_names(
+    "getitem chunk split unbind reshape flatten unflatten transpose t movedim moveaxis swapaxes "
+    "swapdims narrow select squeeze unsqueeze expand detach unsafe_chunk",
+    **_VIEW,
+)
+_names("tensor_split diagonal real", view=True)
+
+_names(
+    "size dim ndimension numel len stride is_floating_point element_size",
+    gives_number=True,
+    keeps="nothing",
+)
+
+_names(
+    "stack hstack vstack contiguous clone getattr repeat mean sum to float half double bfloat16 "
+    "type pad floordiv mod eq ne lt le gt ge _assert roll flip interpolate upsample pixel_shuffle "
+    "pixel_unshuffle unfold fold constant_pad_nd one_hot ones_like zeros_like linear index_select",
+    keeps="nothing",
+)
+
+# attributes of a tensor that are no tensors
+NUMBERS = ("shape", "ndim", "dtype", "device")
+
+
+# --- those that do what a layer does --------------------------------------------------------------
+
+
+def _dropout(p: float = 0.5, training: bool = True, inplace: bool = False) -> nn.Module | None:
+    del inplace
+    return None if training else nn.Dropout(p)  # training=True is on in eval too: the user's wish
+
+
+def _max_pool(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def layer(
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> nn.Module:
+        return kind(kernel_size, stride, padding, dilation, return_indices, ceil_mode)
+
+    return layer
+
+
+# what the layer takes from the arguments behind the input; the functions' own order
+_LAYER_OF: dict[str, Callable[..., nn.Module | None]] = {
+    "relu": lambda inplace=False: nn.ReLU(inplace),
+    "relu_": lambda: nn.ReLU(inplace=True),
+    "relu6": lambda inplace=False: nn.ReLU6(inplace),
+    "hardtanh": nn.Hardtanh,
+    "leaky_relu": nn.LeakyReLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "gelu": lambda approximate="none": nn.GELU(approximate),
+    "silu": lambda inplace=False: nn.SiLU(inplace),
+    "mish": lambda inplace=False: nn.Mish(inplace),
+    "hardswish": lambda inplace=False: nn.Hardswish(inplace),
+    "hardsigmoid": lambda inplace=False: nn.Hardsigmoid(inplace),
+    "elu": nn.ELU,
+    "selu": lambda inplace=False: nn.SELU(inplace),
+    "celu": nn.CELU,
+    "softplus": nn.Softplus,
+    "softsign": nn.Softsign,
+    "log_sigmoid": nn.LogSigmoid,
+    "_threshold": nn.Threshold,  # what torch.nn.functional.threshold is called
+    "dropout": _dropout,
+    "dropout2d": _dropout,
+    "dropout3d": _dropout,
+    "torchvision.ops.stochastic_depth.stochastic_depth": lambda p, _, training=True: _dropout(
+        p, training
+    ),
+    "max_pool1d": _max_pool(nn.MaxPool1d),
+    "max_pool2d": _max_pool(nn.MaxPool2d),
+    "max_pool3d": _max_pool(nn.MaxPool3d),
+    "avg_pool1d": nn.AvgPool1d,
+    "avg_pool2d": nn.AvgPool2d,
+    "avg_pool3d": nn.AvgPool3d,
+    "adaptive_avg_pool1d": nn.AdaptiveAvgPool1d,
+    "adaptive_avg_pool2d": nn.AdaptiveAvgPool2d,
+    "adaptive_avg_pool3d": nn.AdaptiveAvgPool3d,
+}
+TABLE.update({name: Facts(layer=layer) for name, layer in _LAYER_OF.items()})
+
+
+# --- looking up -----------------------------------------------------------------------------------
+
+_PYTORCH = ("torch", "_operator", "builtins")  # where functions are known by their name
+
+
+def facts_of_function(target: Any) -> Facts:
+    """What is known of a function, or of the method of this name."""
+    if isinstance(target, str):
+        return TABLE.get(target, UNKNOWN)
+    name, home = getattr(target, "__name__", ""), str(getattr(target, "__module__", None) or "")
+    for key in (target, f"{home}.{name}"):
+        if key in TABLE:
+            return TABLE[key]
+    if home.split(".")[0] in _PYTORCH or getattr(torch.Tensor, name, None) is target:
+        return TABLE.get(name[2:-2] if name.startswith("__") else name, UNKNOWN)
+    return UNKNOWN
+
+
+def layer_of(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module | None:
+    """The layer that computes ``target(x, *args, **kwargs)``, or None if no layer does.
+
+    Args:
+        target: A function, or a method's name.
+        args: What the call passes behind its input.
+        kwargs: What it passes by name.
+    """
+    build = facts_of_function(target).layer
+    values = (*args, *kwargs.values())
+    if build is None or any(isinstance(value, torch.fx.Node) for value in values):
+        return None
+    try:
+        return build(*args, **kwargs)
+    except TypeError:  # arguments that the layer has no word for
+        return None
+
+
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)  # the same as torch.conv1d and so on
+
+
+def convolution_of(
+    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[ConvOfWeights, tuple[Any, ...]] | None:
+    """What computes ``F.conv2d(*args, **kwargs)``, if that is what it is, with which arguments.
+
+    Args:
+        target: A function.
+        args: What the call passes.
+        kwargs: What it passes by name.
+
+    Returns:
+        The module, and input, weight and bias; or None.
+    """
+    if target not in _CONVOLUTIONS:
+        return None
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    call = {**dict(zip(names, args, strict=False)), **kwargs}
+    tensors = (call.pop("input"), call.pop("weight"), call.pop("bias", None))
+    values = [v for v in call.values() for v in (v if isinstance(v, (tuple, list)) else (v,))]
+    if not all(isinstance(value, (int, str)) for value in values):
+        return None  # computed in forward
+    return ConvOfWeights(**call), tensors

@@ -1,0 +1,77 @@
+"""The copy of the user's model that is traced, without what matters only while it trains."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._pytree import tree_leaves
+
+from lightning_da3.errors import ConversionError
+from lightning_da3.layers import facts_of_kind
+from lightning_da3.tracing.layer_calls import DERIVED
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` in eval whose parameters are frozen, with PyTorch's own layers.
+
+    Raises:
+        ConversionError: It cannot be copied.
+    """
+    return _plain_(_copy(model).eval().requires_grad_(False))
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    results = [leaf for m in model.modules() for leaf in tree_leaves(dict(vars(m)))]
+    # what a forward left behind belongs to a graph, and refuses to be copied
+    memo = {
+        id(t): t.detach().clone()
+        for t in results
+        if isinstance(t, torch.Tensor) and t.grad_fn is not None
+    }
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # the user's own __deepcopy__ or state
+        raise ConversionError(
+            f"{type(model).__name__} cannot be copied, and conversion never edits the caller's "
+            f"model: copy.deepcopy failed with: {error}"
+        ) from error
+
+
+def _plain_(model: nn.Module) -> nn.Module:
+    """`model` without what only matters while it trains or runs compiled."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if hasattr(child, "_orig_mod"):  # torch.compile: compile the converted network
+                setattr(module, name, child._orig_mod)
+        if parametrize.is_parametrized(module):
+            kind = type(module)  # the caller's, too, and removing edits it
+            own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+            module.__class__ = type(kind.__name__, kind.__bases__, own)
+            setattr(module, DERIVED, True)
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        for key, hook in list(module._forward_pre_hooks.items()):  # before parametrisations
+            if isinstance(hook, (WeightNorm, SpectralNorm)):
+                setattr(module, DERIVED, True)
+                hook.remove(module)
+                del module._forward_pre_hooks[key]
+        base = _same_layer(type(module))
+        if base is not None:
+            module.__class__ = base
+    model = getattr(model, "_orig_mod", model)
+    return model.requires_grad_(False)
+
+
+def _same_layer(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The layer of PyTorch that `kind` is in all but its constructor and extra methods."""
+    for base in kind.__mro__:
+        if base.__module__.startswith("torch.nn.modules."):
+            return base if base is not kind and facts_of_kind(base).function else None
+        if "forward" in vars(base) or "_conv_forward" in vars(base) or "__call__" in vars(base):
+            return None
+    return None

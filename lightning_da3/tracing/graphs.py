@@ -1,0 +1,64 @@
+"""What the graphs of a traced model are, and what their nodes call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph of a traced model.
+
+    Attributes:
+        path: The dotted name of the module that became a graph, in the user's model. "" is the
+            whole model.
+        gm: The graph, with the same weights, call signature and outputs.
+        single: It is the graph of one layer.
+    """
+
+    path: str
+    gm: fx.GraphModule
+    single: bool = False
+
+    def user_name(self, target: str) -> str:
+        """What the user's model calls the module that `gm` calls `target`."""
+        if self.single:
+            return self.path
+        return f"{self.path}.{target}" if self.path else target
+
+    def name(self, node_name: str) -> str:
+        """A node's name, unique in the whole model."""
+        return f"{self.path}.{node_name}" if self.path else node_name
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A traced model.
+
+    Attributes:
+        root: A frozen copy of the model in eval: a GraphModule, or the user's own class with
+            GraphModules inside.
+        parts: The graphs, in the order in which modules are registered.
+        python: Why a module stays Python, by its path.
+        network: The name of the model's class.
+    """
+
+    root: nn.Module
+    parts: tuple[Part, ...]
+    python: dict[str, str] = field(default_factory=dict)
+    network: str = ""
+
+
+def module_of(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module that `node` calls, or None for any other kind of node."""
+    if node.op != "call_module":
+        return None
+    return gm.get_submodule(str(node.target))
+
+
+def output_node(graph: fx.Graph) -> Any:
+    """The one output node."""
+    return next(node for node in reversed(graph.nodes) if node.op == "output")

@@ -1,0 +1,55 @@
+"""The plan: what is computed again."""
+
+import pytest
+import torch
+from helpers import zoo
+from helpers.comparing import (
+    add,
+    assert_relatively_close,
+)
+from torch import nn
+
+from lightning_da3 import (
+    AdapterConfig,
+    DA3Config,
+    convert,
+)
+
+ADAPTER = AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1)
+
+
+CONFIG = DA3Config(adapter=ADAPTER, head=None)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["GatedLinearUnits", "VisionTransformer", "Recurrent"])
+def test_the_plan_is_the_same_for_every_type(name, dtype):
+    plans = [convert(zoo.network(name).to(d), CONFIG).plan for d in (torch.float32, dtype)]
+    assert plans[0] == plans[1]
+    assert plans[0].regions
+
+
+def test_a_segment_begins_behind_what_is_removed():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+            self.drop, self.norm = nn.Dropout(), nn.GroupNorm(1, 4)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.last(self.norm(self.drop(x)).sigmoid() * nn.functional.silu(x))
+
+    net, x = Branch().eval(), torch.randn(2, 3, 8, 8)
+    model = add(convert(net, CONFIG), "a")
+    (region,) = model.plan.regions
+    assert (region.source, region.nodes[0]) == ("conv", "drop")
+    assert_relatively_close(model(x), net(x), 1e-5)
+    model.set_domain("a")
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.domain("a").parameters())
