@@ -72,7 +72,7 @@ class KeepsLess(TorchFunctionMode):
 
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is F.grid_sample:
-            return grid_sample(*args, **kwargs, exact=self.exact)
+            return grid_sample(*args, **kwargs)
         if not self.exact and func in _PRODUCTS and _is_product(args) and not kwargs:
             return recomputed(lambda x, y: (func(x, y),), *args)[0]
         if not self.exact and func in _SOFTMAX and _is_softmax(args, kwargs):

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_da3.ops.bits import dense, flat, has_no_values
@@ -111,42 +110,6 @@ def _decode_rows(rows: Tensor) -> Tensor:
     step, low = rows[:, -EXTRA:].contiguous().view(torch.float32).unbind(1)
     elements = rows[:, :-EXTRA].float()
     return elements.mul_(step.unsqueeze(1)).add_(low.unsqueeze(1)).view(-1)
-
-
-def encode_16(x: Tensor) -> Tensor:
-    """Codes of two bytes an element, for what must not be rounded much, such as coordinates.
-
-    Off by at most ``(max - min) / 131070`` of a group of 256, and what float32 rounds off.
-
-    Args:
-        x: Of a floating type; dense.
-
-    Returns:
-        int16 (2n + 4 * ceil(n / 256),), in the memory order of `x`: of all groups the elements,
-        then their steps and lowest values, float32.
-    """
-    elements = flat(x.detach()).float()
-    rows = F.pad(elements, (0, -elements.numel() % GROUP), value=0.0).view(-1, GROUP)
-    if elements.numel() % GROUP:
-        rows[-1, elements.numel() % GROUP :] = elements[-1]
-    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
-    step = (high - low) / 65535.0
-    numbers = rows.sub(low).mul_(1.0 / (step + _SMALL / 65535.0)).round_()
-    codes = numbers.sub_(32768.0).to(torch.int16).view(-1)[: elements.numel()]
-    return torch.cat((codes, torch.cat((step, low)).view(torch.int16).view(-1)))
-
-
-def decode_16(
-    codes: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype
-) -> Tensor:
-    """What `encode_16` coded; arguments as for `decode`."""
-    count = math.prod(size)
-    groups = -(-count // GROUP)
-    ends = codes[count:].clone().view(torch.float32)  # a clone: where float32 may begin
-    step, low = ends[:groups], ends[groups:]
-    rows = F.pad(codes[:count].float(), (0, groups * GROUP - count)).view(-1, GROUP)
-    rows = rows.add_(32768.0).mul_(step.unsqueeze(1)).add_(low.unsqueeze(1))
-    return rows.view(-1)[:count].to(dtype).as_strided(size, stride)
 
 
 def _largest_divisor(number: int, most: int) -> int:
