@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_da3.ops.bits import dense, flat, has_no_values
+from lightning_da3.torch_private.kernels import DECODE_ROWS, ENCODE_ROWS
 
 GROUP = 256  # elements that share one range
 # elements of a token, or of a channel's cells, that share a range with no other's: one may be far
@@ -26,7 +27,7 @@ ROW, LEAST_ROW = 64, 48
 EXTRA = 8  # bytes of a group's step and lowest value
 
 _SMALL = 1e-8  # added to a range before it divides, as FBGEMM does
-_quantized = torch.ops.quantized
+_HAS_FBGEMM = ENCODE_ROWS is not None and DECODE_ROWS is not None
 
 
 def encode(x: Tensor, groups: int = GROUP) -> Tensor:
@@ -56,7 +57,7 @@ def _encode_rows(rows: Tensor) -> Tensor:
     if has_no_values(rows):
         return rows.new_empty(len(rows) * (rows.shape[1] + EXTRA), dtype=torch.uint8)
     if _by_fbgemm(rows):  # row-wise codes of embeddings: one vectorised pass
-        return _quantized.embedding_bag_byte_prepack(rows).view(-1)  # type: ignore[no-any-return]
+        return ENCODE_ROWS(rows).view(-1)  # type: ignore[no-any-return]
     low, high = rows.amin(dim=1, keepdim=True), rows.amax(dim=1, keepdim=True)
     span = high - low
     codes = rows.sub(low).mul_(255.0 / (span + _SMALL)).round_().to(torch.uint8)
@@ -66,7 +67,7 @@ def _encode_rows(rows: Tensor) -> Tensor:
 
 def _by_fbgemm(rows: Tensor) -> bool:
     # compiled code fuses plain arithmetic; and PyTorch's rule for the type of the result is wrong
-    return rows.device.type == "cpu" and not torch.compiler.is_compiling()
+    return rows.device.type == "cpu" and _HAS_FBGEMM and not torch.compiler.is_compiling()
 
 
 def to_bytes(x: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ def _decode_rows(rows: Tensor) -> Tensor:
     if not len(rows):
         return rows.new_empty(0, dtype=torch.float32)
     if _by_fbgemm(rows):
-        return _quantized.embedding_bag_byte_unpack(rows).view(-1)  # type: ignore[no-any-return]
+        return DECODE_ROWS(rows).view(-1)  # type: ignore[no-any-return]
     step, low = rows[:, -EXTRA:].contiguous().view(torch.float32).unbind(1)
     elements = rows[:, :-EXTRA].float()
     return elements.mul_(step.unsqueeze(1)).add_(low.unsqueeze(1)).view(-1)

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_aten = torch.ops.aten
+from lightning_da3.torch_private.kernels import GRID_SAMPLE_BACKWARD
+
 _BILINEAR, _PADDING = 0, {"zeros": 0, "border": 1}
 
 
@@ -29,8 +30,8 @@ class _Sample(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (grid,) = ctx.saved_tensors
         shape_only = grad.new_empty(1).expand(ctx.size)
-        transpose = {4: _aten.grid_sampler_2d_backward, 5: _aten.grid_sampler_3d_backward}
-        grad_x, _ = transpose[grad.dim()](grad, shape_only, grid, *ctx.how, [True, False])
+        backward = GRID_SAMPLE_BACKWARD[grad.dim() - 2]
+        grad_x, _ = backward(grad, shape_only, grid, *ctx.how, [True, False])
         return grad_x, None, None, None
 
 

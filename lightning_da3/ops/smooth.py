@@ -22,8 +22,16 @@ from torch import Tensor
 from lightning_da3.errors import ConfigError
 from lightning_da3.ops.codes import to_bytes
 from lightning_da3.ops.masks import computed_twice, settled
-
-aten = torch.ops.aten
+from lightning_da3.torch_private.kernels import (
+    elu_backward,
+    gelu_backward,
+    hardswish_backward,
+    mish_backward,
+    sigmoid_backward,
+    silu_backward,
+    softplus_backward,
+    tanh_backward,
+)
 
 
 @dataclass(frozen=True)
@@ -128,37 +136,37 @@ def widened(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _silu(grad: Tensor, x: Tensor, _: Tensor) -> Tensor:
-    return aten.silu_backward(grad, x)  # type: ignore[no-any-return]
+    return silu_backward(grad, x)
 
 
 def _gelu(grad: Tensor, x: Tensor, _: Tensor, approximate: str) -> Tensor:
-    return aten.gelu_backward(grad, x, approximate=approximate)  # type: ignore[no-any-return]
+    return gelu_backward(grad, x, approximate=approximate)
 
 
 def _hardswish(grad: Tensor, x: Tensor, _: Tensor) -> Tensor:
-    return aten.hardswish_backward(grad, x)  # type: ignore[no-any-return]
+    return hardswish_backward(grad, x)
 
 
 def _mish(grad: Tensor, x: Tensor, _: Tensor) -> Tensor:
-    return aten.mish_backward(grad, x)  # type: ignore[no-any-return]
+    return mish_backward(grad, x)
 
 
 def _sigmoid(grad: Tensor, _: Tensor, y: Tensor) -> Tensor:
-    return aten.sigmoid_backward(grad, y)  # type: ignore[no-any-return]
+    return sigmoid_backward(grad, y)
 
 
 def _tanh(grad: Tensor, _: Tensor, y: Tensor) -> Tensor:
-    return aten.tanh_backward(grad, y)  # type: ignore[no-any-return]
+    return tanh_backward(grad, y)
 
 
 def _elu(
     grad: Tensor, x: Tensor, _: Tensor, alpha: float, scale: float, input_scale: float
 ) -> Tensor:
-    return aten.elu_backward(grad, alpha, scale, input_scale, False, x)  # type: ignore[no-any-return]
+    return elu_backward(grad, alpha, scale, input_scale, False, x)
 
 
 def _softplus(grad: Tensor, x: Tensor, _: Tensor, beta: float, threshold: float) -> Tensor:
-    return aten.softplus_backward(grad, x, beta, threshold)  # type: ignore[no-any-return]
+    return softplus_backward(grad, x, beta, threshold)
 
 
 def _softsign(grad: Tensor, x: Tensor, _: Tensor) -> Tensor:

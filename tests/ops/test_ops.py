@@ -13,7 +13,8 @@ from lightning_da3.memory import saved_activation_bytes
 from lightning_da3.nn.frozen import FrozenConv, FrozenConvTranspose, QuantizedGradActivation, frozen
 from lightning_da3.ops import activation, bits, convolution
 from lightning_da3.ops.activation import Slopes, piecewise_linear
-from lightning_da3.ops.adapter import AdapterOptions, Weights, adapt
+from lightning_da3.ops.adapter import adapt
+from lightning_da3.ops.adapter_cells import AdapterOptions, Weights
 from lightning_da3.ops.bits import dense, pack_between, unpack
 from lightning_da3.ops.codes import Rows
 from lightning_da3.ops.convolution import frozen_conv, frozen_conv_transpose, pad_mode
