@@ -123,8 +123,6 @@ class MemoryConfig:
     Args:
         exact: Keep whatever the exact gradient needs. By default values are kept as 8-bit codes,
             whose error is at most 1/510 of the range of their group.
-        derivative_bits: Of the codes of smooth activations' derivatives, where these are not
-            computed again: 8 or 4. Their error is at most half a step of the derivative's range.
         weights: How the frozen weights rest: ``"same"``, in their own type, or ``"bfloat16"``, in
             half of float32's bytes. Each is copied to the activations' type when it is used, so
             computations are as exact as before, on a backbone that was rounded once. Biases,
@@ -142,7 +140,6 @@ class MemoryConfig:
     """
 
     exact: bool = False
-    derivative_bits: int = 8
     weights: str = "same"
     budget: Budget | None = field(default=None, compare=False)
     split: Literal["pieces", "accumulate"] = field(default="pieces", compare=False)
@@ -154,11 +151,6 @@ class MemoryConfig:
             problems,
             isinstance(self.exact, bool),
             f"`exact` must be a bool, got {self.exact!r}.",
-        )
-        _require(
-            problems,
-            _is_int(self.derivative_bits) and self.derivative_bits in (4, 8),
-            f"`derivative_bits` must be 4 or 8, got {self.derivative_bits!r}.",
         )
         _require(
             problems,
@@ -271,8 +263,18 @@ class DA3Config:
         parts = {"adapter": AdapterConfig, "gate": GateConfig, "memory": MemoryConfig}
         for name, kind in parts.items():
             if isinstance(fields.get(name), Mapping):
-                fields[name] = _build(kind, fields[name])
+                fields[name] = _build(kind, _today(fields[name]))
         return _build(cls, fields)
+
+
+def _today(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Fields without the bits of derivatives, which older files hold: now they are always 8."""
+    if fields.get("derivative_bits", 8) != 8:
+        raise ConfigError(
+            f"`derivative_bits` is always 8 now, got {fields['derivative_bits']!r}. Remove it, or "
+            "set it to 8."
+        )
+    return {name: value for name, value in fields.items() if name != "derivative_bits"}
 
 
 def _build(kind: type[_Config], fields: Mapping[str, Any]) -> _Config:

@@ -12,7 +12,7 @@ from lightning_da3.config import CONFIG_VERSION
 UNUSUAL = DA3Config(
     adapter=AdapterConfig(hidden_channels=3, kernel_size=1, max_cells=4, min_stride=1),
     gate=GateConfig(target=1.0, weight=0, noise=True),
-    memory=MemoryConfig(exact=True, derivative_bits=4, weights="bfloat16"),
+    memory=MemoryConfig(exact=True, weights="bfloat16"),
     head="classifier.1",
 )
 
@@ -147,9 +147,12 @@ def test_other_versions_are_refused(version):
     )
 
 
-@pytest.mark.parametrize("bits", [2, 8.0, True, None])
-def test_derivative_bits_are_4_or_8(bits):
-    refused(lambda: MemoryConfig(derivative_bits=bits), f"must be 4 or 8, got {bits!r}")
+def test_configs_from_when_derivatives_had_a_choice_of_bits():
+    values = DA3Config().to_dict()
+    values["memory"]["derivative_bits"] = 8
+    assert DA3Config.from_dict(values) == DA3Config()
+    values["memory"]["derivative_bits"] = 4
+    refused(lambda: DA3Config.from_dict(values), "`derivative_bits` is always 8 now, got 4.")
 
 
 @pytest.mark.parametrize("weights", ["float16", None, "BFLOAT16", 16])

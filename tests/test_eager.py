@@ -83,12 +83,10 @@ def test_sampling_at_points(exact):
             return F.grid_sample(t, points * 1.0, align_corners=False)
 
     kept, got = kept_and_gradient(ours)
-    groups = points.numel() // 256
-    assert kept == (points.numel() * FLOAT if exact else points.numel() * 2 + groups * 8)
+    assert kept == points.numel() * FLOAT
     plain, want = kept_and_gradient(lambda t: F.grid_sample(t, points, align_corners=False))
     assert plain == (x.numel() + points.numel()) * FLOAT
-    assert (got - want).norm() <= (1e-6 if exact else 1e-3) * want.norm()
-    assert exact or not torch.equal(got, want)
+    torch.testing.assert_close(got, want)
 
 
 def converted(memory, size=12, dtype=torch.float32):
@@ -132,40 +130,6 @@ def test_nothing_is_left_behind():
     assert torch.relu(x.requires_grad_()).grad_fn.name() == "ReluBackward0"
 
 
-def focal(x, targets):
-    """Of eight tensors that PyTorch keeps, three are enough."""
-    p = torch.sigmoid(x)
-    ce = F.binary_cross_entropy_with_logits(x, targets, reduction="none")
-    right = p * targets + (1 - p) * (1 - targets)
-    return (0.25 * targets + 0.75 * (1 - targets)) * (ce * (1 - right) ** 2)
-
-
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "coded"])
-def test_what_follows_from_kept_tensors_is_computed_again(exact):
-    x, targets = X.double().requires_grad_(), (Y > 1).double()
-
-    def ours(x=x):
-        with KeepsLess(exact=exact):
-            return focal(x * 1, targets)
-
-    assert saved_activation_bytes(lambda: focal(x * 1, targets)) > 7 * x.numel() * 8
-    assert saved_activation_bytes(ours) == 3 * x.numel() * 8  # logits, sigmoid, targets
-    assert_identical(ours(), focal(x, targets))
-    want = torch.autograd.grad(score(focal(x, targets)), x)
-    torch.testing.assert_close(torch.autograd.grad(score(ours()), x), want, rtol=1e-12, atol=1e-15)
-
-
-def test_derived_values_pass_gradcheck(monkeypatch):
-    monkeypatch.setattr("lightning_da3.eager.SMALL", 1)
-    x, targets = randn(6).double().requires_grad_(), (randn(6, seed=1) > 0).double()
-
-    def ours(x):
-        with KeepsLess(exact=True):
-            return focal(x * 1, targets)
-
-    assert torch.autograd.gradcheck(ours, x)
-
-
 # written into after it was read: PyTorch's gradient is right, and so must ours be
 WRITTEN = {
     "what only sums read": lambda x: ((x * 2) ** 2 + x.zero_()).sum(),
@@ -185,31 +149,3 @@ def test_writes_are_seen(name):
         return torch.autograd.grad(y, leaf)
 
     torch.testing.assert_close(gradient(True), gradient(None))
-
-
-def test_what_was_written_into_is_no_longer_what_it_follows_from():
-    def fn(x):
-        p = torch.sigmoid(x)
-        q = 1 - p
-        q[:1] = 0.5
-        return (q**2 * p).sum()
-
-    leaf = X.clone().requires_grad_()
-    want = torch.autograd.grad(fn(leaf), leaf)
-    with KeepsLess(exact=True):
-        y = fn(leaf)
-    torch.testing.assert_close(torch.autograd.grad(y, leaf), want)
-
-
-def test_long_chains_are_kept_from_time_to_time():
-    def fn(x):
-        for _ in range(100):
-            x = torch.sigmoid(x) * 2 - 0.5
-            x = x * 1.5 + 0.1
-        return x.sum()
-
-    leaf = X.clone().requires_grad_()
-    want = torch.autograd.grad(fn(leaf), leaf)
-    with KeepsLess(exact=True):
-        y = fn(leaf)
-    torch.testing.assert_close(torch.autograd.grad(y, leaf), want)

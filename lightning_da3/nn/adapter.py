@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lightning_da3.errors import InputError
 from lightning_da3.nn.frozen import FrozenConv
-from lightning_da3.ops.adapter import AdapterOptions, KeptInput, Weights, adapt, keep
+from lightning_da3.ops.adapter import KeptInput, adapt, keep
+from lightning_da3.ops.adapter_cells import AdapterOptions, Weights
 from lightning_da3.ops.codes import Rows, read_back, sample_group
 from lightning_da3.ops.host import Means, coarse_grid, read, write
 from lightning_da3.ops.tokens import TokenGrid, read_tokens, write_tokens

@@ -342,20 +342,19 @@ class QuantizedGradActivation(nn.Module):
     Args:
         smooth: The activation.
         inplace: The input may be overwritten.
-        bits: Of the code, 8 or 4.
     """
 
-    def __init__(self, smooth: Smooth, inplace: bool, bits: int = 8) -> None:
+    def __init__(self, smooth: Smooth, inplace: bool) -> None:
         super().__init__()
-        self.smooth, self.inplace, self.bits = smooth, inplace, bits
+        self.smooth, self.inplace = smooth, inplace
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same."""
-        return quantized_grad_activation(x, self.smooth, self.bits, self.inplace)
+        return quantized_grad_activation(x, self.smooth, self.inplace)
 
     def extra_repr(self) -> str:
         """The parameters."""
-        return f"{self.smooth.name}, bits={self.bits}, inplace={self.inplace}"
+        return f"{self.smooth.name}, inplace={self.inplace}"
 
 
 class MaxPool(nn.Module):

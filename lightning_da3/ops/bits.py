@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
+
+from lightning_da3.torch_private.fake import is_fake
 
 _NUMPY_DTYPES = (torch.float32, torch.float64, torch.float16)
 AT_ONCE = 1 << 17  # elements, a multiple of 8, that stay in a core's cache from step to step

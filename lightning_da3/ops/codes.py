@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_da3.ops.bits import dense, flat, has_no_values
+from lightning_da3.torch_private.kernels import DECODE_ROWS, ENCODE_ROWS
 
 GROUP = 256  # elements that share one range
 # elements of a token, or of a channel's cells, that share a range with no other's: one may be far
@@ -27,7 +27,7 @@ ROW, LEAST_ROW = 64, 48
 EXTRA = 8  # bytes of a group's step and lowest value
 
 _SMALL = 1e-8  # added to a range before it divides, as FBGEMM does
-_quantized = torch.ops.quantized
+_HAS_FBGEMM = ENCODE_ROWS is not None and DECODE_ROWS is not None
 
 
 def encode(x: Tensor, groups: int = GROUP) -> Tensor:
@@ -57,7 +57,7 @@ def _encode_rows(rows: Tensor) -> Tensor:
     if has_no_values(rows):
         return rows.new_empty(len(rows) * (rows.shape[1] + EXTRA), dtype=torch.uint8)
     if _by_fbgemm(rows):  # row-wise codes of embeddings: one vectorised pass
-        return _quantized.embedding_bag_byte_prepack(rows).view(-1)  # type: ignore[no-any-return]
+        return ENCODE_ROWS(rows).view(-1)  # type: ignore[no-any-return]
     low, high = rows.amin(dim=1, keepdim=True), rows.amax(dim=1, keepdim=True)
     span = high - low
     codes = rows.sub(low).mul_(255.0 / (span + _SMALL)).round_().to(torch.uint8)
@@ -67,7 +67,7 @@ def _encode_rows(rows: Tensor) -> Tensor:
 
 def _by_fbgemm(rows: Tensor) -> bool:
     # compiled code fuses plain arithmetic; and PyTorch's rule for the type of the result is wrong
-    return rows.device.type == "cpu" and not torch.compiler.is_compiling()
+    return rows.device.type == "cpu" and _HAS_FBGEMM and not torch.compiler.is_compiling()
 
 
 def to_bytes(x: Tensor) -> Tensor:
@@ -107,46 +107,10 @@ def _decode_rows(rows: Tensor) -> Tensor:
     if not len(rows):
         return rows.new_empty(0, dtype=torch.float32)
     if _by_fbgemm(rows):
-        return _quantized.embedding_bag_byte_unpack(rows).view(-1)  # type: ignore[no-any-return]
+        return DECODE_ROWS(rows).view(-1)  # type: ignore[no-any-return]
     step, low = rows[:, -EXTRA:].contiguous().view(torch.float32).unbind(1)
     elements = rows[:, :-EXTRA].float()
     return elements.mul_(step.unsqueeze(1)).add_(low.unsqueeze(1)).view(-1)
-
-
-def encode_16(x: Tensor) -> Tensor:
-    """Codes of two bytes an element, for what must not be rounded much, such as coordinates.
-
-    Off by at most ``(max - min) / 131070`` of a group of 256, and what float32 rounds off.
-
-    Args:
-        x: Of a floating type; dense.
-
-    Returns:
-        int16 (2n + 4 * ceil(n / 256),), in the memory order of `x`: of all groups the elements,
-        then their steps and lowest values, float32.
-    """
-    elements = flat(x.detach()).float()
-    rows = F.pad(elements, (0, -elements.numel() % GROUP), value=0.0).view(-1, GROUP)
-    if elements.numel() % GROUP:
-        rows[-1, elements.numel() % GROUP :] = elements[-1]
-    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
-    step = (high - low) / 65535.0
-    numbers = rows.sub(low).mul_(1.0 / (step + _SMALL / 65535.0)).round_()
-    codes = numbers.sub_(32768.0).to(torch.int16).view(-1)[: elements.numel()]
-    return torch.cat((codes, torch.cat((step, low)).view(torch.int16).view(-1)))
-
-
-def decode_16(
-    codes: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype
-) -> Tensor:
-    """What `encode_16` coded; arguments as for `decode`."""
-    count = math.prod(size)
-    groups = -(-count // GROUP)
-    ends = codes[count:].clone().view(torch.float32)  # a clone: where float32 may begin
-    step, low = ends[:groups], ends[groups:]
-    rows = F.pad(codes[:count].float(), (0, groups * GROUP - count)).view(-1, GROUP)
-    rows = rows.add_(32768.0).mul_(step.unsqueeze(1)).add_(low.unsqueeze(1))
-    return rows.view(-1)[:count].to(dtype).as_strided(size, stride)
 
 
 def _largest_divisor(number: int, most: int) -> int:

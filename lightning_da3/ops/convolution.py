@@ -19,7 +19,7 @@ from lightning_da3.ops.activation import Slopes
 from lightning_da3.ops.bits import dense
 from lightning_da3.ops.linear import cast_weight, cast_weight_backward, is_fast, product
 from lightning_da3.ops.masks import recorded
-from lightning_da3.ops.opaque import is_opaque, lowered, opaque_convolution
+from lightning_da3.ops.opaque_convolution import is_opaque, lowered, opaque_convolution
 
 
 class _Geometry(NamedTuple):

@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_da3.ops.codes import Rows
-
-_aten = torch.ops.aten
+from lightning_da3.torch_private.kernels import (
+    ADAPTIVE_AVG_POOL_BACKWARD,
+    UPSAMPLE_NEAREST_BACKWARD,
+)
 
 
 def coarse_grid(size: Sequence[int], max_cells: int) -> tuple[int, ...]:
@@ -87,13 +89,8 @@ def cell_sums(x: Tensor, grid: Sequence[int]) -> Tensor:
         if len(cell) == 2:
             return F.avg_pool2d(x, cell, divisor_override=1)
         return pool(x, grid) * math.prod(cell)
-    transpose = {
-        1: _aten.upsample_nearest1d_backward,
-        2: _aten.upsample_nearest2d_backward,
-        3: _aten.upsample_nearest3d_backward,
-    }[len(grid)]
-    sums: Tensor = transpose(x, list(size), [*x.shape[:2], *grid])
-    return sums
+    transpose = UPSAMPLE_NEAREST_BACKWARD[len(grid)]
+    return transpose(x, list(size), [*x.shape[:2], *grid])
 
 
 class _Read(torch.autograd.Function):
@@ -137,14 +134,11 @@ def add_pool_gradient_(grad: Tensor, grad_pooled: Tensor) -> None:
 
 def pool_transpose(grad: Tensor, size: Sequence[int]) -> Tensor:
     """The transpose of `pool`, for cells of any size: (N, C, *grid) to `size`."""
-    transpose = {
-        2: _aten._adaptive_avg_pool2d_backward,
-        3: _aten._adaptive_avg_pool3d_backward,
-    }
     shape_only = grad.new_empty(1).expand(size)
     if grad.dim() == 3:  # one axis is two with a first of size 1
-        return transpose[2](grad.unsqueeze(2), shape_only.unsqueeze(2)).squeeze(2)  # type: ignore[no-any-return]
-    return transpose[grad.dim() - 2](grad, shape_only)  # type: ignore[no-any-return]
+        rows = ADAPTIVE_AVG_POOL_BACKWARD[2](grad.unsqueeze(2), shape_only.unsqueeze(2))
+        return rows.squeeze(2)
+    return ADAPTIVE_AVG_POOL_BACKWARD[grad.dim() - 2](grad, shape_only)
 
 
 def read(x: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+from lightning_da3.torch_private.kernels import LINEAR_POINTWISE
+
+_HAS_ONEDNN: bool = (
+    LINEAR_POINTWISE is not None and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+)
 
 
 def is_fast(x: Tensor, matrix: Tensor) -> bool:
@@ -31,7 +35,7 @@ def is_fast(x: Tensor, matrix: Tensor) -> bool:
 
 def product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x matrix^T + bias`` without a graph, for what `is_fast` says so of."""
-    return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")  # type: ignore[no-any-return]
+    return LINEAR_POINTWISE(x, matrix, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 def plain_linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:

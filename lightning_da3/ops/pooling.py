@@ -17,6 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_da3.ops.bits import pack_pairs, unpack_pairs
+from lightning_da3.torch_private.kernels import (
+    ADAPTIVE_AVG_POOL_BACKWARD,
+    AVG_POOL_BACKWARD,
+    MAX_POOL_BACKWARD,
+)
 
 _aten = torch.ops.aten
 MAX_WINDOW = 256  # positions that one byte can tell apart
@@ -51,7 +56,7 @@ class _MaxPool(torch.autograd.Function):
         if _fits_half(kernel):
             offset = unpack_pairs(offset, ctx.out, ctx.out_stride)
         index = _to_index(offset, ctx.size, kernel, stride, padding, dilation)
-        grad_x = _max_pool_backward(len(kernel))(
+        grad_x = MAX_POOL_BACKWARD[len(kernel)](
             grad, _shape_only(grad, ctx.size), *map(list, ctx.geometry[:4]), ceil_mode, index
         )
         return grad_x, None, None, None, None, None
@@ -63,13 +68,6 @@ def _fits_half(kernel: Sequence[int]) -> bool:
 
 def _max_pool(axes: int) -> Callable[..., tuple[Tensor, Tensor]]:
     return {2: _aten.max_pool2d_with_indices, 3: _aten.max_pool3d_with_indices}[axes]
-
-
-def _max_pool_backward(axes: int) -> Callable[..., Tensor]:
-    return {
-        2: _aten.max_pool2d_with_indices_backward,
-        3: _aten.max_pool3d_with_indices_backward,
-    }[axes]
 
 
 def _shape_only(like: Tensor, size: Sequence[int]) -> Tensor:
@@ -217,10 +215,7 @@ def avg_pool(
             x.unsqueeze(-2), (1, *kernel), (1, *stride), (0, *padding), ceil_mode, count_include_pad
         )
         return rows.squeeze(-2)
-    forward, backward = {
-        2: (_aten.avg_pool2d, _aten.avg_pool2d_backward),
-        3: (_aten.avg_pool3d, _aten.avg_pool3d_backward),
-    }[len(kernel)]
+    forward = {2: _aten.avg_pool2d, 3: _aten.avg_pool3d}[len(kernel)]
     args = (
         list(kernel),
         list(stride),
@@ -231,7 +226,7 @@ def avg_pool(
     )
     if not _needs_graph(x):
         return forward(x, *args)  # type: ignore[no-any-return]
-    result: Tensor = _ShapeOnly.apply(x, forward, backward, args)
+    result: Tensor = _ShapeOnly.apply(x, forward, AVG_POOL_BACKWARD[len(kernel)], args)
     return result
 
 
@@ -268,12 +263,10 @@ def adaptive_avg_pool(x: Tensor, grid: Sequence[int | None]) -> Tensor:
         return mean
     if axes == 1:
         return adaptive_avg_pool(x.unsqueeze(-2), (1, *sizes)).squeeze(-2)
-    forward, backward = {
-        2: (_aten._adaptive_avg_pool2d, _aten._adaptive_avg_pool2d_backward),
-        3: (_aten._adaptive_avg_pool3d, _aten._adaptive_avg_pool3d_backward),
-    }[axes]
+    forward = {2: _aten.adaptive_avg_pool2d, 3: _aten.adaptive_avg_pool3d}[axes]
     if not _needs_graph(x):
         return forward(x, sizes)  # type: ignore[no-any-return]
     # the backward kernel knows the grid from the gradient
+    backward = ADAPTIVE_AVG_POOL_BACKWARD[axes]
     result: Tensor = _ShapeOnly.apply(x, lambda t: forward(t, sizes), backward, ())
     return result

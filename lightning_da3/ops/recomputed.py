@@ -20,6 +20,7 @@ from lightning_da3.ops.bits import dense, has_no_values
 from lightning_da3.ops.codes import Code, decode, encode, kept_of, read_back, sample_group
 from lightning_da3.ops.masks import record_masks, replay_masks
 from lightning_da3.ops.smooth import Smooth, widened
+from lightning_da3.torch_private.autograd import is_view, storage_key, without_base
 
 Piece = Callable[..., tuple[Any, ...]]
 
@@ -110,12 +111,12 @@ def _leaf(kept: Tensor, code: Code | None, need: bool) -> Tensor:
 
 def _owner(y: Any, inputs: Sequence[Any]) -> Any:
     """`y` as a tensor that is no view: autograd forbids to write into views of a Function."""
-    if not isinstance(y, Tensor) or not y._is_view():
+    if not isinstance(y, Tensor) or not is_view(y):
         return y
-    read = {t.untyped_storage()._cdata for t in inputs if isinstance(t, Tensor)}
-    if y.untyped_storage()._cdata in read:
+    read = {storage_key(t.untyped_storage()) for t in inputs if isinstance(t, Tensor)}
+    if storage_key(y.untyped_storage()) in read:
         return y.clone()
-    owner = torch.ops.aten._unsafe_view(y, y.size())  # the same memory, and no view to autograd
+    owner = without_base(y, y.size())
     # a view of size 1 along an axis may have another stride there, and seem laid out otherwise
     return owner.as_strided_(y.size(), y.stride(), y.storage_offset())
 

@@ -1,10 +1,10 @@
 """Smooth elementwise activations that keep a code of their derivative.
 
-Shapes: x, y: any. Kept: f'(x) as a code of 8 bits (1/4 of float32) or 4 bits (1/8), on a grid that
-spans the range of f', known beforehand. The value is exact; the gradient is off by at most half a
-step of the grid, 1/510 or 1/30 of that range, times the incoming gradient. Plain PyTorch keeps the
-whole input or output. After Few-bit Backward (arXiv 2202.00441), which fits uneven grids to each
-function; an even one needs no table, and eight bits leave it little to gain.
+Shapes: x, y: any. Kept: f'(x) as a code of 8 bits (1/4 of float32), on a grid that spans the range
+of f', known beforehand. The value is exact; the gradient is off by at most half a step of the grid,
+1/510 of that range, times the incoming gradient. Plain PyTorch keeps the whole input or output.
+After Few-bit Backward (arXiv 2202.00441), which fits uneven grids to each function; an even one
+needs no table, and eight bits leave it little to gain.
 """
 
 from __future__ import annotations
@@ -20,11 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_da3.errors import ConfigError
-from lightning_da3.ops.bits import pack_pairs, unpack_pairs
 from lightning_da3.ops.codes import to_bytes
 from lightning_da3.ops.masks import computed_twice, settled
-
-aten = torch.ops.aten
+from lightning_da3.torch_private.kernels import (
+    elu_backward,
+    gelu_backward,
+    hardswish_backward,
+    mish_backward,
+    sigmoid_backward,
+    silu_backward,
+    softplus_backward,
+    tanh_backward,
+)
 
 
 @dataclass(frozen=True)
@@ -68,52 +75,44 @@ class Smooth:
         """`x`; computed a second time, every element on the side of the jumps where it was."""
         return x if self.jumps is None else settled(x, *self.jumps)
 
-    def step(self, bits: int = 8) -> float:
-        """Between two codes; a decoded derivative is off by at most half of it."""
-        return (self.high - self.low) / ((1 << bits) - 1)
+    @property
+    def step(self) -> float:
+        """The distance of two codes; a decoded derivative is off by at most half of it."""
+        return (self.high - self.low) / 255
 
 
-def quantized_grad_activation(
-    x: Tensor, smooth: Smooth, bits: int = 8, inplace: bool = False
-) -> Tensor:
+def quantized_grad_activation(x: Tensor, smooth: Smooth, inplace: bool = False) -> Tensor:
     """`smooth` of `x`, exact, with a gradient that sees its derivative through codes.
 
-    The derivative is off by at most ``smooth.step(bits) / 2`` from PyTorch's own, which takes
+    The derivative is off by at most ``smooth.step / 2`` from PyTorch's own, which takes
     those of sigmoid and tanh from the result, as rounded to its type.
 
     Args:
         x: Any shape, of a floating type.
         smooth: The function.
-        bits: 8, or 4 for half the memory and 17 times the error.
         inplace: Write the result into `x`.
 
     Returns:
-        Same shape and type. Keeps `bits` an element if a gradient is needed.
-
-    Raises:
-        ConfigError: If `bits` is neither 4 nor 8.
+        Same shape and type. Keeps a byte an element if a gradient is needed.
     """
-    if bits not in (4, 8):
-        raise ConfigError(f"`bits` must be 4 or 8, got {bits}.")
     if computed_twice():  # there nothing is kept for long, and PyTorch's own backward is quicker
         x = smooth.settled(x)
         return smooth.value(x) if torch.is_grad_enabled() else smooth.evaluate(x, inplace)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return smooth.evaluate(x, inplace)
-    result: Tensor = _Coded.apply(x, smooth, bits, inplace)
+    result: Tensor = _Coded.apply(x, smooth, inplace)
     return result
 
 
 class _Coded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, smooth: Smooth, bits: int, inplace: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, smooth: Smooth, inplace: bool) -> Tensor:
         y = smooth.value(x)
-        ctx.low, ctx.step, ctx.bits, ctx.dtype = smooth.low, smooth.step(bits), bits, x.dtype
+        ctx.low, ctx.step, ctx.dtype = smooth.low, smooth.step, x.dtype
         slopes = smooth.derivative(widened(x), widened(y))
         # elementwise results are dense, and in the memory order of x, whatever x is
         codes = to_bytes(slopes.mul_(1.0 / ctx.step).add_(0.5 - ctx.low / ctx.step))
-        ctx.size, ctx.stride = codes.size(), codes.stride()
-        ctx.save_for_backward(codes if bits == 8 else pack_pairs(codes))
+        ctx.save_for_backward(codes)
         if not inplace:
             return y
         ctx.mark_dirty(x)
@@ -124,10 +123,8 @@ class _Coded(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (codes,) = ctx.saved_tensors
-        if ctx.bits == 4:
-            codes = unpack_pairs(codes, ctx.size, ctx.stride)
         slopes = widened(codes, grad.dtype).mul_(ctx.step).add_(ctx.low)
-        return slopes.mul_(grad).to(ctx.dtype), None, None, None
+        return slopes.mul_(grad).to(ctx.dtype), None, None
 
 
 def widened(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -139,37 +136,37 @@ def widened(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _silu(grad: Tensor, x: Tensor, _: Tensor) -> Tensor:
-    return aten.silu_backward(grad, x)  # type: ignore[no-any-return]
+    return silu_backward(grad, x)
 
 
 def _gelu(grad: Tensor, x: Tensor, _: Tensor, approximate: str) -> Tensor:
-    return aten.gelu_backward(grad, x, approximate=approximate)  # type: ignore[no-any-return]
+    return gelu_backward(grad, x, approximate=approximate)
 
 
 def _hardswish(grad: Tensor, x: Tensor, _: Tensor) -> Tensor:
-    return aten.hardswish_backward(grad, x)  # type: ignore[no-any-return]
+    return hardswish_backward(grad, x)
 
 
 def _mish(grad: Tensor, x: Tensor, _: Tensor) -> Tensor:
-    return aten.mish_backward(grad, x)  # type: ignore[no-any-return]
+    return mish_backward(grad, x)
 
 
 def _sigmoid(grad: Tensor, _: Tensor, y: Tensor) -> Tensor:
-    return aten.sigmoid_backward(grad, y)  # type: ignore[no-any-return]
+    return sigmoid_backward(grad, y)
 
 
 def _tanh(grad: Tensor, _: Tensor, y: Tensor) -> Tensor:
-    return aten.tanh_backward(grad, y)  # type: ignore[no-any-return]
+    return tanh_backward(grad, y)
 
 
 def _elu(
     grad: Tensor, x: Tensor, _: Tensor, alpha: float, scale: float, input_scale: float
 ) -> Tensor:
-    return aten.elu_backward(grad, alpha, scale, input_scale, False, x)  # type: ignore[no-any-return]
+    return elu_backward(grad, alpha, scale, input_scale, False, x)
 
 
 def _softplus(grad: Tensor, x: Tensor, _: Tensor, beta: float, threshold: float) -> Tensor:
-    return aten.softplus_backward(grad, x, beta, threshold)  # type: ignore[no-any-return]
+    return softplus_backward(grad, x, beta, threshold)
 
 
 def _softsign(grad: Tensor, x: Tensor, _: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from lightning_da3.nn.frozen import (
     FrozenConv,
     FrozenConvTranspose,
     PiecewiseLinear,
-    QuantizedGradActivation,
     Sum,
     frozen,
 )
@@ -82,8 +81,6 @@ def _replace(part: Part, node: fx.Node, step: NodePlan, memory: MemoryConfig) ->
     if isinstance(built, FrozenConvTranspose):
         built.name = part.user_name(str(node.target))
         built.weight = frozen(built.weight.to(memory.stored_dtype or built.weight.dtype))
-    if isinstance(built, QuantizedGradActivation):
-        built.bits = memory.derivative_bits
     _call(part.gm, node, built)
 
 

@@ -71,7 +71,6 @@ def domain_of(network, **memory):
 CASES = {
     "default": lambda: domain_of(Net()),
     "exact": lambda: domain_of(Net(), exact=True),
-    "four bits": lambda: domain_of(Net(), derivative_bits=4),
     "fine-tuning": lambda: Net().train(),
 }
 

@@ -9,9 +9,7 @@ from lightning_da3.ops.bits import dense
 from lightning_da3.ops.codes import (
     Rows,
     decode,
-    decode_16,
     encode,
-    encode_16,
     sample_group,
     to_bytes,
 )
@@ -185,20 +183,3 @@ def test_the_codes_of_a_sample_do_not_depend_on_its_batch():
     whole, alone = encode(x, sample_group(x)), encode(x[1:2], sample_group(x[1:2]))
     assert sample_group(x) == sample_group(x[1:2]) == 77
     assert torch.equal(whole.view(3, -1)[1], alone)
-
-
-@pytest.mark.parametrize("count", [1, 255, 256, 700])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_two_bytes_an_element(count, dtype):
-    x = randn(2, count, dtype=dtype).t() * 3 + 1
-    codes = encode_16(x)
-    assert (codes.dtype, codes.numel()) == (torch.int16, x.numel() + 4 * -(-x.numel() // 256))
-    y = decode_16(codes, x.size(), x.stride(), dtype)
-    assert (y.dtype, y.shape, y.stride()) == (dtype, x.shape, x.stride())
-    elements, again = in_memory_order(x), in_memory_order(y)
-    for part, other in zip(elements.split(256), again.split(256), strict=True):
-        bound = (part.max() - part.min()) / 131070 + 2e-7 * part.abs().max()
-        rounding = torch.finfo(dtype).eps * part.abs().max()
-        assert ((part - other).abs() <= 1.01 * bound + rounding).all()
-    constant = torch.full((300,), 0.3)
-    assert torch.equal(decode_16(encode_16(constant), (300,), (1,), torch.float32), constant)

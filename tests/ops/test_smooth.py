@@ -38,7 +38,6 @@ CASES = {
     "softplus of 3": (softplus(3.0, 2.0), nn.Softplus(3.0, 2.0)),
 }
 EVERY = pytest.mark.parametrize("name", CASES)
-BITS = pytest.mark.parametrize("bits", [8, 4])
 
 
 def randn(*shape, dtype=torch.float64, seed=0):
@@ -66,13 +65,13 @@ def kept(fn, x):
     return saved
 
 
-def assert_within_the_bound(smooth, builtin, x, bits=8, rounding=1e-6):
+def assert_within_the_bound(smooth, builtin, x, rounding=1e-6):
     grad = randn(*x.shape, dtype=x.dtype, seed=7)
-    y, grad_x = value_and_gradient(lambda t: quantized_grad_activation(t, smooth, bits), x, grad)
+    y, grad_x = value_and_gradient(lambda t: quantized_grad_activation(t, smooth), x, grad)
     expected_y, expected = value_and_gradient(builtin, x, grad)
     assert y.dtype == grad_x.dtype == x.dtype
     torch.testing.assert_close(y, expected_y, rtol=0, atol=0)
-    allowed = (smooth.step(bits) / 2 + rounding) * grad.abs().double()
+    allowed = (smooth.step / 2 + rounding) * grad.abs().double()
     assert ((grad_x.double() - expected.double()).abs() <= allowed).all()
 
 
@@ -118,23 +117,21 @@ def test_modules_may_hold_it(name):
 # --- values and gradients
 
 
-@BITS
 @EVERY
-def test_within_the_bound(name, bits):
+def test_within_the_bound(name):
     smooth, builtin = CASES[name]
     x = torch.cat([randn(500) * 4, torch.linspace(-30, 30, 501).double(), torch.zeros(1)])
-    assert_within_the_bound(smooth, builtin, x, bits, rounding=1e-12)
-    assert_within_the_bound(smooth, builtin, x.float(), bits)
+    assert_within_the_bound(smooth, builtin, x, rounding=1e-12)
+    assert_within_the_bound(smooth, builtin, x.float())
 
 
-@BITS
-def test_the_bound_is_no_wider_than_needed(bits):
+def test_the_bound_is_no_wider_than_needed():
     smooth, builtin = CASES["silu"]
     x = torch.linspace(-3, 3, 5000)
     ones = torch.ones(5000)
-    _, ours = value_and_gradient(lambda t: quantized_grad_activation(t, smooth, bits), x, ones)
+    _, ours = value_and_gradient(lambda t: quantized_grad_activation(t, smooth), x, ones)
     _, exact = value_and_gradient(builtin, x, ones)
-    assert (ours - exact).abs().max() > 0.95 * smooth.step(bits) / 2
+    assert (ours - exact).abs().max() > 0.95 * smooth.step / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -148,29 +145,25 @@ def test_half_precision(name, dtype):
     expected_y, expected = value_and_gradient(builtin, x, grad)
     torch.testing.assert_close(y, expected_y, rtol=0, atol=0)
     rounding = torch.finfo(dtype).eps * (2 if "shrink" in name else 1) * grad.abs().float()
-    allowed = smooth.step() / 2 * grad.abs().float() + rounding
+    allowed = smooth.step / 2 * grad.abs().float() + rounding
     assert ((grad_x.float() - expected.float()).abs() <= allowed + 1e-6).all()
 
 
 @settings(max_examples=50, deadline=None)
 @given(
     name=st.sampled_from(sorted(CASES)),
-    bits=st.sampled_from([4, 8]),
     numbers=st.lists(st.floats(-1e4, 1e4), max_size=9),
 )
-def test_any_numbers(name, bits, numbers):
-    assert_within_the_bound(*CASES[name], torch.tensor(numbers, dtype=torch.float64), bits)
+def test_any_numbers(name, numbers):
+    assert_within_the_bound(*CASES[name], torch.tensor(numbers, dtype=torch.float64))
 
 
-@BITS
 @pytest.mark.parametrize("name", ["gelu", "tanh", "softsign"])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_what_is_not_finite_has_its_value(name, bits, value):
+def test_what_is_not_finite_has_its_value(name, value):
     smooth, builtin = CASES[name]
     x = torch.tensor([value, 1.0])
-    y, _ = value_and_gradient(
-        lambda t: quantized_grad_activation(t, smooth, bits), x, torch.ones(2)
-    )
+    y, _ = value_and_gradient(lambda t: quantized_grad_activation(t, smooth), x, torch.ones(2))
     torch.testing.assert_close(y, builtin(x), rtol=0, atol=0, equal_nan=True)
 
 
@@ -185,50 +178,42 @@ LAYOUTS = {
 }
 
 
-@BITS
 @pytest.mark.parametrize("layout", LAYOUTS)
 @EVERY
-def test_layouts(name, layout, bits):
+def test_layouts(name, layout):
     smooth, builtin = CASES[name]
     x = LAYOUTS[layout](randn(3, 5, 3, 7, dtype=torch.float32))
-    assert_within_the_bound(smooth, builtin, x, bits)
+    assert_within_the_bound(smooth, builtin, x)
     y, grad_x = value_and_gradient(
-        lambda t: quantized_grad_activation(t, smooth, bits), x, torch.ones_like(x)
+        lambda t: quantized_grad_activation(t, smooth), x, torch.ones_like(x)
     )
     assert y.stride() == builtin(x).stride()
     if dense(x) is x:
         assert grad_x.stride() == x.stride()
 
 
-@BITS
-def test_a_gradient_of_another_layout(bits):
+def test_a_gradient_of_another_layout():
     smooth, builtin = CASES["silu"]
     x = randn(2, 3, 5, 7).to(memory_format=torch.channels_last)
     grad = randn(2, 3, 5, 7, seed=7)
-    _, ours = value_and_gradient(lambda t: quantized_grad_activation(t, smooth, bits), x, grad)
+    _, ours = value_and_gradient(lambda t: quantized_grad_activation(t, smooth), x, grad)
     _, exact = value_and_gradient(builtin, x, grad)
     assert ours.stride() == x.stride()
-    assert ((ours - exact).abs() <= (smooth.step(bits) / 2 + 1e-9) * grad.abs()).all()
+    assert ((ours - exact).abs() <= (smooth.step / 2 + 1e-9) * grad.abs()).all()
 
 
 # --- what is kept
 
 
-@pytest.mark.parametrize(("bits", "count"), [(8, 2 * 3 * 5 * 7), (4, 3 * 5 * 7)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @EVERY
-def test_bytes(name, dtype, bits, count):
+def test_bytes(name, dtype):
     smooth, builtin = CASES[name]
     x = leaf(randn(2, 3, 5, 7, dtype=dtype))
-    saved = kept(lambda t: quantized_grad_activation(t, smooth, bits), x)
-    assert sum(t.untyped_storage().nbytes() for t in saved) == count
+    saved = kept(lambda t: quantized_grad_activation(t, smooth), x)
+    assert sum(t.untyped_storage().nbytes() for t in saved) == 2 * 3 * 5 * 7
     plain = {t.data_ptr(): t.untyped_storage().nbytes() for t in kept(builtin, x)}
     assert sum(plain.values()) >= 210 * dtype.itemsize
-
-
-def test_an_odd_number_of_pairs():
-    (saved,) = kept(lambda t: quantized_grad_activation(t, SMOOTH["tanh"], 4), leaf(randn(7)))
-    assert saved.untyped_storage().nbytes() == 4
 
 
 @EVERY
@@ -264,13 +249,12 @@ def test_without_a_gradient_nothing_is_written_beside_the_input(name):
     torch.testing.assert_close(got, want)
 
 
-@BITS
 @EVERY
-def test_in_place(name, bits):
+def test_in_place(name):
     smooth, _ = CASES[name]
     x = leaf(randn(2, 3, 5, 7).to(memory_format=torch.channels_last))
-    y, expected = x * 1.0, quantized_grad_activation(x, smooth, bits)
-    result = quantized_grad_activation(y, smooth, bits, inplace=True)
+    y, expected = x * 1.0, quantized_grad_activation(x, smooth)
+    result = quantized_grad_activation(y, smooth, inplace=True)
     assert result.data_ptr() == y.data_ptr()
     assert torch.equal(result, expected)
     (grad,) = torch.autograd.grad(result.sum(), x)
@@ -286,7 +270,7 @@ def test_in_place_into_what_is_not_dense():
     (grad,) = torch.autograd.grad(whole.sum(), x)
     assert torch.equal(grad[:, 1::2], torch.ones(4, 3).double())
     (exact,) = torch.autograd.grad(F.silu(x).sum(), x)
-    assert ((grad - exact)[:, ::2].abs() <= SMOOTH["silu"].step() / 2 + 1e-12).all()
+    assert ((grad - exact)[:, ::2].abs() <= SMOOTH["silu"].step / 2 + 1e-12).all()
 
 
 def test_in_place_without_a_gradient():
@@ -297,11 +281,6 @@ def test_in_place_without_a_gradient():
 
 
 # --- refused
-
-
-def test_other_bits():
-    with pytest.raises(ConfigError, match="`bits` must be 4 or 8, got 3"):
-        quantized_grad_activation(randn(2), SMOOTH["silu"], bits=3)
 
 
 def test_other_approximations():
@@ -326,14 +305,13 @@ def test_a_second_derivative():
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@BITS
 @pytest.mark.parametrize("name", ["silu", "gelu, tanh", "softplus of 3"])
-def test_compiled(name, bits, inplace):
+def test_compiled(name, inplace):
     smooth, _ = CASES[name]
     x = randn(2, 3, 5, 7, dtype=torch.float32).to(memory_format=torch.channels_last)
 
     def run(t):
-        return quantized_grad_activation(t * 2.0, smooth, bits, inplace)
+        return quantized_grad_activation(t * 2.0, smooth, inplace)
 
     torch._dynamo.reset()
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
@@ -342,5 +320,5 @@ def test_compiled(name, bits, inplace):
     expected_y, expected = value_and_gradient(run, x, grad)
     torch.testing.assert_close(y, expected_y)
     # the compiled value may differ by one rounding, and with it a code
-    assert ((grad_x - expected).abs() <= 2 * smooth.step(bits) * grad.abs() * 1.001).all()
+    assert ((grad_x - expected).abs() <= 2 * smooth.step * grad.abs() * 1.001).all()
     torch.testing.assert_close(grad_x.mean(), expected.mean(), rtol=0, atol=1e-3)

@@ -1,0 +1,94 @@
+"""An adapter's forward and backward as one op each that a compiler does not look into.
+
+Of what lies between, the compiler would keep more than eager mode does, and copies of weights in
+the layouts that it prefers. Shapes and what is kept: see `lightning_da3.ops.adapter`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_da3.ops.adapter_cells import AdapterOptions, Weights, gradients, respond, squeezed
+from lightning_da3.ops.opaque_convolution import lowered
+
+
+def _all_of_it(
+    p: Tensor,
+    noise: Tensor | None,
+    weights: Sequence[Tensor],
+    eps: float,
+    gated: bool,
+    exact: bool,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Addend, hidden map, and if there are such, rstd and gate.
+
+    `dtype` is the convolution's.
+    """
+    w, options = Weights(*weights), AdapterOptions(eps, gated, exact)
+    with torch.no_grad(), torch.autocast(p.device.type, enabled=False):
+        hidden = squeezed(p.to(dtype), w.squeeze.to(dtype))
+    hidden = hidden.contiguous(memory_format=_preferred(hidden))
+    addend, gate, norm = respond(hidden, noise, w, options)
+    results = [addend, *(norm.halved() if options.halves(w) else [hidden])]
+    results = results if gate is None else [*results, gate]
+    # a batch of one may be laid out otherwise with values than without
+    return [r.contiguous(memory_format=_preferred(r)) for r in results]
+
+
+def _all_gradients(*arguments: Any) -> list[Tensor]:
+    """Those of p and all weights; empty where there is none."""
+    found = gradients(*arguments)
+    empty = torch.empty(0, device=arguments[1].device)
+    return [
+        empty.clone() if g is None else g.contiguous(memory_format=_preferred(g)) for g in found
+    ]
+
+
+def _preferred(x: Tensor) -> torch.memory_format:
+    """A layout that depends on the shape alone: the compiler must know it beforehand."""
+    return torch.channels_last if x.dim() == 4 else torch.contiguous_format
+
+
+_adapt = torch.library.custom_op(
+    "lightning_da3::adapt",
+    _all_of_it,
+    mutates_args=(),
+    schema=(
+        "(Tensor p, Tensor? noise, Tensor[] weights, float eps, bool gated, bool exact,"
+        " ScalarType dtype) -> Tensor[]"
+    ),
+)
+_adapt.register_fake(_all_of_it)  # it computes shapes as well as values
+_gradients_op = torch.library.custom_op(
+    "lightning_da3::adapt_backward",
+    _all_gradients,
+    mutates_args=(),
+    schema=(
+        "(Tensor? kept, Tensor hidden, Tensor? rstd, Tensor? noise, Tensor[] weights,"
+        " Tensor? grad_addend, Tensor? grad_gate, float eps, bool exact, bool last, int group,"
+        " SymInt[] size, ScalarType p_dtype, bool wants_p, bool wants_squeeze) -> Tensor[]"
+    ),
+)
+_gradients_op.register_fake(_all_gradients)
+
+
+def opaque_adapt(
+    p: Tensor, noise: Tensor | None, w: Weights, options: AdapterOptions
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """The addend, the gate, the hidden map and rstd, without a graph."""
+    dtype = lowered(p, w.squeeze.dtype)
+    addend, hidden, *rest = _adapt(
+        p, noise, list(w), options.eps, options.gated, options.exact, dtype
+    )
+    rstd = rest.pop(0) if options.halves(w) else None
+    return addend, rest[0] if options.gated else None, hidden, rstd
+
+
+def opaque_gradients(*arguments: Any) -> list[Tensor | None]:
+    """As `lightning_da3.ops.adapter_cells.gradients`."""
+    return [None if g.numel() == 0 else g for g in _gradients_op(*arguments)]

@@ -1,0 +1,61 @@
+"""Fake tensors, which have no values, and modes that see every operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_da3.torch_private.finding import found, needed
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeCopyMode,
+        FakeTensor,
+        FakeTensorMode,
+    )
+    from torch.utils._python_dispatch import TorchDispatchMode
+else:
+    _PLACE, _USE = "torch._subclasses.fake_tensor", "planning, and predicting a training step,"
+    DataDependentOutputException = needed(f"{_PLACE}:DataDependentOutputException", _USE)
+    DynamicOutputShapeException = needed(f"{_PLACE}:DynamicOutputShapeException", _USE)
+    FakeCopyMode = needed(f"{_PLACE}:FakeCopyMode", _USE)
+    FakeTensor = needed(f"{_PLACE}:FakeTensor", _USE)
+    FakeTensorMode = needed(f"{_PLACE}:FakeTensorMode", _USE)
+    TorchDispatchMode = needed("torch.utils._python_dispatch:TorchDispatchMode", _USE)
+
+__all__ = [
+    "LOGGER",
+    "READ_ONE_VALUE",
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "FakeCopyMode",
+    "FakeTensor",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "is_fake",
+    "is_wrapper",
+]
+
+LOGGER = "torch._subclasses.fake_tensor"  # the name of the log that fake tensors write to
+READ_ONE_VALUE = found("torch:ops.aten._local_scalar_dense.default", None)  # what `item` calls
+
+
+def _is_instance(x: Any) -> bool:
+    return isinstance(x, FakeTensor)
+
+
+def _flattens(x: Any) -> bool:
+    return hasattr(x, "__tensor_flatten__") and hasattr(x, "__tensor_unflatten__")
+
+
+is_fake: Callable[[Any], bool] = found("torch._subclasses.fake_tensor:is_fake", _is_instance)
+"""Whether a tensor has no values; so is one that wraps or views such a tensor."""
+
+is_wrapper: Callable[[Tensor], bool] = found(
+    "torch.utils._python_dispatch:is_traceable_wrapper_subclass", _flattens
+)
+"""Whether a tensor is made of others, which ``__tensor_flatten__`` names."""
