@@ -19,7 +19,6 @@ from helpers.comparing import (
     photograph,
     score,
 )
-from plain import PlainPyTorch
 from torch import nn
 
 from lightning_da3 import (
@@ -38,6 +37,7 @@ from lightning_da3.nn.adapter import HostInput, HostOutput
 from lightning_da3.nn.frozen import FrozenAffine, FrozenConv, PiecewiseLinear, Sum
 from lightning_da3.ops.activation import RELU
 from lightning_da3.planning.plan import NodePlan, Plan
+from lightning_da3.reference import PlainPyTorch
 
 EXACT = MemoryConfig(exact=True)
 WITH_MODES = (nn.Dropout, nn.BatchNorm2d)

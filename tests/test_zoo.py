@@ -13,7 +13,6 @@ from helpers.comparing import (
     photograph,
     score,
 )
-from plain import PlainPyTorch
 from torch import nn
 
 from lightning_da3 import (
@@ -27,6 +26,7 @@ from lightning_da3 import (
     convert,
 )
 from lightning_da3.memory import saved_activation_bytes
+from lightning_da3.reference import PlainPyTorch
 
 EXACT = MemoryConfig(exact=True)
 ADAPTER = AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1)
