@@ -23,12 +23,12 @@ from unittest import mock
 
 import torch
 import torchvision
-from plain import PlainPyTorch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_with_path
 
 from lightning_da3 import DA3Config, DA3Model, MemoryConfig, convert
 from lightning_da3.memory import SavedActivations
+from lightning_da3.reference import PlainPyTorch
 
 CLASSES = 10
 # parameters from which two images are a batch, and one is

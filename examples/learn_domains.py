@@ -3,8 +3,8 @@
 A network that knows printed characters learns three domains of real images, each with one Lightning
 Trainer and one DA3Callback. A linear probe, full fine-tuning, and DA3 with frozen weights that rest
 in bfloat16 learn the same data for as many epochs. The table at the end, and the pictures and CSV
-logs in the output folder, are all of this run. The images are small: a demonstration, not a
-benchmark.
+logs in the output folder, are all of this run. A run that was stopped goes on where it was when the
+command is given again. The images are small: a demonstration, not a benchmark.
 """
 
 from __future__ import annotations
@@ -204,10 +204,7 @@ def run_all(arguments: argparse.Namespace, runs: list[Run]) -> dict[str, Cost]:
             "most_batches": 4 if arguments.smoke else None,
         }
         run = Run(folder, settings, track(arguments, folder, settings))
-        if arguments.resume:
-            run.resume()
-        else:
-            run.record.unlink(missing_ok=True)  # what it lists is learned anew
+        run.resume(fresh=arguments.fresh)
         runs.append(run)
         rounds = 2 if arguments.smoke else 15
         cost = demonstrate(run, with_costs=seed == 0, rounds=rounds)
@@ -225,7 +222,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="repeat and print means")
     parser.add_argument("--logger", choices=("csv", "wandb"), default="csv")
     parser.add_argument("--output", type=Path, default=Path("outputs/learn_domains"))
-    parser.add_argument("--resume", action="store_true", help="load what a run finished earlier")
+    parser.add_argument("--fresh", action="store_true", help="learn again what is finished")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
     arguments = parser.parse_args()
     silence_lightning()
@@ -237,7 +234,7 @@ def main() -> None:
             raise  # a message of ours
         finished = [f"{m} on {d}" for run in runs for m in run.accuracy for d in run.accuracy[m]]
         print(f"\nInterrupted. Finished and kept in {arguments.output}: {finished or 'nothing'}.")
-        raise SystemExit("Go on with the same options and --resume.") from None
+        raise SystemExit("The same command goes on from there.") from None
     report(runs, paid)
     if arguments.smoke:
         say("--smoke trains a few steps only: its accuracies mean nothing")

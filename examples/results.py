@@ -43,7 +43,7 @@ class Run:
         return self.folder / "domains" / f"{domain}.safetensors"
 
     def finished(self, method: str, domain: str) -> bool:
-        return domain in self.accuracy[method]
+        return domain in self.accuracy[method] and (method != DA3 or self.path(domain).exists())
 
     def save(self) -> None:
         """After everything that is finished, so that nothing finished is lost."""
@@ -52,15 +52,18 @@ class Run:
         written.write_text(json.dumps(state, indent=2))
         written.replace(self.record)  # whole or not at all
 
-    def resume(self) -> None:
+    def resume(self, *, fresh: bool = False) -> None:
+        """Read what an earlier run with the same settings finished; or forget it."""
         path = self.record
+        if fresh:
+            path.unlink(missing_ok=True)
         if not path.exists():
             return
         state = json.loads(path.read_text())
         if state["settings"] != self.settings:
             raise SystemExit(
                 f"{path} was made with {state['settings']}, this run is {self.settings}: "
-                "give the same options, or leave --resume out to start anew."
+                "give the same options, another --output, or --fresh to begin anew."
             )
         self.accuracy |= state["accuracy"]
 

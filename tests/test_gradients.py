@@ -10,7 +10,6 @@ from helpers.comparing import (
     score,
 )
 from helpers.converted import choose, converted, network
-from plain import PlainPyTorch
 
 from lightning_da3 import (
     DA3Config,
@@ -19,6 +18,7 @@ from lightning_da3 import (
     convert,
 )
 from lightning_da3.memory import SavedActivations, saved_activation_bytes
+from lightning_da3.reference import PlainPyTorch
 
 EXACT = MemoryConfig(exact=True)
 

@@ -13,7 +13,6 @@ from helpers.comparing import (
     mix_gates_,
     score,
 )
-from plain import PlainPyTorch
 from torch import nn
 
 from lightning_da3 import AdapterConfig, DA3Config, MemoryConfig, convert
@@ -22,6 +21,7 @@ from lightning_da3.nn import adapter as nn_adapter
 from lightning_da3.nn.adapter import HostInput
 from lightning_da3.ops.recomputed import recomputed
 from lightning_da3.ops.tokens import TokenGrid, read_tokens
+from lightning_da3.reference import PlainPyTorch
 
 
 @pytest.fixture(autouse=True)

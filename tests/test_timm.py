@@ -3,11 +3,11 @@
 import pytest
 import torch
 from helpers.comparing import add, assert_relatively_close, mix_gates_, score
-from plain import PlainPyTorch
 from torch import nn
 
 from lightning_da3 import AdapterConfig, DA3Config, MemoryConfig, convert
 from lightning_da3.memory import saved_activation_bytes
+from lightning_da3.reference import PlainPyTorch
 
 timm = pytest.importorskip("timm")
 pytestmark = pytest.mark.filterwarnings("ignore:Overwriting .* in registry:UserWarning")

@@ -11,7 +11,6 @@ from helpers.comparing import (
     photograph,
     score,
 )
-from plain import PlainPyTorch
 
 from lightning_da3 import (
     AdapterConfig,
@@ -21,10 +20,9 @@ from lightning_da3 import (
     convert,
 )
 from lightning_da3.memory import saved_activation_bytes
+from lightning_da3.reference import PlainPyTorch
 
 EXACT = MemoryConfig(exact=True)
-
-
 ADAPTER = AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1)
 
 

@@ -1,20 +1,21 @@
-"""A converted network in PyTorch's own words: what its gradients are compared with.
+"""The converted network in plain autograd, to compare with.
 
-The network runs as it was traced, every operation with PyTorch's own backward, which keeps all it
-wants to; the adapters and gates are written out in PyTorch's functions.
+The network runs as it was traced: every operation has PyTorch's own backward, and adapters and
+gates are written out in PyTorch's functions. Slow, and keeps everything: for tests and benchmarks.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_da3 import DA3Model
+from lightning_da3.memory.names import mutable
+from lightning_da3.model.model import DA3Model
 from lightning_da3.nn.gate import Executed, annealed_target, budget_loss
 from lightning_da3.ops.host import coarse_grid, pool, upsample
 from lightning_da3.ops.tokens import TokenGrid
@@ -27,7 +28,7 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class _Views(TorchFunctionMode):
-    """Maps have the layout of the folded weights, channels_last, of which not every view exists."""
+    """Folded weights make maps channels_last, and not every view of such a map exists."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -37,17 +38,17 @@ class _Views(TorchFunctionMode):
 
 
 class PlainPyTorch:
-    """`backbone` with the parameters of the active domain of `model`.
+    """A backbone with the active domain of its converted model, in plain autograd.
 
-    The gate's gradient, which conversion estimates from cell means, comes from a term of value
-    zero that has just this gradient.
+    The model estimates a gate's gradient from cell means. Here a term of value zero has the same
+    gradient.
 
     Args:
         backbone: The network that `model` was converted from.
-        model: With an active domain.
-        folded: Batch norms go into the convolutions before them, with the very weights of `model`,
-            and every convolution has the value that it has there: then no ReLU, no gate and no
-            matching of boxes decides otherwise than there for a last bit.
+        model: A converted network with an active domain.
+        folded: Fold batch norms into the convolutions before them, with the weights of `model`,
+            and give every convolution the value that it has in `model`. Rounding then decides no
+            ReLU, gate or matched box differently.
     """
 
     def __init__(self, backbone: nn.Module, model: DA3Model, *, folded: bool = False) -> None:
@@ -66,28 +67,32 @@ class PlainPyTorch:
             part.gm.forward = functools.partial(_run, part.gm, planned, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns."""
+        """Run the network.
+
+        Returns:
+            What the model returns.
+        """
         self.executed.clear()
         with _Views():
             return self.root(*args, **kwargs)
 
     def loss(self) -> Tensor | float:
-        """The gates' budget loss of the last call."""
+        """The budget loss of the gates in the last call, 0 without gates."""
         gate = self.model.config.gate
         if gate is None or not self.executed:
             return 0.0
         target = annealed_target(gate.target, self.model.progress)
         return budget_loss(self.executed, target) * gate.weight
 
-    def place(self, host: HostPlan, x: Tensor) -> TokenGrid | None:
+    def _place(self, host: HostPlan, x: Tensor) -> TokenGrid | None:
         if host.stride is not None:
             return None
         return TokenGrid.of(x.shape[1:-1], host.prefix_tokens, self.model.config.adapter.max_cells)
 
-    def adapt(self, host: HostPlan, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _adapt(self, host: HostPlan, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.unsqueeze(1) if host.stride is None and x.dim() == 2 else x  # one token a sample
         adapter: Any = self.domain.adapters[host.name.replace(".", "__").replace(":", "__call")]
-        place = self.place(host, x)
+        place = self._place(host, x)
         if place is None:
             size = [-(-n // s) for n, s in zip(x.shape[2:], host.stride or (), strict=True)]
             grid = coarse_grid(size, self.model.config.adapter.max_cells)
@@ -106,11 +111,11 @@ class PlainPyTorch:
         maps = (addend.transpose(1, 2), gate.transpose(1, 2))
         return tuple(m.reshape(*m.shape[:2], *grid) for m in maps)  # type: ignore[return-value]
 
-    def write(self, host: HostPlan, f: Tensor, adapted: tuple[Tensor, Tensor]) -> Tensor:
+    def _write(self, host: HostPlan, f: Tensor, adapted: tuple[Tensor, Tensor]) -> Tensor:
         addend, gate = adapted
         if host.stride is None and f.dim() == 2:
-            return self.write(host, f.unsqueeze(1), adapted).squeeze(1)
-        place = self.place(host, f)
+            return self._write(host, f.unsqueeze(1), adapted).squeeze(1)
+        place = self._place(host, f)
         size = f.shape[2:] if place is None else f.shape[1:-1]
         if self.model.config.gate is None:
             return f + _spread(addend, f, place)
@@ -138,7 +143,8 @@ class _Interpreter(fx.Interpreter):
         self.adapted: dict[str, tuple[Tensor, Tensor]] = {}
 
     def with_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        names = [n for n in self.module.graph.nodes if n.op == "placeholder"]
+        graph = cast("fx.Graph", self.module.graph)
+        names = [n for n in graph.nodes if n.op == "placeholder"]
         values = dict(zip([n.target for n in names], args, strict=False)) | kwargs
         defaults = {n.target: n.args[0] for n in names if n.args}
         return self.run(*[values.get(n.target, defaults.get(n.target)) for n in names])
@@ -151,12 +157,12 @@ class _Interpreter(fx.Interpreter):
         if n.name in self.first:
             host = self.first[n.name]
             x = next(self.env[i] for i in n.all_input_nodes if i.name == host.source)
-            self.adapted[host.name] = self.plain.adapt(host, x)
+            self.adapted[host.name] = self.plain._adapt(host, x)
         result = super().run_node(n)
         if n.name not in self.last:
             return result
         host = self.last[n.name]
-        return self.plain.write(host, result, self.adapted[host.name])
+        return self.plain._write(host, result, self.adapted[host.name])
 
 
 def _spread(cells: Tensor, f: Tensor, place: TokenGrid | None) -> Tensor:
@@ -177,7 +183,7 @@ class _SameValue(nn.Module):
         super().__init__()
         self.layer, self.twin = layer, twin
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         y = self.layer(x)
         with torch.no_grad():
             difference = self.twin(x) - y  # exact, as both are close; so is the sum
