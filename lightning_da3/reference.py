@@ -20,7 +20,6 @@ from lightning_da3.nn.gate import Executed, annealed_target, budget_loss
 from lightning_da3.ops.host import coarse_grid, pool, upsample
 from lightning_da3.ops.tokens import TokenGrid
 from lightning_da3.planning.plan import HostPlan, PartPlan
-from lightning_da3.planning.shapes import mutable
 from lightning_da3.tracing.graphs import Part
 from lightning_da3.tracing.islands import trace
 
