@@ -25,7 +25,6 @@ from lightning_da3.memory import (
 from lightning_da3.memory.simulated import MakeOptimizer
 from lightning_da3.nn.head import classes_of, new_head
 from lightning_da3.passes.hosts import INPUTS, OUTPUTS, host_key
-from lightning_da3.passes.recompute import PLACE
 from lightning_da3.planning.plan import PartPlan, Plan
 from lightning_da3.planning.shapes import SIDES, guesses
 
@@ -454,7 +453,7 @@ def _part_rows(
             i = starts[node.name]
             source = part.regions[i].source
             name = f"{part.path}.{source}" if part.path else source
-            found = taken(f"{prefix}{PLACE}_{i}".replace(".", "_", 0))
+            found = taken(f"{prefix}{part.regions[i].place.replace('.', '_')}")
             yield Row(name, "read again", "codes" if found[0] else "nothing", *found)
         if node.name in adapters:
             host = adapters[node.name]

@@ -31,7 +31,6 @@ _CONVERTED = re.compile(
     r"(?P<outside>(?:.*\.)?)(?:"
     r"bank\.[^.]+\.(?:adapters\.(?P<adapter>[^.]+)(?:\..*)?|(?P<head>head)(?:\..*)?)"
     r"|backbone\.(?:host_inputs|host_outputs)\.(?P<host>[^.]+)"
-    r"|backbone\.frozen_(?P<node>[^.]+)"
     r"|backbone\.(?P<layer>.+))"
 )
 
@@ -130,7 +129,7 @@ class Place(NamedTuple):
 def place_of(name: str) -> Place:
     """Where in the user's network the module `name` of a converted network is.
 
-    ``backbone.frozen_layer1_0_relu`` is the layer ``layer1_0_relu``, and
+    ``backbone.layer1.0.relu`` is the layer ``layer1_0_relu``, and
     ``bank.digits.adapters.layer1__0__conv1.norm`` the host ``layer1_0_conv1``.
     """
     found = _CONVERTED.fullmatch(name)
@@ -142,7 +141,7 @@ def place_of(name: str) -> Place:
     host = found["adapter"] or found["host"]
     if host:
         return Place("host", flat(host), outside)
-    return Place("layer", flat(found["node"] or found["layer"]), outside)
+    return Place("layer", flat(found["layer"]), outside)
 
 
 def flat(name: str) -> str:

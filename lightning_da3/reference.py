@@ -213,7 +213,7 @@ def _fold_(part: Part, planned: PartPlan, backbone: nn.Module) -> None:
         elif step.action == "fold":
             part.gm.set_submodule(target, nn.Identity())
         elif step.action == "affine":
-            twin = frozen.get_submodule(f"frozen_{step.name}")
+            twin = frozen.get_submodule(step.place)
             place = f"affine_{step.name}"
             part.gm.add_submodule(place, _Affine(twin.scale, twin.shift))
             nodes[step.name].target = place

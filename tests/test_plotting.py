@@ -34,7 +34,7 @@ def titles(figure):
 @pytest.mark.parametrize(
     ("name", "place"),
     [
-        ("backbone.frozen_layer1_0_relu", Place("layer", "layer1_0_relu")),
+        ("backbone.layer1.0.relu", Place("layer", "layer1_0_relu")),
         ("backbone.layer1.0.conv1", Place("layer", "layer1_0_conv1")),
         ("backbone.host_inputs.layer1__0__conv1", Place("host", "layer1_0_conv1")),
         ("backbone.host_outputs.a__block-0", Place("host", "a_block_0")),
@@ -42,7 +42,7 @@ def titles(figure):
         ("bank.digits.adapters.conv", Place("host", "conv")),
         ("bank.digits.head", Place("head", "head")),
         ("net.bank.digits.head", Place("head", "head", "net.")),
-        ("net.backbone.frozen_relu", Place("layer", "relu", "net.")),
+        ("net.backbone.relu", Place("layer", "relu", "net.")),
         ("", Place("", "")),
         ("backbone", Place("", "backbone")),
     ],
@@ -79,7 +79,7 @@ def test_every_byte_of_a_real_network_has_its_row(build):
 
 def test_rows_stay_in_order_and_are_put_together_until_few_are_left():
     before = {f"layer{i}.{j}.conv": 100 for i in range(3) for j in range(20)}
-    after = {"backbone.frozen_layer1_2_conv": 7, "bank.d.adapters.layer2__11__conv.norm": 5}
+    after = {"backbone.layer1.2.conv": 7, "bank.d.adapters.layer2__11__conv.norm": 5}
     assert memory_rows(before, after, max_rows=10) == {
         "layer0": (2000, 0),
         "layer1": (2000, 7),
@@ -90,14 +90,14 @@ def test_rows_stay_in_order_and_are_put_together_until_few_are_left():
 
 def test_rows_of_a_network_without_a_hierarchy_are_runs_of_layers():
     before = {f"conv{i}": 1 for i in range(160)}
-    rows = memory_rows(before, {"backbone.frozen_conv159": 3}, max_rows=20)
+    rows = memory_rows(before, {"backbone.conv159": 3}, max_rows=20)
     assert len(rows) == 20
     assert rows["conv152 .. conv159"] == (8, 3)
 
 
 def test_a_number_in_a_name_is_not_a_prefix_of_another():
     before = {"layer1": 1, "layer10": 1}
-    rows = memory_rows(before, {"backbone.frozen_layer10_relu": 5})
+    rows = memory_rows(before, {"backbone.layer10.relu": 5})
     assert rows == {"layer1": (1, 0), "layer10": (1, 5)}
 
 
@@ -107,12 +107,12 @@ def test_what_fits_no_layer_is_other():
 
 def test_names_inside_a_lightning_module():
     before = {"net.conv1": 10, "net.fc": 4}
-    after = {"net.backbone.frozen_conv1": 2, "net.bank.digits.head": 3}
+    after = {"net.backbone.conv1": 2, "net.bank.digits.head": 3}
     assert memory_rows(before, after, head="fc") == {"net.conv1": (10, 2), "net.fc": (4, 3)}
 
 
 def test_memory_says_totals_and_ratio():
-    figure = plot_memory({"conv": 2**21, "fc": 0}, {"backbone.frozen_conv": 2**19})
+    figure = plot_memory({"conv": 2**21, "fc": 0}, {"backbone.conv": 2**19})
     assert figure.get_suptitle() == "Activations kept by layer: 2 MiB to 512 KiB, 4.0 times less"
     assert texts(figure) == [" 2 MiB", " 512 KiB"]
 

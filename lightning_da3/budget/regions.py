@@ -14,7 +14,6 @@ from torch import nn
 
 from lightning_da3.memory import StepPrediction, StepPredictor
 from lightning_da3.nn.recomputed import Recomputed
-from lightning_da3.passes.recompute import PLACE
 from lightning_da3.planning.plan import Plan
 
 Names = tuple[str, ...]
@@ -49,15 +48,15 @@ class NamedRegion(NamedTuple):
 def regions_of(plan: Plan) -> Iterator[NamedRegion]:
     """Those of a DA3Model with this plan."""
     for part in plan.parts:
-        for i, region in enumerate(part.regions):
+        for region in part.regions:
             nodes = frozenset(f"{part.prefix}{node}" for node in region.nodes)
-            yield NamedRegion(f"{part.prefix}{PLACE}.{i}", nodes)
+            yield NamedRegion(f"{part.prefix}{region.place}", nodes)
 
 
 def most_kept(
     predictor: StepPredictor, args: Sequence[Any], kwargs: dict[str, Any], most_bytes: float
 ) -> tuple[Names, StepPrediction]:
-    """The regions_of that keep, most FLOPs saved for a byte first, as many as a peak allows.
+    """The regions that keep, most FLOPs saved for a byte first, as many as a peak allows.
 
     Args:
         predictor: Of steps of a DA3Model.

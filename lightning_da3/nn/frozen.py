@@ -89,10 +89,16 @@ def fold(
     return weight * scale.view(-1, *[1] * (weight.dim() - 1)), shift * scale + offset
 
 
+def pads_zeros_alike(conv: Conv) -> bool:
+    """Whether the kernel pads by itself: with zeros, as many on both sides of every axis."""
+    pad = list(conv._reversed_padding_repeated_twice)
+    return conv.padding_mode == "zeros" and pad[::2] == pad[1::2]
+
+
 class FrozenConv(nn.Module):
     """A frozen convolution with the batch norm behind it folded in.
 
-    ``y = bn(conv(x))`` becomes ``y = conv'(x)``; with `slopes`, ``y = relu(bn(conv(x)))`` does.
+    ``y = bn(conv(x))`` becomes ``y = conv'(x)``.
 
     Args:
         conv: The convolution; its weight is copied.
@@ -102,7 +108,6 @@ class FrozenConv(nn.Module):
         stored_dtype: Type that the weight rests in; by default its own.
 
     Attributes:
-        slopes: Of the activation that comes with it, or None.
         symmetric_padding: On both sides of every axis, or None where the sides differ.
         pads_zeros_alike: The kernel pads by itself: zeros, as many on both sides.
     """
@@ -117,7 +122,6 @@ class FrozenConv(nn.Module):
     ) -> None:
         super().__init__()
         axes = conv.weight.dim() - 2
-        self.slopes: Slopes | None = None
         self.name, self.norm_name, self.eps = name, norm_name, 0.0 if norm is None else norm.eps
         self.derived = bool(getattr(conv, "weights_are_derived", False))
         self.stride = numbers(conv.stride, axes)
@@ -128,7 +132,7 @@ class FrozenConv(nn.Module):
         self.pad: list[int] = list(conv._reversed_padding_repeated_twice)
         before, after = self.pad[::2], self.pad[1::2]
         self.symmetric_padding = tuple(reversed(before)) if before == after else None
-        self.pads_zeros_alike = conv.padding_mode == "zeros" and before == after
+        self.pads_zeros_alike = pads_zeros_alike(conv)
         weight, bias = fold(
             conv.weight, conv.bias, None if norm is None else BatchNormStatistics.of(norm)
         )
@@ -167,7 +171,7 @@ class FrozenConv(nn.Module):
             x = pad_mode(x, self.pad, mode)
             padding = (0,) * len(self.stride)
         return frozen_conv(
-            x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, self.slopes
+            x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
         )
 
     def input_gradient(self, grad: Tensor, size: torch.Size) -> Tensor:
@@ -180,8 +184,7 @@ class FrozenConv(nn.Module):
 
     def extra_repr(self) -> str:
         """Shapes, as PyTorch's own layers print them."""
-        shape = f"{tuple(self.weight.shape)}, stride={self.stride}, groups={self.groups}"
-        return shape if self.slopes is None else f"{shape}, {self.slopes}"
+        return f"{tuple(self.weight.shape)}, stride={self.stride}, groups={self.groups}"
 
 
 class ConvOfWeights(nn.Module):

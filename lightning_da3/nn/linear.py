@@ -62,22 +62,22 @@ def attends_plainly(layer: nn.Module) -> bool:
     )
 
 
-_FROZEN = {nn.Linear: FrozenLinear, nn.MultiheadAttention: FrozenAttention}
+FROZEN = {nn.Linear: FrozenLinear, nn.MultiheadAttention: FrozenAttention}
 
 
-def freeze_linear_layers_(network: nn.Module) -> None:
+def freeze_layers_(network: nn.Module) -> None:
     """Let every linear layer and attention of exactly PyTorch's own types be its frozen twin.
 
     Args:
         network: Edited in place; its parameters and their names stay.
     """
     for module in network.modules():
-        if type(module) in _FROZEN:
-            module.__class__ = cast(Any, _FROZEN[type(module)])
+        if type(module) in FROZEN:
+            module.__class__ = cast(Any, FROZEN[type(module)])
 
 
-def store_weights_(layer: nn.Module, dtype: torch.dtype) -> None:
-    """Let weights of a linear layer or an attention rest in `dtype`; biases stay as they are."""
+def store_weights_of_(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Store the weights of a linear layer or an attention in `dtype`; biases stay as they are."""
     for module in layer.modules():
         for name in ("weight", "in_proj_weight"):
             if getattr(module, name, None) is not None:

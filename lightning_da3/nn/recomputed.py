@@ -62,21 +62,15 @@ class Excitation(NamedTuple):
         return excited(x, self.activation, branch, exact=exact, codes=codes)
 
     def _rest(self, x: Tensor) -> Tensor:
-        x = _bent(self.first, x)
         for layer in self.rest:
             x = _by_pytorch(layer, x)
         return x
 
 
-def _bent(conv: FrozenConv, y: Tensor) -> Tensor:
-    """The activation that comes with `conv`, of its result."""
-    return y if conv.slopes is None else conv.slopes.evaluate(y, inplace=False)
-
-
 def _by_pytorch(layer: FrozenConv | Small, x: Tensor) -> Tensor:
     """A layer of (N, C), in operations of PyTorch alone."""
     if isinstance(layer, FrozenConv):
-        return _bent(layer, plain_linear(x, layer.weight.flatten(1), layer.bias))
+        return plain_linear(x, layer.weight.flatten(1), layer.bias)
     if isinstance(layer, PiecewiseLinear):
         return layer.slopes.evaluate(x, inplace=False)
     return F.hardsigmoid(x) if isinstance(layer, HardSigmoid) else layer.smooth.value(x)
@@ -102,7 +96,7 @@ class Recomputed(nn.Module):
         super().__init__()
         object.__setattr__(self, "piece", piece)
         self.exact = exact
-        self.doors = [m for m in piece.modules() if isinstance(m, HostInput | HeadSlot)]
+        self.slots = [m for m in piece.modules() if isinstance(m, HostInput | HeadSlot)]
         self.shortcut, self.kept = shortcut, False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,7 +109,7 @@ class Recomputed(nn.Module):
             return cast(tuple[Any, ...], self.piece(x, *rest))  # a list of tensors, say
         if self.shortcut is not None and not torch.compiler.is_compiling():
             return (self.shortcut(x, exact=self.exact, codes=codes),)
-        active = [m.active for m in self.doors if m.active is not None]
+        active = [m.active for m in self.slots if m.active is not None]
         return recomputed(
             self.piece,
             x,

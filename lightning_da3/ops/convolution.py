@@ -1,7 +1,7 @@
-"""Convolutions with frozen weights, alone or with the activation behind them.
+"""Convolutions with frozen weights.
 
 Shapes: x (N, C, *in), weight (O, C/groups, *kernel), y (N, O, *out), one to three spatial axes.
-Kept: nothing, or the activation's bits; the input gradient is a transposed convolution with the
+Kept: nothing; the input gradient is a transposed convolution with the
 weight, which lives in the model. Plain PyTorch keeps the whole input, although only a weight
 gradient would need it.
 """
@@ -15,10 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_da3.ops.activation import Slopes
-from lightning_da3.ops.bits import dense
 from lightning_da3.ops.linear import cast_weight, cast_weight_backward, is_fast, product
-from lightning_da3.ops.masks import recorded
 from lightning_da3.ops.opaque_convolution import is_opaque, lowered, opaque_convolution
 
 
@@ -37,27 +34,17 @@ class _FrozenConv(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         geometry: _Geometry,
-        slopes: Slopes | None,
     ) -> Tensor:
-        y = conv(x, weight, bias, *geometry)
-        ctx.x_size, ctx.dtype, ctx.geometry, ctx.slopes = x.size(), x.dtype, geometry, slopes
-        if slopes is None:
-            ctx.save_for_backward(weight)
-            return y
-        y = dense(y)
-        ctx.size, ctx.stride = y.size(), y.stride()
-        bits = recorded(lambda: slopes.pack(y))
-        ctx.save_for_backward(weight, slopes.pack(y) if bits is None else bits)
-        return slopes.evaluate(y, inplace=True)
+        ctx.size, ctx.dtype, ctx.geometry = x.size(), x.dtype, geometry
+        ctx.save_for_backward(weight)
+        return conv(x, weight, bias, *geometry)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *bits = ctx.saved_tensors
-        if bits:
-            grad = ctx.slopes.gradient(grad, bits[0], ctx.size, ctx.stride)
-        grad_x = conv_input_gradient(grad, weight, ctx.x_size, *ctx.geometry)
-        return grad_x.to(ctx.dtype), None, None, None, None
+        (weight,) = ctx.saved_tensors
+        grad_x = conv_input_gradient(grad, weight, ctx.size, *ctx.geometry)
+        return grad_x.to(ctx.dtype), None, None, None
 
 
 _PLAIN = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}  # autocast knows these
@@ -182,7 +169,6 @@ def frozen_conv(
     padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
-    slopes: Slopes | None = None,
 ) -> Tensor:
     """Convolution whose weight and bias get no gradient; keeps nothing for the backward.
 
@@ -194,19 +180,14 @@ def frozen_conv(
         padding: Zeros on both sides.
         dilation: Of the kernel.
         groups: Of the channels.
-        slopes: Of the activation behind it, which keeps one bit an output.
 
     Returns:
         (N, O, *out).
     """
     geometry = _Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     if not (torch.is_grad_enabled() and x.requires_grad):
-        y = conv(x, weight, bias, *geometry)
-        if slopes is None:
-            return y
-        recorded(lambda: slopes.pack(dense(y)))
-        return slopes.evaluate(y, inplace=True)
-    result: Tensor = _FrozenConv.apply(x, weight, bias, geometry, slopes)
+        return conv(x, weight, bias, *geometry)
+    result: Tensor = _FrozenConv.apply(x, weight, bias, geometry)
     return result
 
 

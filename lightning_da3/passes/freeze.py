@@ -1,22 +1,16 @@
-"""``relu(bn(conv(x)))`` becomes ``conv'(x)``; every planned layer becomes its frozen twin."""
+"""``bn(conv(x))`` becomes ``conv'(x)``; every planned layer becomes its frozen twin."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
-from lightning_da3.config import DA3Config, MemoryConfig
+from lightning_da3.config import DA3Config
 from lightning_da3.layers import convolution_of, replacement_for
-from lightning_da3.nn.frozen import (
-    FrozenAffine,
-    FrozenConv,
-    FrozenConvTranspose,
-    PiecewiseLinear,
-    Sum,
-    frozen,
-)
+from lightning_da3.nn.frozen import FrozenAffine, FrozenConv, FrozenConvTranspose, Sum, frozen
 from lightning_da3.planning.layers import layer_called
 from lightning_da3.planning.plan import NodePlan, PartPlan
 from lightning_da3.tracing.graphs import Part, module_of
@@ -25,80 +19,65 @@ STANDS_FOR = "stands_for"
 
 
 def freeze_(part: Part, plan: PartPlan, config: DA3Config) -> None:
-    """Swap in the frozen layers that the plan names.
+    """Swap in the frozen layers that the plan names, in the places that it names.
 
     ::
 
-        relu(bn(conv(x)))       becomes   frozen_conv(x), with slopes
-        relu(bn(conv(x)) + y)   becomes   two_slopes_(frozen_conv(x) + y)
+        relu(bn(conv(x)))       becomes   piecewise_linear_(frozen_conv(x))
+        relu(bn(conv(x)) + y)   becomes   piecewise_linear_(frozen_conv(x) + y)
     """
     gm = part.gm
     nodes = {node.name: node for node in gm.graph.nodes}
-    norm_of = {s.fold_into: nodes[s.name] for s in plan.nodes if s.action == "fold"}
-    originals = dict(gm.named_modules())  # by name: a later call of a layer still finds it
+    norms = {s.fold_into: nodes[s.name] for s in plan.nodes if s.action == "fold"}
+    builders: dict[str, Callable[[fx.Node, NodePlan], nn.Module]] = {
+        "freeze": lambda node, step: _convolution(part, node, norms.get(step.name), config),
+        "affine": lambda node, step: FrozenAffine(
+            cast(Any, module_of(gm, node)), step.inplace, part.user_name(str(node.target))
+        ),
+        "replace": lambda node, step: _replacement(part, node, step, config),
+        "accumulate": lambda *_: Sum(),
+    }
+    steps = [step for step in plan.nodes if step.action in builders]
+    # all are built before the first is put in: layers that are called twice are still there
+    built = [builders[step.action](nodes[step.name], step) for step in steps]
+    for step, layer in zip(steps, built, strict=True):
+        _call(gm, nodes[step.name], step, layer)
     for step in plan.nodes:
-        node = nodes[step.name]
-        name = str(node.target)
-        if step.action == "freeze" and node.op == "call_function":
-            conv, args = cast(Any, convolution_of(node.target, node.args, dict(node.kwargs)))
-            _call(gm, node, conv, args)
-        elif step.action == "freeze":
-            if not isinstance(module_of(gm, node), FrozenConv):  # else an earlier call did it
-                norm = norm_of.get(step.name)
-                norm_name = None if norm is None else str(norm.target)
-                stored_dtype = config.memory.stored_dtype
-                gm.set_submodule(name, _frozen_conv(part, originals, name, norm_name, stored_dtype))
-        elif step.action == "affine":
-            affine = FrozenAffine(cast(Any, originals[name]), step.inplace, part.user_name(name))
-            _call(gm, node, affine)
-        elif step.action == "replace":
-            _replace(part, node, step, config.memory)
-        elif step.action == "accumulate":
-            _call(gm, node, Sum(), node.args)
-        elif step.action == "fuse":
-            conv = cast(FrozenConv, module_of(gm, nodes[cast(str, step.fold_into)]))
-            conv.slopes = cast(PiecewiseLinear, _replacement(part, node, step)).slopes
-    for step in plan.nodes:
-        if step.action in ("fold", "fuse", "remove"):
+        if step.action in ("fold", "remove"):
             _bypass(gm, nodes[step.name])
     gm.delete_all_unused_submodules()
 
 
-def _frozen_conv(
-    part: Part,
-    originals: dict[str, Any],
-    name: str,
-    norm_name: str | None,
-    stored_dtype: torch.dtype | None,
-) -> FrozenConv:
-    norm = None if norm_name is None else originals[norm_name]
-    norm_name = None if norm_name is None else part.user_name(norm_name)
-    return FrozenConv(originals[name], norm, part.user_name(name), norm_name, stored_dtype)
+def _convolution(part: Part, node: fx.Node, norm: fx.Node | None, config: DA3Config) -> nn.Module:
+    conv: Any = module_of(part.gm, node)
+    if conv is None:
+        return cast(Any, convolution_of(node.target, node.args, dict(node.kwargs)))[0]  # type: ignore[no-any-return]
+    name, norm_name, folded = part.user_name(str(node.target)), None, None
+    if norm is not None:
+        norm_name, folded = part.user_name(str(norm.target)), cast(Any, module_of(part.gm, norm))
+    return FrozenConv(conv, folded, name, norm_name, config.memory.stored_dtype)
 
 
-def _replace(part: Part, node: fx.Node, step: NodePlan, memory: MemoryConfig) -> None:
-    built = _replacement(part, node, step)
-    if isinstance(built, FrozenConvTranspose):
-        built.name = part.user_name(str(node.target))
-        built.weight = frozen(built.weight.to(memory.stored_dtype or built.weight.dtype))
-    _call(part.gm, node, built)
-
-
-def _replacement(part: Part, node: fx.Node, step: NodePlan) -> nn.Module:
+def _replacement(part: Part, node: fx.Node, step: NodePlan, config: DA3Config) -> nn.Module:
     layer = layer_called(part.gm, node)
     replacement = None if layer is None else replacement_for(layer)
     assert replacement is not None and replacement.build is not None  # the plan looked
-    return replacement.build(step.inplace)
+    built = replacement.build(step.inplace)
+    if isinstance(built, FrozenConvTranspose):
+        built.name = part.user_name(str(node.target))
+        stored: torch.dtype = config.memory.stored_dtype or built.weight.dtype
+        built.weight = frozen(built.weight.to(stored))
+    return built
 
 
-def _call(
-    gm: fx.GraphModule, node: fx.Node, layer: Any, args: tuple[Any, ...] | None = None
-) -> None:
-    """Let `node` call `layer`, by default on its first argument; in a place of its own."""
-    name = f"frozen_{node.name}"
-    gm.add_submodule(name, layer)
-    node.op, node.target = "call_module", name
-    node.args, node.kwargs = node.args[:1] if args is None else args, {}
+def _call(gm: fx.GraphModule, node: fx.Node, step: NodePlan, layer: nn.Module) -> None:
+    """Let `node` call `layer`, in the step's place."""
+    if step.action == "freeze" and node.op == "call_function":
+        _, node.args = cast(Any, convolution_of(node.target, node.args, dict(node.kwargs)))
+    elif step.action != "accumulate":
+        node.args = node.args[:1]
+    gm.add_submodule(step.place, layer)
+    node.op, node.target, node.kwargs = "call_module", step.place, {}
 
 
 def _bypass(gm: fx.GraphModule, node: fx.Node) -> None:

@@ -1,4 +1,4 @@
-"""What comes before the first host becomes one module that takes the batch in pieces."""
+"""What comes before the first host becomes one module that takes the batch in microbatches."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lightning_da3.tracing.graphs import Part
 PLACE = "prologue"
 
 
-def prologue_(part: Part, plan: PartPlan, config: DA3Config) -> None:
-    """Put one module in the place of the planned start."""
+def microbatch_prologue_(part: Part, plan: PartPlan, config: DA3Config) -> None:
+    """Put one module in the place of the planned prologue."""
     del config
-    if plan.start is None:
+    if plan.prologue is None:
         return
-    gm, names = part.gm, set(plan.start.nodes)
-    x = next(node for node in gm.graph.nodes if node.name == plan.start.source)
+    gm, names = part.gm, set(plan.prologue.nodes)
+    x = next(node for node in gm.graph.nodes if node.name == plan.prologue.source)
     inside: Nodes = {}
     for node in gm.graph.nodes:
         read = [i for i in node.all_input_nodes if i.op != "get_attr"]
@@ -31,5 +31,5 @@ def prologue_(part: Part, plan: PartPlan, config: DA3Config) -> None:
     inputs = [x, *constants]
     if exits_of(inside):
         piece, _ = copied(inside, inputs)
-        module = Prologue(fx.GraphModule(gm, piece), plan.start.axes, plan.start.growth)
+        module = Prologue(fx.GraphModule(gm, piece), plan.prologue.axes, plan.prologue.growth)
         call_instead_(gm, PLACE, module, inside, inputs)

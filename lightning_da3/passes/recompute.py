@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import copy
 import operator
+from typing import Any
 
 from torch import fx
 
 from lightning_da3.config import DA3Config
-from lightning_da3.nn.recomputed import Recomputed
+from lightning_da3.nn.frozen import FrozenConv, QuantizedGradActivation
+from lightning_da3.nn.recomputed import ActivatedConv, Excitation, Recomputed, Shortcut
 from lightning_da3.passes.freeze import stands_for
 from lightning_da3.passes.hosts import INPUTS, OUTPUTS
-from lightning_da3.passes.shortcuts import shortcut_of
 from lightning_da3.passes.subgraphs import call_instead_, copied
 from lightning_da3.planning.flow import Flow, Nodes
 from lightning_da3.planning.plan import PartPlan, RecomputeRegion
 from lightning_da3.tracing.graphs import Part, module_of
 
-PLACE = "recomputed"
-
 
 def recompute_(part: Part, plan: PartPlan, config: DA3Config) -> None:
     """Put one module in the place of every planned region."""
-    for i, region in enumerate(plan.regions):
-        _recompute(part.gm, region, f"{PLACE}.{i}", config.memory.exact)
+    for region in plan.regions:
+        _recompute(part.gm, region, config.memory.exact)
 
 
-def _recompute(gm: fx.GraphModule, region: RecomputeRegion, place: str, exact: bool) -> None:
+def _recompute(gm: fx.GraphModule, region: RecomputeRegion, exact: bool) -> None:
     inside = _inside(gm.graph, region)
     outer = {i: None for node in inside for i in node.all_input_nodes if i not in inside}
     x = next(i for i in outer if _hands_on(i, region.source))
@@ -34,11 +33,26 @@ def _recompute(gm: fx.GraphModule, region: RecomputeRegion, place: str, exact: b
     piece, copies = copied(inside, inputs)
     for node in inside:
         if node.args and node.args[0] is x:
-            _leave_input_alone_(gm, copies[node], f"{place}_{node.name}".replace(".", "_"))
-    module = Recomputed(fx.GraphModule(gm, piece), exact, shortcut_of(gm, x, [*inside]))
+            _leave_input_alone_(gm, copies[node], f"{region.place}_{node.name}")
+    module = Recomputed(fx.GraphModule(gm, piece), exact, _shortcut(gm, region, inside))
     with gm.graph.inserting_before(next(iter(inside))):
         codes = _codes(gm.graph, x)
-    call_instead_(gm, place, module, inside, inputs, {} if codes is None else {"codes": codes})
+    call_instead_(
+        gm, region.place, module, inside, inputs, {} if codes is None else {"codes": codes}
+    )
+
+
+def _shortcut(gm: fx.GraphModule, region: RecomputeRegion, inside: Nodes) -> Shortcut | None:
+    """The region in the fewer operations of its form."""
+    if region.form == "graph":
+        return None
+    layers: list[Any] = [module_of(gm, node) for node in inside]
+    if region.form == "activated convolution":
+        return ActivatedConv(*layers)
+    first, *_ = layers
+    activation = first if isinstance(first, QuantizedGradActivation) else None
+    convs = [i for i, layer in enumerate(layers) if isinstance(layer, FrozenConv)]
+    return Excitation(activation, layers[convs[0]], tuple(layers[convs[0] + 1 : -1]))
 
 
 def _inside(graph: fx.Graph, region: RecomputeRegion) -> Nodes:

@@ -56,7 +56,8 @@ def call_instead_(
     for node in inputs:
         _before(graph, node, first)
     with graph.inserting_before(first):
-        call = graph.call_module(place, tuple(inputs), options or {})
+        name = place.replace(".", "_")
+        call = graph.create_node("call_module", place, tuple(inputs), options or {}, name)
         results = [graph.call_function(operator.getitem, (call, k)) for k in range(len(exits))]
     for node, result in zip(exits, results, strict=True):
         result.meta[STANDS_FOR] = stands_for(node)

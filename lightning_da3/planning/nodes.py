@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
@@ -26,6 +27,7 @@ from lightning_da3.tracing.graphs import module_of
 
 def plan_nodes(
     gm: fx.GraphModule,
+    places: Mapping[str, str],
     head: str | None,
     folds: dict[str, str],
     trained: set[str],
@@ -35,6 +37,7 @@ def plan_nodes(
 
     Args:
         gm: A traced network.
+        places: The place of every call in the converted network.
         head: Module name of the classifier.
         folds: Convolution by batch norm node.
         trained: Names of nodes that something trainable is upstream of.
@@ -44,7 +47,7 @@ def plan_nodes(
     for node in gm.graph.nodes:
         if not node.op.startswith("call"):
             continue
-        planned = _plan_node(gm, node, head, folds, fresh, trained, exact)
+        planned = _plan_node(gm, node, places[node.name], head, folds, fresh, trained, exact)
         if _is_fresh(node, planned, fresh):
             fresh.add(node.name)
         if node.name not in trained:
@@ -71,6 +74,7 @@ def _is_fresh(node: fx.Node, planned: NodePlan, fresh: set[str]) -> bool:
 def _plan_node(
     gm: fx.GraphModule,
     node: fx.Node,
+    place: str,
     head: str | None,
     folds: dict[str, str],
     fresh: set[str],
@@ -81,25 +85,26 @@ def _plan_node(
     layer = layer_called(gm, node)
     label = _label(node, called)
     free = _is_free(node, fresh)
+    step = partial(NodePlan, node.name, place, label)
     if node.op == "call_module" and str(node.target) == head:
-        return NodePlan(node.name, label, "leave", "head")
+        return step("leave", "head")
     if isinstance(called, CONVS) and type(called) in CONVS and not has_hooks(called):
-        return NodePlan(node.name, label, "freeze")
+        return step("freeze")
     if _is_conv_of_constants(node):
-        return NodePlan(node.name, label, "freeze")
+        return step("freeze")
     if node.name in folds:
-        return NodePlan(node.name, label, "fold", fold_into=folds[node.name])
+        return step("fold", fold_into=folds[node.name])
     if has_statistics(called):
-        return NodePlan(node.name, label, "affine", inplace=free)
+        return step("affine", inplace=free)
     if free and _is_sum(node):
-        return NodePlan(node.name, label, "accumulate", inplace=True)
+        return step("accumulate", inplace=True)
     replacement = replacement_for(layer, exact) if layer is not None else None
     if replacement is None:
-        return NodePlan(node.name, label, "leave", _keeps(node, called, trained))
+        return step("leave", _keeps(node, called, trained))
     if replacement.build is None:
-        return NodePlan(node.name, label, "remove")
+        return step("remove")
     inplace = _overwrites(replacement, free)
-    return NodePlan(node.name, label, "replace", replacement.keeps, inplace)
+    return step("replace", replacement.keeps, inplace)
 
 
 def _is_sum(node: fx.Node) -> bool:

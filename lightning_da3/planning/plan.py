@@ -10,16 +10,18 @@ class HostPlan:
     """One host: the frozen piece between two nodes, and the shape of its adapter.
 
     Attributes:
-        name: Of the host, unique in the network.
-        source: Name of the node whose value the adapter reads.
-        readers: Names of the host's nodes that read it.
-        last: Name of the node whose output the adapter writes.
-        in_channels: Of the input.
-        out_channels: Of the output.
-        stride: Of the whole host, one number an axis; None for tokens, (N, *in, C).
+        name: The host's name, unique in the network.
+        source: The node whose value the adapter reads.
+        readers: The host's nodes that read it.
+        last: The node whose output the adapter writes.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: The stride of the whole host, one number an axis; None for tokens, (N, *in, C).
         macs_per_output: Multiply-accumulates for one output position.
         prefix_tokens: Leading class and register tokens, which no cell mixes with others.
-        inplace: Its output may be overwritten.
+        inplace: The output may be overwritten.
+        means_from: The node of the convolution that is all of the host, if the backward computes
+            the gate's cell means again from what the adapter keeps; None: the means are kept.
     """
 
     name: str
@@ -32,10 +34,11 @@ class HostPlan:
     macs_per_output: float
     prefix_tokens: int = 0
     inplace: bool = True
+    means_from: str | None = None
 
     @property
     def axes(self) -> int:
-        """Of the coarse grid: tokens' cells stand in one row."""
+        """The axes of the coarse grid. The cells of tokens stand in one row."""
         return 1 if self.stride is None else len(self.stride)
 
 
@@ -44,52 +47,63 @@ class NodePlan:
     """What becomes of one node.
 
     Attributes:
-        name: Of the node.
-        layer: What it calls, for people.
-        action: ``"freeze"``, ``"fold"`` (into the convolution before), ``"affine"``, ``"replace"``,
-            ``"fuse"`` (replaced, in one operation with the convolution before), ``"accumulate"``
+        name: The node's name in the traced graph.
+        place: The dotted name of the module that does it in the converted network, as the user's
+            network would say it.
+        layer: What the node calls, for people.
+        action: ``"freeze"`` (a convolution), ``"fold"`` (into the convolution before),
+            ``"affine"`` (a batch norm that cannot be folded), ``"replace"``, ``"accumulate"``
             (added to its first argument, in place), ``"remove"`` or ``"leave"``.
         keeps: What its backward keeps: ``"nothing"``; ``"bits"`` (one to eight an element, exact);
-            ``"codes"`` (8-bit, of the derivative); ``"recomputed"`` (from what its region keeps);
-            ``"kept"`` (whatever PyTorch's own operation keeps); or ``"head"`` (its input, for
-            the gradient of the domain's classifier).
-        inplace: It overwrites its input.
-        fold_into: The convolution's node, if the action is ``"fold"`` or ``"fuse"``.
+            ``"codes"`` (8-bit, of the derivative); ``"recomputed"`` (computed again from what its
+            region keeps); ``"kept"`` (whatever PyTorch's own operation keeps); or ``"head"`` (its
+            input, for the gradient of the domain's classifier).
+        inplace: The node overwrites its input.
+        fold_into: The convolution's node, if the action is ``"fold"``.
+        stored: The type in which its weight is stored, such as ``"bfloat16"``; "": its own.
     """
 
     name: str
+    place: str
     layer: str
     action: str
     keeps: str = "nothing"
     inplace: bool = False
     fold_into: str | None = None
+    stored: str = ""
 
 
 @dataclass(frozen=True)
 class RecomputeRegion:
-    """Frozen nodes that keep one value for all of them and are computed again in the backward.
+    """Nodes that keep one value for all of them and are computed again in the backward.
 
     Attributes:
-        source: Name of the node whose value is kept.
-        nodes: Names of the nodes, in order.
+        source: The node whose value is kept.
+        nodes: The nodes, in order.
         with_hosts: Hosts lie inside, adapters and all.
-        also: Names of other nodes whose value is kept: what an island reads may be several.
+        also: Other nodes whose value is kept: what an island reads may be several.
+        place: The dotted name of the module that computes the region.
+        form: ``"graph"`` (operation by operation), or what has a hand-written backward:
+            ``"activated convolution"``, ``silu(conv(x))``, or ``"excitation"``,
+            ``v * s(mean(v))``.
     """
 
     source: str
     nodes: tuple[str, ...]
     with_hosts: bool = False
     also: tuple[str, ...] = ()
+    place: str = ""
+    form: str = "graph"
 
 
 @dataclass(frozen=True)
 class ProloguePlan:
-    """Frozen nodes before the first host, which take a large batch in pieces.
+    """Frozen nodes before the first host, which take a large batch in microbatches.
 
     Attributes:
-        source: Name of the node with the samples: an input of the graph.
-        nodes: Names of the nodes, in order.
-        axes: Of the samples, (N, ..).
+        source: The node with the samples: an input of the graph.
+        nodes: The nodes, in order.
+        axes: The number of axes of the samples, (N, ..).
         growth: Elements of the largest value for every element of the samples.
     """
 
@@ -104,33 +118,33 @@ class PartPlan:
     """The plan of one graph.
 
     Attributes:
-        path: Of the module that became a graph; "" is the whole network.
+        path: The module that became a graph; "" is the whole network.
         nodes: One for every call in the graph, in order.
         hosts: In the order in which data meets them.
         regions: What is computed again.
-        start: What takes a large batch in pieces, if anything.
+        prologue: What takes a large batch in microbatches, if anything.
     """
 
     path: str
     nodes: tuple[NodePlan, ...]
     hosts: tuple[HostPlan, ...]
     regions: tuple[RecomputeRegion, ...] = ()
-    start: ProloguePlan | None = None
+    prologue: ProloguePlan | None = None
 
     @property
     def prefix(self) -> str:
-        """Of the names of its nodes and modules in a DA3Model."""
+        """What stands in front of the names of its nodes and modules in a DA3Model."""
         return f"backbone.{self.path}." if self.path else "backbone."
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole conversion of one network.
+    """The whole conversion of one network. Printed, it is a table.
 
     Attributes:
-        network: Name of the network's class.
+        network: The name of the network's class.
         parts: One for every graph.
-        head: Module name of the classifier that domains replace, or None.
+        head: The module name of the classifier that domains replace, or None.
         input_channels: (spatial axes, channels) of the first argument, where a convolution tells.
         python: Modules that could not be traced and stay Python: path and reason.
     """
@@ -143,17 +157,17 @@ class Plan:
 
     @property
     def nodes(self) -> tuple[NodePlan, ...]:
-        """Of all graphs."""
+        """The nodes of all graphs."""
         return tuple(node for part in self.parts for node in part.nodes)
 
     @property
     def hosts(self) -> tuple[HostPlan, ...]:
-        """Of all graphs."""
+        """The hosts of all graphs."""
         return tuple(host for part in self.parts for host in part.hosts)
 
     @property
     def regions(self) -> tuple[RecomputeRegion, ...]:
-        """Of all graphs."""
+        """The regions of all graphs."""
         return tuple(region for part in self.parts for region in part.regions)
 
     @property
@@ -166,10 +180,12 @@ class Plan:
         """What there is to adapt, and what stays Python; for people."""
         lines = [f"{self.network}: {len(self.hosts)} hosts, head: {self.head or 'its own'}"]
         for part in self.parts:
-            if part.start is not None:
+            if part.prologue is not None:
+                places = {node.name: node.place for node in part.nodes}
+                first, last = (places[part.prologue.nodes[i]] for i in (0, -1))
                 where = f"{part.path}: " if part.path else ""
-                ends = " to ".join(dict.fromkeys((part.start.nodes[0], part.start.nodes[-1])))
-                lines.append(f"{where}{ends}: a large batch in pieces (on CPU)")
+                ends = " to ".join(dict.fromkeys((first, last)))
+                lines.append(f"{where}prologue {ends}: a large batch in microbatches (on CPU)")
         lines += [f"stays Python: {path or 'the network'}, {why}" for path, why in self.python]
         return "\n".join(lines)
 
@@ -184,21 +200,26 @@ class Plan:
 
 
 def _table(part: PartPlan) -> list[str]:
+    places = {node.name: node.place for node in part.nodes}
     marks: dict[str, list[str]] = {}
     for host in part.hosts:
         marks.setdefault(host.readers[0], []).append(f"reads {host.name}")
-        marks.setdefault(host.last, []).append(f"writes {host.name}")
+        again = "" if host.means_from is None else ", means computed again"
+        marks.setdefault(host.last, []).append(f"writes {host.name}{again}")
     for i, region in enumerate(part.regions):
+        sources = ", ".join(places.get(name, name) for name in (region.source, *region.also))
+        form = "" if region.form == "graph" else f" as {region.form}"
         for name in region.nodes:
-            sources = ", ".join((region.source, *region.also))
-            marks.setdefault(name, []).append(f"again from {sources} ({i})")
-    width = max((len(node.name) for node in part.nodes), default=4)
+            marks.setdefault(name, []).append(f"again from {sources}{form} ({i})")
+    width = max((len(node.place) for node in part.nodes), default=4)
     lines = [f"{part.path}:"] if part.path else []
-    lines.append(f"{'node':<{width}}  {'layer':<20} {'action':<8} {'keeps':<8} host")
+    lines.append(f"{'name':<{width}}  {'layer':<20} {'action':<10} {'keeps':<10} host")
     for node in part.nodes:
         action = f"{node.action}{'_' if node.inplace else ''}"
+        notes = [f"stored in {node.stored}"] if node.stored else []
+        notes += marks.get(node.name, [])
         lines.append(
-            f"{node.name:<{width}}  {node.layer:<20} {action:<8} {node.keeps:<8} "
-            f"{', '.join(marks.get(node.name, []))}".rstrip()
+            f"{node.place:<{width}}  {node.layer:<20} {action:<10} {node.keeps:<10} "
+            f"{', '.join(notes)}".rstrip()
         )
     return lines

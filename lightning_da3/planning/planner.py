@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -12,19 +13,19 @@ from lightning_da3.config import DA3Config
 from lightning_da3.errors import ConversionError
 from lightning_da3.layers import CONVS
 from lightning_da3.planning.flow import Flow
-from lightning_da3.planning.fusion import find_folds, fused
+from lightning_da3.planning.folding import find_folds
+from lightning_da3.planning.forms import FormFinder
 from lightning_da3.planning.head import find_head
 from lightning_da3.planning.hosts import HostFinder
+from lightning_da3.planning.means import find_means
 from lightning_da3.planning.nodes import plan_nodes, trained_through
-from lightning_da3.planning.plan import (
-    HostPlan,
-    PartPlan,
-    Plan,
-)
+from lightning_da3.planning.places import common_owner, find_places, free_name
+from lightning_da3.planning.plan import HostPlan, NodePlan, PartPlan, Plan, RecomputeRegion
 from lightning_da3.planning.prologue import find_prologue
 from lightning_da3.planning.regions import RegionFinder
 from lightning_da3.planning.shapes import Shapes, guess_shapes, sizes
 from lightning_da3.planning.spans import SpanFinder
+from lightning_da3.planning.stored import find_stored
 from lightning_da3.tracing.graphs import Part, Traced, module_of
 
 
@@ -91,7 +92,8 @@ def _plan_part(draft: _Draft, least: float, config: DA3Config) -> PartPlan:
     # what an island reads may come from one that is trained
     inputs = [n for n in draft.flow.activations if n.op == "placeholder" and draft.part.path]
     trained = trained_through(gm, hosts, inputs)
-    nodes = tuple(plan_nodes(gm, draft.head, draft.folds, trained, exact))
+    places = find_places(gm)
+    nodes = tuple(plan_nodes(gm, places, draft.head, draft.folds, trained, exact))
     size = sizes(gm, draft.shapes)
     finder = RegionFinder(
         gm, draft.flow, size, draft.shapes, nodes, hosts, inputs, draft.head, exact
@@ -113,9 +115,31 @@ def _plan_part(draft: _Draft, least: float, config: DA3Config) -> PartPlan:
         else node
         for node in nodes
     )
-    nodes = fused(gm, nodes, hosts, regions)
-    start = find_prologue(gm, draft.flow, draft.shapes, nodes, hosts)
-    return PartPlan(draft.part.path, nodes, _writable(hosts, gm), regions, start)
+    stored = set() if config.memory.stored_dtype is None else {*find_stored(gm, nodes)}
+    nodes = tuple(
+        dataclasses.replace(node, stored=config.memory.weights if node.name in stored else "")
+        for node in nodes
+    )
+    return PartPlan(
+        draft.part.path,
+        nodes,
+        tuple(find_means(gm, nodes, _writable(hosts, gm))),
+        tuple(_named(gm, nodes, regions, exact)),
+        find_prologue(gm, draft.flow, draft.shapes, nodes, hosts),
+    )
+
+
+def _named(
+    gm: fx.GraphModule, nodes: tuple[NodePlan, ...], regions: Sequence[RecomputeRegion], exact: bool
+) -> Iterator[RecomputeRegion]:
+    """The regions, with their place and form."""
+    forms, places = FormFinder(gm, nodes, exact), {node.name: node.place for node in nodes}
+    taken = [*places.values()]
+    for region in regions:
+        owner = common_owner(places[name] for name in region.nodes if name in places)
+        place = free_name(f"{owner}.recomputed".lstrip("."), gm, taken)
+        taken.append(place)
+        yield dataclasses.replace(region, place=place, form=forms.form_of(region))
 
 
 def _writable(hosts: tuple[HostPlan, ...], gm: fx.GraphModule) -> tuple[HostPlan, ...]:

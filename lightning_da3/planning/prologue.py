@@ -15,7 +15,7 @@ from lightning_da3.planning.plan import HostPlan, NodePlan, ProloguePlan
 from lightning_da3.planning.shapes import Shapes
 
 # rules by which nodes were planned whose operations never mix samples
-_ALONE = ("freeze", "fold", "fuse", "affine", "remove")
+_ALONE = ("freeze", "fold", "affine", "remove")
 
 
 def find_prologue(
@@ -76,7 +76,7 @@ def _share_memory(
 
 def _only_reads(gm: fx.GraphModule, planned: dict[str, NodePlan], node: fx.Node) -> bool:
     """Whether a node writes into no memory but its own, and hands on none."""
-    if node.name not in planned or planned[node.name].action in ("freeze", "fold", "fuse"):
+    if node.name not in planned or planned[node.name].action in ("freeze", "fold"):
         return node.name in planned
     known = facts_of(layer_called(gm, node)).by_sample or facts_of_call(node).elementwise
     return known and not _hands_on(gm, planned, node)

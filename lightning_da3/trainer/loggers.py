@@ -145,7 +145,7 @@ def plan_rows(plan: Plan, by_module: Mapping[str, int]) -> list[list[Any]]:
         plan: Of the converted network.
         by_module: Bytes by module of the converted network, or of what holds it.
     """
-    layers = {flat(node.name): _row(node.name, *_about(node)) for node in plan.nodes}
+    layers = {flat(node.place): _row(node.place, *_about(node)) for node in plan.nodes}
     hosts = {flat(host_key(host.name)): _row(host.name, "adapter", "add") for host in plan.hosts}
     head, elsewhere = _row("head", "domain's own", "replace"), _row("elsewhere")
     rows = {"layer": layers, "host": hosts, "head": {"head": head}}

@@ -27,7 +27,7 @@ def test_what_asserts_the_rank_of_a_layer_s_output_reads_nothing():
     actions = {node.name: node.action for node in model.plan.nodes}
     assert list(actions.values()).count("fold") == 3
     # behind a host its adapter lies between the two; else they meet past an Identity
-    assert [actions[f"norm{i}_act"] for i in (1, 2, 3)] == ["replace", "replace", "fuse"]
+    assert [actions[f"norm{i}_act"] for i in (1, 2, 3)] == ["replace", "replace", "replace"]
     (total,) = (node for node in model.plan.nodes if node.layer == "add")
     assert (total.action, total.inplace) == ("accumulate", True)  # past a Dropout
     # what is not known beforehand is asserted as ever: of the input, and of a sum

@@ -1,0 +1,18 @@
+"""``fc(x)`` becomes ``slot(x)``: the active domain's classifier, or the original one."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from lightning_da3.config import DA3Config
+from lightning_da3.nn.head import Head, HeadSlot
+from lightning_da3.planning.plan import Plan
+from lightning_da3.tracing.graphs import Traced
+
+
+def put_slot_(traced: Traced, plan: Plan, config: DA3Config) -> None:
+    """Put a slot where the planned classifier is."""
+    del config
+    if plan.head is not None:
+        head = cast(Head, traced.root.get_submodule(plan.head))
+        traced.root.set_submodule(plan.head, HeadSlot(head))
