@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_da3.errors import ConversionError
-from lightning_da3.layers import layer_of, replacement_for
+from lightning_da3.layers import copying_name, facts_of_function, layer_of, replacement_for, writes
 from lightning_da3.ops.derived import Derived, Root, from_roots
 from lightning_da3.ops.recomputed import recomputed
 from lightning_da3.ops.sampling import grid_sample
@@ -31,14 +31,12 @@ def _called(*names: str) -> set[Callable[..., Any]]:
     return {getattr(place, name) for name in names for place in places if hasattr(place, name)}
 
 
-_SOFTMAX = _called("softmax")
 # elementwise, by what PyTorch keeps of them
 _SUMS = _called("add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "rsub", "neg")
 _TIMES = _called("mul", "__mul__", "__rmul__")
 _KEEP_RESULT = _called("sigmoid", "tanh", "exp")
 _KEEP_OPERANDS = _called("pow", "__pow__", "log", "binary_cross_entropy_with_logits")
 _ELEMENTWISE = _SUMS | _TIMES | _KEEP_RESULT | _KEEP_OPERANDS
-_PRODUCTS = _TIMES | _called("matmul", "__matmul__", "bmm")
 
 
 class KeepsLess(TorchFunctionMode):
@@ -73,9 +71,9 @@ class KeepsLess(TorchFunctionMode):
         """Call `func`, or what stands for it."""
         del types
         kwargs = kwargs or {}
-        if func in _RESHAPES:
+        if copying_name(func):
             return self._viewed(func, args, kwargs)
-        if self._copies and args and _writes(func) and args[0] in self._copies:
+        if self._copies and args and writes(func) and args[0] in self._copies:
             raise ConversionError(_WRITES_INTO_A_COPY.format(func.__name__, args[0].shape))
         if not torch.is_grad_enabled() or not args:
             return func(*args, **kwargs)
@@ -91,7 +89,7 @@ class KeepsLess(TorchFunctionMode):
         roots = self._lineage.kept(derived) if self._lineage.would_add(func, operands) else None
         if roots is not None:
             y = from_roots(derived, operands, roots)
-        elif not self.exact and func in _PRODUCTS and _is_product(args):
+        elif not self.exact and _multiplies(func) and _is_product(args):
             return self._call(func, args, kwargs)  # type: ignore[no-any-return]
         else:
             y = func(*args, **kwargs)
@@ -103,9 +101,10 @@ class KeepsLess(TorchFunctionMode):
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is F.grid_sample:
             return grid_sample(*args, **kwargs, exact=self.exact)
-        if not self.exact and func in _PRODUCTS and _is_product(args) and not kwargs:
+        if not self.exact and _multiplies(func) and _is_product(args) and not kwargs:
             return recomputed(lambda x, y: (func(x, y),), *args)[0]
-        if not self.exact and func in _SOFTMAX and _is_softmax(args, kwargs):
+        softens = facts_of_function(func).does == "softmax"
+        if not self.exact and softens and _is_softmax(args, kwargs):
             return softmax(args[0], *args[1:], **_without(kwargs, "_stacklevel"))
         layer = _exact_layer(func, args, kwargs)
         return func(*args, **kwargs) if layer is None else layer(args[0])
@@ -119,25 +118,15 @@ class KeepsLess(TorchFunctionMode):
         except RuntimeError:
             if any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
                 raise
-            copied = _RESHAPES[func](*args, *kwargs.values())
+            copied = getattr(Tensor, copying_name(func))(*args, *kwargs.values())
             self._copies[copied] = None
             return copied
 
 
-_RESHAPES: dict[Any, Callable[..., Tensor]] = {
-    Tensor.view: Tensor.reshape,
-    Tensor.view_as: Tensor.reshape_as,
-}
-_OPERATORS = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__setitem__")
 _WRITES_INTO_A_COPY = (
     "`{}` writes through a view of shape {} into a map that lies channels_last in memory, where "
     "there is no such view. Write into the map itself, or view `x.contiguous()`."
 )
-
-
-def _writes(func: Callable[..., Any]) -> bool:
-    name = getattr(func, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or name in _OPERATORS
 
 
 class _Lineage:
@@ -225,6 +214,10 @@ def _is_large(x: Any) -> bool:
     return _is_strided(x) and x.requires_grad and x.numel() >= SMALL
 
 
+def _multiplies(func: Callable[..., Any]) -> bool:
+    return facts_of_function(func).does == "product" and not writes(func)
+
+
 def _is_product(args: tuple[Any, ...]) -> bool:
     return len(args) == 2 and all(map(_is_large, args)) and args[0] is not args[1]
 
@@ -241,9 +234,7 @@ def _without(kwargs: dict[str, Any], name: str) -> dict[str, Any]:
 def _exact_layer(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> nn.Module | None:
-    name = getattr(func, "__name__", "")
-    method = getattr(Tensor, name, None) is func
-    layer = layer_of(name if method else func, args[1:], kwargs)
+    layer = layer_of(func, args[1:], kwargs)
     found = None if layer is None else replacement_for(layer, exact=True)
     if found is None or found.build is None or found.inplace:
         return None
