@@ -34,7 +34,7 @@ def replacement_for(layer: nn.Module, exact: bool = False) -> Replacement | None
     """What takes the place of `layer`, or None if it stays as it is.
 
     Args:
-        layer: In eval.
+        layer: A layer in eval.
         exact: Whether only what gives the exact gradient will do.
 
     Raises:
