@@ -16,21 +16,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_da3.errors import ConversionError
-from lightning_da3.layers import layer_of, replacement_for
+from lightning_da3.layers import copying_name, facts_of_function, layer_of, replacement_for, writes
 from lightning_da3.ops.recomputed import recomputed
 from lightning_da3.ops.sampling import grid_sample
 from lightning_da3.ops.softmax import softmax
 
 SMALL = 4096  # elements; of fewer, PyTorch may keep what it likes
-
-
-def _called(*names: str) -> set[Callable[..., Any]]:
-    places = (torch, F, Tensor)
-    return {getattr(place, name) for name in names for place in places if hasattr(place, name)}
-
-
-_SOFTMAX = _called("softmax")
-_PRODUCTS = _called("mul", "__mul__", "__rmul__", "matmul", "__matmul__", "bmm")
 
 
 class KeepsLess(TorchFunctionMode):
@@ -62,9 +53,9 @@ class KeepsLess(TorchFunctionMode):
         """Call `func`, or what stands for it."""
         del types
         kwargs = kwargs or {}
-        if func in _RESHAPES:
+        if copying_name(func):
             return self._viewed(func, args, kwargs)
-        if self._copies and args and _writes(func) and args[0] in self._copies:
+        if self._copies and args and writes(func) and args[0] in self._copies:
             raise ConversionError(_WRITES_INTO_A_COPY.format(func.__name__, args[0].shape))
         if not torch.is_grad_enabled() or not args or not _is_large(args[0]):
             return func(*args, **kwargs)
@@ -73,9 +64,10 @@ class KeepsLess(TorchFunctionMode):
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is F.grid_sample:
             return grid_sample(*args, **kwargs)
-        if not self.exact and func in _PRODUCTS and _is_product(args) and not kwargs:
+        if not self.exact and _multiplies(func) and _is_product(args) and not kwargs:
             return recomputed(lambda x, y: (func(x, y),), *args)[0]
-        if not self.exact and func in _SOFTMAX and _is_softmax(args, kwargs):
+        softens = facts_of_function(func).does == "softmax"
+        if not self.exact and softens and _is_softmax(args, kwargs):
             return softmax(args[0], *args[1:], **_without(kwargs, "_stacklevel"))
         layer = _exact_layer(func, args, kwargs)
         return func(*args, **kwargs) if layer is None else layer(args[0])
@@ -89,31 +81,25 @@ class KeepsLess(TorchFunctionMode):
         except RuntimeError:
             if any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
                 raise
-            copied = _RESHAPES[func](*args, *kwargs.values())
+            copied = getattr(Tensor, copying_name(func))(*args, *kwargs.values())
             self._copies[copied] = None
             return copied
 
 
-_RESHAPES: dict[Any, Callable[..., Tensor]] = {
-    Tensor.view: Tensor.reshape,
-    Tensor.view_as: Tensor.reshape_as,
-}
-_OPERATORS = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__setitem__")
 _WRITES_INTO_A_COPY = (
     "`{}` writes through a view of shape {} into a map that lies channels_last in memory, where "
     "there is no such view. Write into the map itself, or view `x.contiguous()`."
 )
 
 
-def _writes(func: Callable[..., Any]) -> bool:
-    name = getattr(func, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or name in _OPERATORS
-
-
 def _is_large(x: Any) -> bool:
     if not isinstance(x, Tensor) or x.layout != torch.strided or not x.is_floating_point():
         return False
     return x.requires_grad and x.numel() >= SMALL
+
+
+def _multiplies(func: Callable[..., Any]) -> bool:
+    return facts_of_function(func).does == "product" and not writes(func)
 
 
 def _is_product(args: tuple[Any, ...]) -> bool:
@@ -132,9 +118,7 @@ def _without(kwargs: dict[str, Any], name: str) -> dict[str, Any]:
 def _exact_layer(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> nn.Module | None:
-    name = getattr(func, "__name__", "")
-    method = getattr(Tensor, name, None) is func
-    layer = layer_of(name if method else func, args[1:], kwargs)
+    layer = layer_of(func, args[1:], kwargs)
     found = None if layer is None else replacement_for(layer, exact=True)
     if found is None or found.build is None or found.inplace:
         return None

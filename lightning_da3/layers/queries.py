@@ -34,7 +34,7 @@ def replacement_for(layer: nn.Module, exact: bool = False) -> Replacement | None
     """What takes the place of `layer`, or None if it stays as it is.
 
     Args:
-        layer: In eval.
+        layer: A layer in eval.
         exact: Whether only what gives the exact gradient will do.
 
     Raises:
@@ -108,9 +108,9 @@ def attribute_is_number(name: Any) -> bool:
     return name in NUMBERS
 
 
-def copying_name(method: str) -> str:
+def copying_name(function: Any) -> str:
     """The method that does what this view does, and copies if need be. "" if there is none."""
-    return facts_of_function(method).copying
+    return facts_of_function(function).copying
 
 
 # functions of these depend on nothing but their arguments, unless their name says otherwise

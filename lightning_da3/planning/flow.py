@@ -16,8 +16,8 @@ class Flow:
     """How data flows through a traced graph.
 
     Attributes:
-        nodes: All of them, in order.
-        position: Of every node.
+        nodes: All nodes, in order.
+        position: The position of every node among them.
         activations: Nodes whose value is computed from the network's input: neither constants,
             such as parameters, nor numbers, such as sizes.
         numbers: Nodes whose value is computed from sizes alone.
@@ -94,7 +94,7 @@ def dominators(
     """Immediate dominators of a directed acyclic graph, in one pass.
 
     Args:
-        nodes: In topological order.
+        nodes: The nodes in topological order.
         inputs: Direct predecessors of a node, all of them in `nodes`.
 
     Returns:

@@ -46,7 +46,7 @@ def find_head(traced: Traced, head: str | None) -> str | None:
 def _walk_to_head(gm: fx.GraphModule, node: Any) -> str | None:
     """Back from the output through whatever has one input, to the first layer with weights.
 
-    Of an output with several values, the first counts: ``{"out": .., "aux": ..}``.
+    If the output has several values, the first counts: ``{"out": .., "aux": ..}``.
     """
     flow = Flow(gm.graph)
     while isinstance(node, (dict, list, tuple)) and node:

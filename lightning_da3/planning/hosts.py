@@ -32,8 +32,8 @@ class HostFinder:
 
     Args:
         part: The traced graph.
-        flow: Of it.
-        shapes: Of its values, as far as they are known.
+        flow: The flow of data in it.
+        shapes: Shapes of its values, as far as they are known.
         head: Module name of the classifier, which is no host.
         folds: Convolution by batch norm node.
     """

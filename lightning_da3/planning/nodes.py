@@ -160,11 +160,11 @@ def _keeps(node: fx.Node, called: nn.Module | None, trained: set[str]) -> str:
 def trained_through(
     gm: fx.GraphModule, hosts: tuple[HostPlan, ...], inputs: Sequence[fx.Node]
 ) -> set[str]:
-    """Nodes that something trainable is upstream of; the others build no graph, keep nothing.
+    """Names of nodes behind something trainable. The others build no autograd graph.
 
     Args:
         gm: A traced network.
-        hosts: Of it.
+        hosts: The hosts of that graph.
         inputs: Placeholders whose value may be trained already.
     """
     last = {host.last for host in hosts}

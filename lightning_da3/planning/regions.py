@@ -79,7 +79,8 @@ class RegionFinder:
         """Without shapes: layers do, unless they return tuples; inputs may be anything."""
         if module_of(self.gm, node) is not None:
             return not _is_unpacked(node)
-        return getattr(node.target, "__name__", "") in ("add", "iadd", "sub", "mul", "cat")
+        facts = facts_of_call(node)
+        return facts.elementwise or facts.does == "concatenation"
 
     def find(self) -> list[RecomputeRegion]:
         """Every region, in order."""

@@ -24,7 +24,7 @@ def call_layers_(graph: fx.Graph, root: nn.Module) -> None:
     """``F.linear(x, layer.weight, layer.bias)`` becomes ``layer(x)``, for PyTorch's layers.
 
     Args:
-        graph: Of `root`; edited in place.
+        graph: The graph of `root`; edited in place.
         root: A copy that nobody else uses: its layers become PyTorch's own.
     """
     owners: dict[str, list[tuple[fx.Node, type[nn.Module], dict[str, Any]]]] = {}
