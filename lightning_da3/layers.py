@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import is_fake
 
 from lightning_da3.errors import ConfigError
 from lightning_da3.nn.frozen import (
@@ -30,6 +29,8 @@ from lightning_da3.nn.frozen import (
 )
 from lightning_da3.ops.activation import Slopes
 from lightning_da3.ops.smooth import SMOOTH, Smooth, celu, elu, gelu, softplus
+from lightning_da3.torch_private.fake import is_fake
+from lightning_da3.torch_private.modules import BACKWARD_HOOKS, FORWARD_HOOKS, hooks_of
 
 Builder = Callable[[bool], nn.Module]  # takes: may it overwrite its input?
 
@@ -102,8 +103,7 @@ def replacement_for(layer: nn.Module, exact: bool = False) -> Replacement | None
 
 def has_hooks(layer: nn.Module) -> bool:
     """Whether the user's hooks hang on `layer`, which nothing else would run."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(layer, name) for name in hooks)
+    return any(hooks_of(layer, FORWARD_HOOKS + BACKWARD_HOOKS))
 
 
 def has_frozen_form(layer: nn.Module) -> bool:

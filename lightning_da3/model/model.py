@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from lightning_da3.budget.microbatches import batch_size, cut, run_microbatches
 from lightning_da3.budget.policy import BudgetPolicy
@@ -43,6 +42,13 @@ from lightning_da3.nn.statistics import Statistics
 from lightning_da3.ops.bits import lies_channels_last
 from lightning_da3.passes.hosts import INPUTS, host_key
 from lightning_da3.planning.plan import HostPlan, Plan
+from lightning_da3.torch_private.modules import DROPOUT_LAYERS, NORM_LAYERS
+from lightning_da3.torch_private.trees import (
+    tree_flatten,
+    tree_leaves,
+    tree_map_only,
+    tree_unflatten,
+)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 NOISE_UNTIL = 0.8  # of training; the gates settle without noise
@@ -720,8 +726,8 @@ def checked_class_names(names: Sequence[str] | None, num_classes: int | None) ->
 
 
 _MODAL = (
-    nn.modules.batchnorm._NormBase,
-    nn.modules.dropout._DropoutNd,
+    NORM_LAYERS,
+    DROPOUT_LAYERS,
     nn.RReLU,
     nn.MultiheadAttention,
     nn.RNNBase,

@@ -12,9 +12,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import is_fake
 
 from lightning_da3.layers import has_hooks
+from lightning_da3.torch_private.fake import is_fake
 
 DERIVED = "weights_are_derived"  # marks a layer whose weight its network computes from others
 

@@ -22,10 +22,18 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils._pytree import tree_leaves
 
 from lightning_da3.errors import ConversionError, InputError
 from lightning_da3.layers import has_frozen_form, is_registered
+from lightning_da3.torch_private.autograd import version_of
+from lightning_da3.torch_private.modules import (
+    ASSERTION,
+    FORWARD_HOOKS,
+    HOOKS_WITH_KWARGS,
+    hooks_of,
+    original_of,
+)
+from lightning_da3.torch_private.trees import tree_leaves
 from lightning_da3.tracing.normalizing import DERIVED, call_layers_
 
 LAYER = "layer"  # name of the one layer in the graph of a single layer
@@ -260,7 +268,7 @@ def _attempt(module: nn.Module, defaults: Container[str]) -> torch.fx.Graph | Ex
 
 
 def _trace_once(module: nn.Module, defaults: Container[str]) -> torch.fx.Graph:
-    before = {name: (id(b), b._version) for name, b in module.named_buffers()}
+    before = {name: (id(b), version_of(b)) for name, b in module.named_buffers()}
     kept = copy.deepcopy(dict(module.named_buffers()))
     try:
         graph = Tracer(defaults).trace(module)
@@ -268,11 +276,11 @@ def _trace_once(module: nn.Module, defaults: Container[str]) -> torch.fx.Graph:
         changed = [
             name
             for name, buffer in module.named_buffers()
-            if before.get(name) != (id(buffer), buffer._version)
+            if before.get(name) != (id(buffer), version_of(buffer))
         ]
         for name in changed:
             owner, _, attribute = name.rpartition(".")
-            module.get_submodule(owner)._buffers[attribute] = kept[name]
+            setattr(module.get_submodule(owner), attribute, kept[name])
     if changed:
         raise ConversionError(f"its forward changes the buffers {changed}")
     return graph
@@ -283,9 +291,9 @@ def _keep_attributes_(gm: torch.fx.GraphModule, module: nn.Module) -> None:
     for name, value in vars(module).items():
         if not name.startswith("_") and name not in vars(gm):
             vars(gm)[name] = value
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs",
-                  "_forward_pre_hooks_with_kwargs"):  # fmt: skip
-        getattr(gm, hooks).update(getattr(module, hooks))
+    kinds = FORWARD_HOOKS + HOOKS_WITH_KWARGS
+    for mine, theirs in zip(hooks_of(gm, kinds), hooks_of(module, kinds), strict=True):
+        mine.update(theirs)
 
 
 def _single(layer: nn.Module) -> torch.fx.GraphModule:
@@ -335,7 +343,7 @@ def _settle_ranks_(graph: torch.fx.Graph, module: nn.Module) -> None:
             known[node] = rank
         elif node.target in _COMPARISONS and all(isinstance(a, int) for a in node.args):
             known[node] = node.target(*node.args)
-        elif node.target is torch._assert and node.args[0] is True:
+        elif node.target is ASSERTION and node.args[0] is True:
             known[node] = True
     for node in reversed(known):
         graph.erase_node(node)
@@ -465,8 +473,9 @@ def _plain(model: nn.Module) -> nn.Module:
     """`model` without what only matters while it trains or runs compiled; edited in place."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if hasattr(child, "_orig_mod"):  # torch.compile: compile the converted network
-                setattr(module, name, child._orig_mod)
+            original = original_of(child)
+            if original is not None:  # torch.compile: compile the converted network
+                setattr(module, name, original)
         if parametrize.is_parametrized(module):
             kind = type(module)  # the caller's, too, and removing edits it
             own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
@@ -474,15 +483,16 @@ def _plain(model: nn.Module) -> nn.Module:
             setattr(module, DERIVED, True)
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-        for key, hook in list(module._forward_pre_hooks.items()):  # before parametrisations
+        _, hooks = hooks_of(module, FORWARD_HOOKS)
+        for key, hook in list(hooks.items()):  # before parametrisations
             if isinstance(hook, (WeightNorm, SpectralNorm)):
                 setattr(module, DERIVED, True)
                 hook.remove(module)
-                del module._forward_pre_hooks[key]
+                del hooks[key]
         base = _same_layer(type(module))
         if base is not None:
             module.__class__ = base
-    model = getattr(model, "_orig_mod", model)
+    model = original_of(model) or model
     return model.requires_grad_(False)
 
 

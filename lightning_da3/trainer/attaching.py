@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_da3.config import DA3Config
 from lightning_da3.converting import convert
@@ -15,7 +14,9 @@ from lightning_da3.model.model import DA3Model
 from lightning_da3.model.state import EXTRA
 
 SPATIAL = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NOTHING_LEFT = _IncompatibleKeys([], [])  # what `load_state_dict` returns when every key matched
+NOTHING_LEFT = nn.Identity().load_state_dict(
+    {}
+)  # what `load_state_dict` returns when every key matched
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
