@@ -20,14 +20,18 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_da3.config import DA3Config, MemoryConfig
 from lightning_da3.converting import convert
 from lightning_da3.errors import ConfigError, DA3Error
 from lightning_da3.memory import without_values
 from lightning_da3.plotting import plot_step
+from lightning_da3.torch_private.fake import (
+    READ_ONE_VALUE,
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+)
 
 LARGE = 2**20  # elements
 
@@ -154,7 +158,7 @@ class _Constructing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+        if func is READ_ONE_VALUE and isinstance(args[0], FakeTensor):
             return torch.zeros((), dtype=args[0].dtype).item()
         if func is torch.ops.aten.empty.memory_format and math.prod(args[0]) >= LARGE:
             with self.mode:

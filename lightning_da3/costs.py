@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_da3.budget.microbatches import Microbatches, batch_size
 from lightning_da3.budget.policy import Choice, how_split, microbatch_costs, without_budget
@@ -27,6 +26,7 @@ from lightning_da3.nn.head import classes_of, new_head
 from lightning_da3.passes.hosts import INPUTS, OUTPUTS, host_key
 from lightning_da3.planning.plan import PartPlan, Plan
 from lightning_da3.planning.shapes import SIDES, guesses
+from lightning_da3.torch_private.trees import tree_leaves
 
 if TYPE_CHECKING:
     from lightning_da3.model.model import DA3Model

@@ -139,6 +139,67 @@ def test_tests_import_nothing_from_examples():
             assert not {name.split(".")[0] for name in imports(path.read_text())} & theirs, path
 
 
+# attributes of PyTorch's classes that have no public name
+PRIVATE = set(
+    "_version _base _is_view _cdata _sequence_nr _indices _values _orig_mod _compiled_call_impl "
+    "_forward_hooks _forward_pre_hooks _backward_hooks _backward_pre_hooks _overloadpacket "
+    "_forward_hooks_with_kwargs _reversed_padding_repeated_twice _NormBase _DropoutNd".split()
+)
+KEEPS_PRIVATE = ("torch_private", "trainer/lightning_private.py")
+
+
+def private_names(source: str) -> Iterator[str]:
+    """What a source names of PyTorch without PyTorch's promise that it stays."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{name}" for name in names]
+            for name in names:
+                first, *rest = name.split(".")
+                if first == "torch" and any(part.startswith("_") for part in rest):
+                    yield name
+                if name == "torch.utils.flop_counter.flop_registry":
+                    yield name
+        elif isinstance(node, ast.Attribute):
+            dotted = ast.unparse(node)
+            of_torch = dotted.startswith(("torch.", "_aten.", "aten.", "nn.modules."))
+            if (
+                node.attr in PRIVATE
+                or (of_torch and node.attr.startswith("_"))
+                or (of_torch and node.attr.endswith("_backward"))
+            ):
+                yield dotted
+
+
+def test_the_reader_of_private_names():
+    source = """
+import torch._dynamo
+from torch._subclasses.fake_tensor import is_fake
+from torch.nn.modules.module import _IncompatibleKeys
+torch._C.anything()
+_aten._unsafe_view(x)
+torch.ops.aten.silu_backward(x)
+self._base(x.add_(1), torch.relu_)
+loss.backward()
+"""
+    assert set(private_names(source)) == {
+        "torch._dynamo",
+        "torch._subclasses.fake_tensor.is_fake",
+        "torch.nn.modules.module._IncompatibleKeys",
+        "torch._C",
+        "_aten._unsafe_view",
+        "torch.ops.aten.silu_backward",
+        "self._base",
+    }
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_private_parts_of_pytorch_have_one_home(path):
+    if not path.relative_to(PACKAGE).as_posix().startswith(KEEPS_PRIVATE):
+        assert not set(private_names(path.read_text()))
+
+
 def test_nothing_is_printed_and_names_say_something():
     for path in files():
         calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_da3.errors import InputError
 from lightning_da3.nn.gate import Executed
 from lightning_da3.ops.recomputed import recomputed
+from lightning_da3.torch_private.trees import TreeSpec, tree_flatten, tree_unflatten
 
 Ledger = list[tuple[str, Executed]]
 Run = Callable[..., tuple[Any, Ledger]]

@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_da3.budget.microbatches import Microbatches, batch_size
 from lightning_da3.budget.regions import Names, keep_only, most_kept
@@ -22,6 +21,7 @@ from lightning_da3.config import Budget, MemoryConfig, bytes_in
 from lightning_da3.errors import ConfigError, DA3Error
 from lightning_da3.memory import BatchPrediction, StepPrediction, StepPredictor, free_bytes, resized
 from lightning_da3.nn.recomputed import Recomputed
+from lightning_da3.torch_private.trees import tree_leaves, tree_map_only
 
 # what a piece costs beside its samples (reading and laying out weights, launching), in FLOPs a
 # parameter: timing resnet50 and vit_b_16 in pieces of 1 to 16 samples on two cores found 150 to 400

@@ -1,4 +1,4 @@
-"""Measures what training keeps and what it peaks at, or predicts it.
+"""What training keeps and what it peaks at, measured or predicted.
 
 Nothing here logs or changes a network.
 
@@ -14,18 +14,14 @@ that a custom Function hides in closures or in objects of its own, and a library
 memory that does not come from PyTorch's allocator.
 """
 
+from lightning_da3.memory.account import Microbatched
+from lightning_da3.memory.by_batch import BatchPrediction
+from lightning_da3.memory.costs import NodeCost, StepPrediction
 from lightning_da3.memory.fake import fake_mode_of, resized, without_values
 from lightning_da3.memory.free import free_bytes
 from lightning_da3.memory.measured import PeakBytes, StepMeasurement, measure_step, resident_bytes
 from lightning_da3.memory.saved import SavedActivations, saved_activation_bytes
-from lightning_da3.memory.simulated import (
-    BatchPrediction,
-    Microbatched,
-    NodeCost,
-    StepPrediction,
-    StepPredictor,
-    predict_step,
-)
+from lightning_da3.memory.simulated import StepPredictor, predict_step
 
 __all__ = [
     "BatchPrediction",

@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 
 from lightning_da3.errors import DA3Error
+from lightning_da3.torch_private.fake import LOGGER, FakeCopyMode, FakeTensor, FakeTensorMode
 
 
 def fake_mode_of(network: nn.Module) -> FakeTensorMode | None:
-    """The mode of the network's tensors, if they are fake."""
+    """The mode of a network's fake tensors; None if it has none."""
     return next((t.fake_mode for t in tensors_of(network) if isinstance(t, FakeTensor)), None)
 
 
 def tensors_of(network: nn.Module) -> Iterator[Tensor]:
-    """Its parameters and buffers."""
+    """The parameters and buffers of a network."""
     yield from network.parameters()
     yield from network.buffers()
 
@@ -30,8 +30,8 @@ def without_values(network: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy of a network whose tensors have shapes, types and strides, and next to no memory.
 
     Args:
-        network: Left unchanged; tensors of the meta device become such of the CPU.
-        mode: Of the copy's fake tensors.
+        network: Left unchanged; tensors on the meta device are on the CPU in the copy.
+        mode: The mode of the copy's fake tensors.
 
     Raises:
         DA3Error: The network cannot be copied.
@@ -60,7 +60,7 @@ def _place(tensor: Tensor) -> torch.device:
 
 
 def resized(x: Tensor, count: int) -> Tensor:
-    """A tensor without values, with so many samples along axis 0, laid out as `x` is."""
+    """A tensor without values that is laid out as `x` is, with `count` samples along axis 0."""
     if x.dim() == 0:
         return x
     strides = x.stride()
@@ -73,8 +73,8 @@ def resized(x: Tensor, count: int) -> Tensor:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """What does not fit is told in our own words."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
+    """PyTorch does not log what cannot run without values; errors say it."""
+    log = logging.getLogger(LOGGER)
     before, log.disabled = log.disabled, True
     try:
         yield

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from types import TracebackType
 
 import torch
-from torch._C._profiler import _ExtraFields_Allocation
 from torch.profiler import ProfilerActivity, profile
 
 from lightning_da3.errors import ConfigError
+from lightning_da3.torch_private.profiling import allocations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +22,8 @@ class StepMeasurement:
     """What one training step costs.
 
     Attributes:
-        peak_bytes: Largest total of memory allocated in the step and alive at one time.
-        time_ms: Median wall time of a step, in milliseconds; NaN if none was timed.
+        peak_bytes: The largest total of memory allocated in the step and alive at one time.
+        time_ms: The median wall time of a step, in milliseconds; NaN if none was timed.
     """
 
     peak_bytes: int
@@ -37,7 +37,7 @@ def measure_step(
     repeats: int = 1,
     device: torch.device | str | None = None,
 ) -> StepMeasurement:
-    """Measures the peak memory and the time of a training step.
+    """Measure the peak memory and the time of a training step.
 
     Memory from before the step counts as zero, whether or not the step frees it. Let the step end
     with `zero_grad(set_to_none=True)`: gradients then belong to it on every device.
@@ -69,7 +69,7 @@ def measure_step(
 
 
 class PeakBytes:
-    """Largest total of memory allocated in a `with` block and alive at one time.
+    """The largest total of memory allocated in a `with` block and alive at one time.
 
     Memory from before the block counts as zero, whether or not the block frees it.
 
@@ -115,7 +115,7 @@ class PeakBytes:
             return
         self._profiler.__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
         if error is None:
-            self.bytes = _highest_sum(_allocations(self._profiler))
+            self.bytes = _highest_sum(allocations(self._profiler))
         del self._profiler
 
 
@@ -129,10 +129,10 @@ def resident_bytes() -> int | None:
     return largest if sys.platform == "darwin" else 1024 * largest
 
 
-def _highest_sum(allocations: list[tuple[int, int]]) -> int:
+def _highest_sum(blocks: list[tuple[int, int]]) -> int:
     sizes: dict[int, int] = {}  # of the blocks allocated in the block and alive, by address
     total = peak = 0
-    for address, size in allocations:
+    for address, size in blocks:
         if size > 0:
             sizes[address] = size
             total += size
@@ -141,21 +141,6 @@ def _highest_sum(allocations: list[tuple[int, int]]) -> int:
             total -= sizes.pop(address, 0)
         peak = max(peak, total)
     return peak
-
-
-def _allocations(profiler: profile) -> list[tuple[int, int]]:
-    """(address, bytes) of each CPU block in the order of time; negative bytes where it is freed."""
-    assert profiler.profiler is not None
-    assert profiler.profiler.kineto_results is not None
-    pending = profiler.profiler.kineto_results.experimental_event_tree()
-    events = []
-    while pending:
-        event = pending.pop()
-        pending += event.children
-        block = event.typed[1]
-        if isinstance(block, _ExtraFields_Allocation) and block.device.type == "cpu":
-            events.append((event.start_time_ns, block.ptr, block.alloc_size))
-    return [(address, size) for _, address, size in sorted(events, key=lambda item: item[0])]
 
 
 def _time_ms(step: Callable[[], object], device: torch.device) -> float:

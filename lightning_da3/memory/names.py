@@ -1,4 +1,4 @@
-"""Which node of a graph, or module of a network, is at work."""
+"""Which node of a graph, or which module of a network, runs."""
 
 from __future__ import annotations
 
@@ -7,35 +7,39 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import fx, nn
-from torch._C._autograd import _get_sequence_nr
 
 from lightning_da3.memory.saved import SavedActivations
+from lightning_da3.torch_private.autograd import current_node, next_node_number, node_number
 
 
 class Names:
-    """Which node of a graph, or module, is at work; in the backward, whose gradient."""
+    """Tells which node of a graph, or which module, runs; in the backward, whose gradient.
+
+    Attributes:
+        stack: The names of what runs, the innermost last.
+        timeline: The number of autograd's next node and the name that creates it, at every change.
+    """
 
     def __init__(self) -> None:
         self.stack = [""]
-        self.timeline = [(_get_sequence_nr(), "")]  # which name creates autograd's nodes from there
+        self.timeline = [(next_node_number(), "")]
         self._in_graph = 0
 
     @property
     def now(self) -> str:
-        """The name at work."""
+        """The name of what runs; empty for what has none."""
         if len(self.stack) > 1:
             return self.stack[-1]
-        node: Any = torch._C._current_autograd_node()
+        node: Any = current_node()
         if node is None:
             return ""
-        place = bisect.bisect_right(self.timeline, node._sequence_nr(), key=lambda item: item[0])
+        place = bisect.bisect_right(self.timeline, node_number(node), key=lambda item: item[0])
         return self.timeline[place - 1][1]
 
     @contextlib.contextmanager
     def inside(self, name: str) -> Iterator[None]:
-        """The name of what runs in the block."""
+        """What runs in the block has this name."""
         self._push(name)
         try:
             yield
@@ -44,15 +48,15 @@ class Names:
 
     def _push(self, name: str) -> None:
         self.stack.append(name)
-        self.timeline.append((_get_sequence_nr(), name))
+        self.timeline.append((next_node_number(), name))
 
     def _pop(self) -> None:
         self.stack.pop()
-        self.timeline.append((_get_sequence_nr(), self.stack[-1]))
+        self.timeline.append((next_node_number(), self.stack[-1]))
 
     @contextlib.contextmanager
     def of(self, network: nn.Module) -> Iterator[None]:
-        """Graphs run node by node in the block, and modules outside of graphs are named."""
+        """In the block graphs run node by node, and modules outside of graphs have names."""
         with contextlib.ExitStack() as stack:
             for path, module in network.named_modules():
                 for owned in (module, *vars(module).values()):  # some are referred to, not owned
@@ -77,7 +81,7 @@ class Names:
 
     @contextlib.contextmanager
     def node(self, name: str) -> Iterator[None]:
-        """As `inside`, and modules have no names of their own in it."""
+        """What runs in the block has this name, and modules in it have none of their own."""
         self._in_graph += 1
         try:
             with self.inside(name):
@@ -87,7 +91,7 @@ class Names:
 
 
 def _home(network: nn.Module, path: str) -> str:
-    """Path of the outermost graph that holds a module."""
+    """The path of the outermost graph that holds a module."""
     parts = path.split(".") if path else []
     for count in range(len(parts) + 1):
         outer = ".".join(parts[:count])
@@ -104,7 +108,7 @@ class ByNode(fx.Interpreter):
         self.path, self.names = f"{path}." if path else "", names
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """As the graph is called."""
+        """Run the graph on the arguments of its forward."""
         signature = [n for n in self.module.graph.nodes if n.op == "placeholder"]  # type: ignore[union-attr]
         values = list(args)
         for node in signature[len(args) :]:
@@ -119,14 +123,14 @@ class ByNode(fx.Interpreter):
             self.env, self.args_iter = {}, iter(())  # they hold the results and the arguments
 
     def run_node(self, n: fx.Node) -> Any:
-        """One node, under its name."""
+        """Run one node under its name."""
         if n.op in ("placeholder", "output", "get_attr"):
             return super().run_node(n)
         with self.names.node(self.path + n.name):
             return super().run_node(n)
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
-        """Arguments, with new lists, as the graph's own code makes them."""
+        """The arguments of a node, with new lists, as the graph's own code makes them."""
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         return mutable(args), mutable(kwargs)
 
@@ -141,7 +145,7 @@ def mutable(value: Any) -> Any:
 
 
 class SavedByName(SavedActivations):
-    """Attributes what is kept to the names."""
+    """Attributes saved bytes to names."""
 
     def __init__(self, network: nn.Module, inputs: Any, names: Names) -> None:
         super().__init__(network, inputs=inputs)

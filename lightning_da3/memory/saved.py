@@ -10,15 +10,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._autograd import _get_sequence_nr
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_da3.errors import DA3Error
+from lightning_da3.torch_private.autograd import (
+    base_of,
+    indices_of,
+    next_node_number,
+    node_number,
+    storage_key,
+    values_of,
+    version_of,
+)
+from lightning_da3.torch_private.fake import is_wrapper
+from lightning_da3.torch_private.modules import is_compiled
 
 _Storages = dict[int, torch.UntypedStorage]  # by address, all of them alive
-_Found = tuple[int, str, Tensor, Tensor | None]  # node's number, module's fqn, saved tensor, leaf
+# the number of the node, the fqn of the module, the saved tensor, and its parameter
+_Found = tuple[int, str, Tensor, Tensor | None]
 
 
 def saved_activation_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
@@ -26,8 +36,8 @@ def saved_activation_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) ->
 
     Args:
         fn: A module, or any callable that runs a forward pass.
-        *args: Given to `fn`. Tensors among them are activations: they count where they are saved.
-        **kwargs: Given to `fn`, likewise.
+        *args: What `fn` takes. Its tensors are activations: they count where they are saved.
+        **kwargs: What `fn` takes by name. Its tensors are activations, too.
 
     Returns:
         The sum over the storages alive at that moment, in bytes.
@@ -53,14 +63,14 @@ class SavedActivations:
     it was given to `module` or is named in `inputs`.
 
     Args:
-        module: Whose submodules the bytes are attributed to. None: everything goes to `""`, and
-            all modules of the process are looked through for parameters, which is slower.
+        module: The module whose submodules the bytes are attributed to. None: everything belongs
+            to `""`, and all modules of the process are searched for parameters, which is slower.
         inputs: Tensors, or containers of them, that are activations though they require a gradient.
 
     Attributes:
         bytes: Saved activation bytes.
-        by_module: The same by fqn: each storage goes to the innermost submodule whose forward ran
-            when it was first saved, `""` being `module` itself and all that runs outside of it.
+        by_module: The same bytes by fqn. Each storage belongs to the innermost submodule whose
+            forward ran when it was first saved; `""` is `module` itself and all that runs outside.
     """
 
     def __init__(self, module: nn.Module | None = None, *, inputs: Any = ()) -> None:
@@ -73,7 +83,7 @@ class SavedActivations:
         """Starts to watch."""
         self._packed: list[tuple[int, str, weakref.ref[_Packed]]] = []
         self._stack = [""]
-        self._timeline = [(_get_sequence_nr(), "")]  # which module creates nodes from there on
+        self._timeline = [(next_node_number(), "")]  # which module creates nodes from there on
         self._inputs = _storages_of(_tensors_in(self._declared_inputs))
         self._constants = _storages_of(
             tensor for module in self._modules() for tensor in _own_constants(module)
@@ -107,13 +117,13 @@ class SavedActivations:
             return
         for candidate in gc.get_objects():
             # not isinstance, which would ask every proxy in the process for its `__class__`
-            if issubclass(type(candidate), nn.Module) and hasattr(candidate, "_buffers"):
+            if issubclass(type(candidate), nn.Module) and hasattr(candidate, "training"):
                 yield candidate  # one whose __init__ has run
 
     def _hook_modules(self, stack: contextlib.ExitStack) -> None:
         if self._module is None:
             return
-        compiled = {id(m) for m in self._modules() if _is_compiled(m) for m in m.modules()}
+        compiled = {id(m) for m in self._modules() if is_compiled(m) for m in m.modules()}
         for name, module in self._module.named_modules():
             if id(module) in compiled:
                 continue  # its hooks would be compiled with it
@@ -122,11 +132,11 @@ class SavedActivations:
                 if module is self._module:
                     self._inputs |= _storages_of(_tensors_in((args, kwargs)))
                 self._stack.append(name)
-                self._timeline.append((_get_sequence_nr(), name))
+                self._timeline.append((next_node_number(), name))
 
             def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
                 self._stack.pop()
-                self._timeline.append((_get_sequence_nr(), self._stack[-1]))
+                self._timeline.append((next_node_number(), self._stack[-1]))
 
             before = module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
             stack.callback(before.remove)
@@ -136,7 +146,7 @@ class SavedActivations:
 
     def _pack(self, tensor: Tensor) -> "_Packed":
         packed = _Packed(tensor)
-        self._packed.append((_get_sequence_nr() - 1, self._stack[-1], weakref.ref(packed)))
+        self._packed.append((next_node_number() - 1, self._stack[-1], weakref.ref(packed)))
         return packed
 
     def _count(self) -> None:
@@ -174,7 +184,7 @@ class SavedActivations:
         for node in made_inside:
             if not issubclass(type(node), BackwardCFunction):
                 continue
-            number = node._sequence_nr()
+            number = node_number(node)
             if number >= starts[0]:
                 name = self._timeline[bisect.bisect_right(starts, number) - 1][1]
                 hidden += [(number, name, t, _leaf_of(t)) for t in _tensors_in(vars(node))]
@@ -189,17 +199,18 @@ class _Packed:
     def __init__(self, tensor: Tensor) -> None:
         # not the tensor itself: an output would hold its own node, a cycle that is never freed
         self.tensor = tensor.detach()
-        self.version = tensor._version
+        self.version = version_of(tensor)
         self.leaf = _leaf_of(tensor)
 
 
 def _unpack(packed: _Packed) -> Tensor:
     # autograd leaves this check out for tensors that went through hooks
-    if packed.tensor._version != packed.version:
+    version = version_of(packed.tensor)
+    if version != packed.version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
             f"operation: the saved tensor of shape {tuple(packed.tensor.shape)} is at version "
-            f"{packed.tensor._version}; expected version {packed.version} instead."
+            f"{version}; expected version {packed.version} instead."
         )
     return packed.tensor
 
@@ -209,14 +220,10 @@ def _own_constants(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    # torch.compile(module) wraps it under this name, module.compile() sets this attribute
-    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
-
-
 def _leaf_of(tensor: Tensor) -> Tensor | None:
     """The parameter, or plain leaf that requires a gradient, that a tensor is or is a view of."""
-    owner = tensor if tensor._base is None else tensor._base
+    base = base_of(tensor)
+    owner = tensor if base is None else base
     if isinstance(owner, nn.Parameter) or (owner.is_leaf and owner.requires_grad):
         return owner
     return None
@@ -235,7 +242,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _storages_of(tensors: Iterable[Tensor]) -> _Storages:
-    return {s._cdata: s for tensor in tensors for s in _storages(tensor)}
+    return {storage_key(s): s for tensor in tensors for s in _storages(tensor)}
 
 
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
@@ -258,11 +265,11 @@ def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
 def _parts(tensor: Tensor) -> list[Tensor]:
     """The tensors that another is made of; empty for one with a storage of its own."""
     wrapper: Any = tensor
-    if is_traceable_wrapper_subclass(wrapper):
+    if is_wrapper(wrapper):
         names, _ = wrapper.__tensor_flatten__()
         return [getattr(wrapper, name) for name in names]
     if tensor.layout == torch.sparse_coo:
-        return [tensor._indices(), tensor._values()]
+        return [indices_of(tensor), values_of(tensor)]
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):

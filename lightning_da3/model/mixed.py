@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_da3.errors import InputError
+from lightning_da3.torch_private.trees import tree_flatten, tree_leaves, tree_unflatten
 
 Domains = Sequence[str | None] | Literal["nearest"]
 NEAREST = "nearest"

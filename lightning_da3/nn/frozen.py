@@ -68,6 +68,20 @@ class BatchNormStatistics(NamedTuple):
         return scale.detach(), (shift if self.bias is None else shift + self.bias.double()).detach()
 
 
+def pad_of(conv: Conv) -> list[int]:
+    """The padding of a convolution, last axis first, as `torch.nn.functional.pad` takes it."""
+    axes = conv.weight.dim() - 2
+    if conv.padding == "same":
+        kernel, dilation = conv.weight.shape[2:], numbers(conv.dilation, axes)
+        totals = [step * (side - 1) for step, side in zip(dilation, kernel, strict=True)]
+        sides = [(total // 2, total - total // 2) for total in totals]
+    elif isinstance(conv.padding, str):  # "valid"
+        sides = [(0, 0)] * axes
+    else:
+        sides = [(side, side) for side in numbers(conv.padding, axes)]
+    return [side for pair in reversed(sides) for side in pair]
+
+
 def fold(
     weight: Tensor, bias: Tensor | None, norm: BatchNormStatistics | None
 ) -> tuple[Tensor, Tensor]:
@@ -128,8 +142,7 @@ class FrozenConv(nn.Module):
         self.dilation = numbers(conv.dilation, axes)
         self.groups = conv.groups
         self.padding_mode = conv.padding_mode
-        # last axis first, both sides: what torch.nn.functional.pad takes
-        self.pad: list[int] = list(conv._reversed_padding_repeated_twice)
+        self.pad = pad_of(conv)
         before, after = self.pad[::2], self.pad[1::2]
         self.symmetric_padding = tuple(reversed(before)) if before == after else None
         self.pads_zeros_alike = pads_zeros_alike(conv)

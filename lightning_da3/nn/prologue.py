@@ -58,7 +58,8 @@ class Prologue(Microbatched):
 
     def _samples(self, x: Any) -> int | None:
         """As many as may go through at once; None: all."""
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+        traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if torch.compiler.is_compiling() or traced:
             return None
         if not isinstance(x, Tensor) or x.dim() != self.axes or not x.is_cpu or len(x) < 2:
             return None

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_da3.nn.adapter import HostInput
 from lightning_da3.nn.frozen import (
@@ -20,6 +19,7 @@ from lightning_da3.nn.head import HeadSlot
 from lightning_da3.ops.excitation import Branch, excited
 from lightning_da3.ops.linear import plain_linear
 from lightning_da3.ops.recomputed import activated, recomputed
+from lightning_da3.torch_private.trees import tree_leaves
 
 
 class Shortcut(Protocol):

@@ -11,13 +11,13 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch._C._autograd import _profiler_enabled
 from typing_extensions import override
 
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import CheckpointError, ConfigError, DA3Error, PredictionWarning
 from lightning_da3.memory import resident_bytes
 from lightning_da3.model.model import DA3Model
+from lightning_da3.torch_private.profiling import is_profiling
 from lightning_da3.trainer.first_steps import FirstSteps
 from lightning_da3.trainer.refusals import builds_later, check_converted_before, starts_processes
 from lightning_da3.trainer.session import TrainingSession, loss_scale, state_key
@@ -354,7 +354,7 @@ def _can_measure_peak(trainer: L.Trainer, device: torch.device) -> bool:
     """Known kinds of device, and on CPU no other profiler: only one can run at a time."""
     if trainer.world_size > 1:
         return False
-    return device.type == "cuda" or (device.type == "cpu" and not _profiler_enabled())
+    return device.type == "cuda" or (device.type == "cpu" and not is_profiling())
 
 
 def _surprised(steps: FirstSteps) -> str:

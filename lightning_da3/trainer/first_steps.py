@@ -12,10 +12,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_da3.memory import PeakBytes, SavedActivations, StepPrediction, StepPredictor
+from lightning_da3.torch_private.fake import FakeTensorMode, is_fake
+from lightning_da3.torch_private.modules import is_compiled
+from lightning_da3.torch_private.trees import tree_leaves, tree_map_only
 
 OFF_BY_FRACTION, OFF_BY_BYTES = 0.2, 2**20  # a prediction that is off by more than both is wrong
 
@@ -45,7 +46,7 @@ class FirstSteps:
         self.predicted: StepPrediction | None = None
         self.surprising = False
         self._network: nn.Module | None = network
-        self._predicts = predict and network._compiled_call_impl is None
+        self._predicts = predict and not is_compiled(network)
         self._calls: list[list[_Call]] = []  # of every step
         self._exit = contextlib.ExitStack()
         self._watching: SavedActivations | PeakBytes | None = None
