@@ -12,6 +12,10 @@ BLOCK = re.compile(r"(<!-- not run[^\n]*-->\n)?```python\n(.*?)```", re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
+def marks(page):
+    return () if page.name in ("README.md", "design.md") else pytest.mark.slow
+
+
 def blocks(text):
     """Snippets of a page: the line at which each begins, its code, and whether it can run."""
     for found in BLOCK.finditer(text):
@@ -43,7 +47,7 @@ def prepared(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")  # advice of other packages about small data
 @pytest.mark.usefixtures("prepared")
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", [pytest.param(p, marks=marks(p), id=p.name) for p in PAGES])
 def test_snippets_run(page):
     pytest.importorskip("matplotlib")
     torch.manual_seed(0)
