@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_da3.config import DA3Config
 from lightning_da3.converting import convert
@@ -15,7 +14,6 @@ from lightning_da3.model.model import DA3Model
 from lightning_da3.model.state import EXTRA
 
 SPATIAL = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NOTHING_LEFT = _IncompatibleKeys([], [])  # what `load_state_dict` returns when every key matched
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -184,25 +182,20 @@ def load_from_checkpoint(cls: type[_Module], checkpoint_path: Any, **kwargs: Any
     Raises:
         CheckpointError: The checkpoint holds no domain, or does not fit.
     """
-    original = cls.load_state_dict
-    own = "load_state_dict" in vars(cls)
 
-    def convert_and_load(module: nn.Module, state: Mapping[str, Any], strict: bool = True) -> Any:
+    def load_state_dict(module: nn.Module, state: Mapping[str, Any], strict: bool = True) -> Any:
         active = _convert_as_in_(module, state)
-        load_state_(module, state, strict, original)
+        load_state_(module, state, strict, cls.load_state_dict)
         for model, domain in active.items():
             model.set_domain(domain)
-        return NOTHING_LEFT
+        return nn.Module().load_state_dict({})  # every key matched
 
-    # the one place between making the module and loading it
-    cls.load_state_dict = convert_and_load  # type: ignore[assignment]
-    try:
-        return cls.load_from_checkpoint(checkpoint_path, **kwargs)  # type: ignore[attr-defined,no-any-return]
-    finally:
-        if own:
-            cls.load_state_dict = original  # type: ignore[method-assign]
-        else:
-            del cls.load_state_dict
+    # a class that differs in the one step between making the module and loading it
+    about = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    loading: Any = type(cls.__name__, (cls,), {**about, "load_state_dict": load_state_dict})
+    module = loading.load_from_checkpoint(checkpoint_path, **kwargs)
+    module.__class__ = cls
+    return cast(_Module, module)
 
 
 def _convert_as_in_(module: nn.Module, state: Mapping[str, Any]) -> dict[DA3Model, str | None]:

@@ -161,9 +161,9 @@ def _prediction(network: nn.Module, calls: list[_Call]) -> StepPrediction | None
     if len(calls) != 1:
         return None
     (call,) = calls
-    holder = getattr(network, "holder", None)
-    if holder is not None and holder.predicted is not None:  # to split the batch, it was needed
-        return cast(StepPrediction, holder.predicted)
+    policy = getattr(network, "budget_policy", None)
+    if policy is not None and policy.predicted is not None:  # to split the batch, it was needed
+        return cast(StepPrediction, policy.predicted)
 
     def with_autocast(twin: nn.Module) -> None:
         if call.autocast is not None:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_da3.errors import CheckpointError
 from lightning_da3.files.domain_file import read_domain
+from lightning_da3.files.folders import make_folder
 from lightning_da3.passes.hosts import host_key
 from lightning_da3.planning.plan import NodePlan, Plan
 from lightning_da3.plotting import flat, place_of, plot_step
@@ -171,8 +171,4 @@ def _is(logger: Any, kind: str) -> bool:
 
 def _file(logger: Any, name: str) -> Path:
     folder = Path(getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None) or ".")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"Cannot make the folder {str(folder)!r}: {error}.") from error
-    return folder / name.replace("/", "-")
+    return make_folder(folder) / name.replace("/", "-")

@@ -50,13 +50,14 @@ from lightning_da3 import (
     convert,
     load_from_checkpoint,
 )
+from lightning_da3.trainer.averaging import AVERAGING_CALLBACKS
+from lightning_da3.trainer.optimizers import drop_frozen_
 from lightning_da3.trainer.refusals import (
     REFUSED_CALLBACKS,
     REFUSED_PRECISIONS,
     check_plugins,
     check_strategy,
 )
-from lightning_da3.trainer.session import AVERAGING_CALLBACKS, drop_frozen_
 
 DOORS = ("callback", "strategy and callback", "strategy")
 EITHER = ("callback", "strategy")  # where the doors meet other choices
