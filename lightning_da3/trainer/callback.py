@@ -18,13 +18,13 @@ from lightning_da3.config import DA3Config
 from lightning_da3.errors import ConfigError, DA3Error
 from lightning_da3.model.model import DA3Model
 from lightning_da3.trainer.building import stop_waiting, when_built
+from lightning_da3.trainer.domain_files import DomainFiles
 from lightning_da3.trainer.evaluation import EvaluatesByDomain
 from lightning_da3.trainer.figures import Figures
 from lightning_da3.trainer.first_steps import FirstSteps
 from lightning_da3.trainer.lightning_private import find_unused_parameters_, starts_processes
 from lightning_da3.trainer.loading import state_key
 from lightning_da3.trainer.refusals import check_converted_before, check_plugins, check_strategy
-from lightning_da3.trainer.saving import DomainFiles
 from lightning_da3.trainer.session import TrainingSession
 from lightning_da3.trainer.steps import loss_scale
 from lightning_da3.trainer.strategy_methods import lend_methods_
