@@ -64,8 +64,8 @@ def attach_(
 
     Args:
         module: Edited in place, and only once nothing can fail any more.
-        backbone: Its dotted name, or None to look for it.
-        config: For the conversion.
+        backbone: Dotted name of the network, or None to look for it.
+        config: The choices for the conversion.
         domains: Number of classes by name, at least one; new ones are added, the first is
             activated unless another of them is active.
 
@@ -122,9 +122,9 @@ def load_state_(
 
     Args:
         module: Holds one DA3Model or more.
-        state: Of `module`, with or without backbones, or as it was before the conversion.
-        strict: About everything else.
-        load: The module's own way.
+        state: A state of `module`, with or without backbones, or as it was before the conversion.
+        strict: Whether everything else must match, too.
+        load: How the module loads a state.
 
     Raises:
         CheckpointError: Keys are missing or unexpected, or shapes or backbones differ.
@@ -172,7 +172,7 @@ def load_from_checkpoint(cls: type[_Module], checkpoint_path: Any, **kwargs: Any
     Args:
         cls: The user's LightningModule, which makes its pretrained network in ``__init__`` or
             ``configure_model``: checkpoints do not hold the backbone.
-        checkpoint_path: Of a checkpoint that a Trainer with a `DA3Callback` wrote.
+        checkpoint_path: The path of a checkpoint that a Trainer with a `DA3Callback` wrote.
         kwargs: As ``cls.load_from_checkpoint`` takes them: ``map_location``, ``strict`` and what
             ``cls.__init__`` needs.
 

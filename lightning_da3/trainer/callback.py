@@ -59,14 +59,14 @@ class DA3Callback(EvaluatesByDomain):
     (`lightning_da3.trainer.loggers.log_first_steps`).
 
     Args:
-        domain: Its name; or, to learn several, numbers of classes by name.
-        num_classes: Of the one domain; needed when it is new.
-        config: For the conversion; the same for every domain of one network.
+        domain: The name of the domain; or, to learn several, numbers of classes by name.
+        num_classes: The number of classes of the one domain; needed when it is new.
+        config: The choices for the conversion; the same for every domain of one network.
         backbone: Name of the network inside the LightningModule, such as ``net``; by default the
             one child that has convolutions.
         save_dir: Folder in which ``<domain>.safetensors`` is kept up to date after every epoch.
         predict: Predict the peak of a step; takes about as long as a few steps, once a fit.
-        budget: What a step may take at its peak, as of `MemoryConfig`; None: as `config` says.
+        budget: The peak bytes that a step may take, as in `MemoryConfig`; None: as `config` says.
 
     Raises:
         ConfigError: `num_classes` is given beside a dict of domains, or that is empty.
@@ -113,7 +113,7 @@ class DA3Callback(EvaluatesByDomain):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        # without a state there is no key in checkpoints
+        # checkpoints hold the key of a callback only with a state
         return {"domains": list(self.session.domains)}
 
     # --- conversion -------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def load_checkpoint_(
 ) -> None:
     """Load the weights of a checkpoint, strictly where it matters.
 
-    Of a checkpoint from before the conversion, training takes the weights and starts anew.
+    From a checkpoint of before the conversion, training takes the weights and starts anew.
 
     Args:
         pl_module: The LightningModule, with its network converted.

@@ -26,13 +26,13 @@ class DA3Strategy(LearnsDomains, SingleDeviceStrategy):
     strategy then adds one.
 
     Args:
-        domain: Its name; or, to learn several, numbers of classes by name.
-        num_classes: Of the one domain; needed when it is new.
-        config: For the conversion; the same for every domain of one network.
+        domain: The name of the domain; or, to learn several, numbers of classes by name.
+        num_classes: The number of classes of the one domain; needed when it is new.
+        config: The choices for the conversion; the same for every domain of one network.
         backbone: Name of the network inside the LightningModule; by default the one child that has
             convolutions.
         save_dir: Folder in which ``<domain>.safetensors`` is kept up to date after every epoch.
-        budget: What a step may take at its peak, as of `MemoryConfig`; None: as `config` says.
+        budget: The peak bytes that a step may take, as in `MemoryConfig`; None: as `config` says.
         kwargs: As `lightning.pytorch.strategies.SingleDeviceStrategy` takes them.
     """
 
@@ -80,13 +80,13 @@ class DA3DDPStrategy(LearnsDomains, PreparingStrategy):
     that the main process has the learned domains at the end.
 
     Args:
-        domain: Its name; or, to learn several, numbers of classes by name.
-        num_classes: Of the one domain; needed when it is new.
-        config: For the conversion; the same for every domain of one network.
+        domain: The name of the domain; or, to learn several, numbers of classes by name.
+        num_classes: The number of classes of the one domain; needed when it is new.
+        config: The choices for the conversion; the same for every domain of one network.
         backbone: Name of the network inside the LightningModule; by default the one child that has
             convolutions.
         save_dir: Folder in which ``<domain>.safetensors`` is kept up to date after every epoch.
-        budget: What a step may take at its peak, as of `MemoryConfig`; None: as `config` says.
+        budget: The peak bytes that a step may take, as in `MemoryConfig`; None: as `config` says.
         kwargs: As `lightning.pytorch.strategies.DDPStrategy` takes them.
     """
 

@@ -1,17 +1,18 @@
 """When the network is converted: once the module has built it, and nothing is left behind."""
 
 import contextlib
+import dataclasses
 import pickle
 
 import lightning as L
 import pytest
 import torch
-from helpers.lit import KINDS, Lit, LitConfigure, callback, data, lit, network, trainer
+from helpers.lit import CONFIG, KINDS, Lit, LitConfigure, callback, data, lit, network, trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
-from lightning_da3 import DA3Model
+from lightning_da3 import DA3Callback, DA3Model
 from lightning_da3.trainer.building import when_built
 
 
@@ -87,14 +88,27 @@ def test_conversion_does_not_follow_the_device_of_configure_model(tmp_path, made
             with torch.device("meta"):
                 yield
 
+    class Shifts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = network()
+
+        def forward(self, x):
+            return self.parts(x + torch.linspace(0, 1, x.shape[-1]))
+
     class Module(KINDS[made]):
+        def setup(self, stage):
+            if made == "setup":
+                self.net = Shifts()
+
         def configure_model(self):
             if not hasattr(self, "net"):
                 with torch.device("cpu"):
-                    self.net = network()
+                    self.net = Shifts()
 
     module = Module(made)
     strategy = Elsewhere("cpu")
-    trainer(tmp_path, callback(), epochs=1, strategy=strategy).fit(module, data())
+    da3 = DA3Callback("a", config=dataclasses.replace(CONFIG, head=None))
+    trainer(tmp_path, da3, epochs=1, strategy=strategy).fit(module, data())
     assert {p.device.type for p in module.parameters()} == {"cpu"}
     assert isinstance(module.trainer, L.Trainer)
