@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_da3.errors import CheckpointError, DomainError
 from lightning_da3.files.domain_file import read_domain, replacing
+from lightning_da3.files.folders import make_folder
 from lightning_da3.model.model import DA3Model, check_name
 
 INDEX = "index.json"
@@ -69,10 +70,7 @@ class DomainFolder:
         Raises:
             CheckpointError: It cannot be made.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"Cannot make the folder {str(self.path)!r}: {error}.") from error
+        make_folder(self.path)
 
     def load(self, model: DA3Model, name: str) -> None:
         """Add a domain of this folder to `model`; its file is read and checked.

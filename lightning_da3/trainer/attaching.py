@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_da3.config import DA3Config
 from lightning_da3.converting import convert
@@ -15,7 +14,7 @@ from lightning_da3.layers import CONVS
 from lightning_da3.model.model import DA3Model
 from lightning_da3.model.state import EXTRA
 
-NOTHING_LEFT = _IncompatibleKeys([], [])  # what `load_state_dict` returns when every key matched
+
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -66,8 +65,8 @@ def attach_(
 
     Args:
         module: Edited in place, and only once nothing can fail any more.
-        backbone: Its dotted name, or None to look for it.
-        config: For the conversion.
+        backbone: Dotted name of the network, or None to look for it.
+        config: The choices for the conversion.
         domains: Number of classes by name, at least one; new ones are added, the first is
             activated unless another of them is active.
 
@@ -124,9 +123,9 @@ def load_state_(
 
     Args:
         module: Holds one DA3Model or more.
-        state: Of `module`, with or without backbones, or as it was before the conversion.
-        strict: About everything else.
-        load: The module's own way.
+        state: A state of `module`, with or without backbones, or as it was before the conversion.
+        strict: Whether everything else must match, too.
+        load: How the module loads a state.
 
     Raises:
         CheckpointError: Keys are missing or unexpected, or shapes or backbones differ.
@@ -174,7 +173,7 @@ def load_from_checkpoint(cls: type[_Module], checkpoint_path: Any, **kwargs: Any
     Args:
         cls: The user's LightningModule, which makes its pretrained network in ``__init__`` or
             ``configure_model``: checkpoints do not hold the backbone.
-        checkpoint_path: Of a checkpoint that a Trainer with a `DA3Callback` wrote.
+        checkpoint_path: The path of a checkpoint that a Trainer with a `DA3Callback` wrote.
         kwargs: As ``cls.load_from_checkpoint`` takes them: ``map_location``, ``strict`` and what
             ``cls.__init__`` needs.
 
@@ -184,25 +183,20 @@ def load_from_checkpoint(cls: type[_Module], checkpoint_path: Any, **kwargs: Any
     Raises:
         CheckpointError: The checkpoint holds no domain, or does not fit.
     """
-    original = cls.load_state_dict
-    own = "load_state_dict" in vars(cls)
 
-    def convert_and_load(module: nn.Module, state: Mapping[str, Any], strict: bool = True) -> Any:
+    def load_state_dict(module: nn.Module, state: Mapping[str, Any], strict: bool = True) -> Any:
         active = _convert_as_in_(module, state)
-        load_state_(module, state, strict, original)
+        load_state_(module, state, strict, cls.load_state_dict)
         for model, domain in active.items():
             model.set_domain(domain)
-        return NOTHING_LEFT
+        return nn.Module().load_state_dict({})  # every key matched
 
-    # the one place between making the module and loading it
-    cls.load_state_dict = convert_and_load  # type: ignore[assignment]
-    try:
-        return cls.load_from_checkpoint(checkpoint_path, **kwargs)  # type: ignore[attr-defined,no-any-return]
-    finally:
-        if own:
-            cls.load_state_dict = original  # type: ignore[method-assign]
-        else:
-            del cls.load_state_dict
+    # a class that differs in the one step between making the module and loading it
+    about = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    loading: Any = type(cls.__name__, (cls,), {**about, "load_state_dict": load_state_dict})
+    module = loading.load_from_checkpoint(checkpoint_path, **kwargs)
+    module.__class__ = cls
+    return cast(_Module, module)
 
 
 def _convert_as_in_(module: nn.Module, state: Mapping[str, Any]) -> dict[DA3Model, str | None]:

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_da3.config import DA3Config
-from lightning_da3.errors import CheckpointError, ConfigError, DA3Error, PredictionWarning
-from lightning_da3.memory import resident_bytes
+from lightning_da3.errors import ConfigError, DA3Error
 from lightning_da3.model.model import DA3Model
-from lightning_da3.torch_private.profiling import is_profiling
+from lightning_da3.trainer.building import stop_waiting, when_built
+from lightning_da3.trainer.domain_files import DomainFiles
+from lightning_da3.trainer.evaluation import EvaluatesByDomain
+from lightning_da3.trainer.figures import Figures
 from lightning_da3.trainer.first_steps import FirstSteps
-from lightning_da3.trainer.refusals import builds_later, check_converted_before, starts_processes
-from lightning_da3.trainer.session import TrainingSession, loss_scale, state_key
+from lightning_da3.trainer.lightning_private import find_unused_parameters_, starts_processes
+from lightning_da3.trainer.loading import state_key
+from lightning_da3.trainer.refusals import check_converted_before, check_plugins, check_strategy
+from lightning_da3.trainer.session import TrainingSession
+from lightning_da3.trainer.steps import loss_scale
+from lightning_da3.trainer.strategy_methods import lend_methods_
 
 
-class DA3Callback(L.Callback):
+class DA3Callback(EvaluatesByDomain):
     """Learn one domain, or several, with the network inside any LightningModule.
 
     Before the optimizers are made, the network is converted (once, in place of the original) and
@@ -52,14 +59,14 @@ class DA3Callback(L.Callback):
     (`lightning_da3.trainer.loggers.log_first_steps`).
 
     Args:
-        domain: Its name; or, to learn several, numbers of classes by name.
-        num_classes: Of the one domain; needed when it is new.
-        config: For the conversion; the same for every domain of one network.
+        domain: The name of the domain; or, to learn several, numbers of classes by name.
+        num_classes: The number of classes of the one domain; needed when it is new.
+        config: The choices for the conversion; the same for every domain of one network.
         backbone: Name of the network inside the LightningModule, such as ``net``; by default the
             one child that has convolutions.
         save_dir: Folder in which ``<domain>.safetensors`` is kept up to date after every epoch.
         predict: Predict the peak of a step; takes about as long as a few steps, once a fit.
-        budget: What a step may take at its peak, as of `MemoryConfig`; None: as `config` says.
+        budget: The peak bytes that a step may take, as in `MemoryConfig`; None: as `config` says.
 
     Raises:
         ConfigError: `num_classes` is given beside a dict of domains, or that is empty.
@@ -80,16 +87,24 @@ class DA3Callback(L.Callback):
         self.num_classes = num_classes
         self.config = (config or DA3Config()).within(budget)
         self.backbone = backbone
-        self.save_dir = save_dir
-        self.predict = predict
         self.session = TrainingSession(_domains(domain, num_classes), self.config, backbone)
-        self.first_steps: FirstSteps | None = None
-        self._before_evaluation: str | None = None
+        self.files = DomainFiles(save_dir)
+        self.figures = Figures(predict)
 
     @property
     def model(self) -> DA3Model | None:
         """The converted network, or None before the first run."""
         return self.session.model
+
+    @property
+    def path(self) -> Path | None:
+        """The file of the domain, or of the first of several; None without `save_dir`."""
+        return self.files.path(next(iter(self.session.domains)))
+
+    @property
+    def first_steps(self) -> FirstSteps | None:
+        """What the first steps of the last fit took."""
+        return self.figures.first_steps
 
     @property
     @override
@@ -98,36 +113,38 @@ class DA3Callback(L.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "domains": list(self.session.domains)
-        }  # without a state there is no key in checkpoints
-
-    @property
-    def path(self) -> Path | None:
-        """Where the domain is saved, the first of several; None without `save_dir`."""
-        return self._path(next(iter(self.session.domains)))
-
-    def _path(self, domain: str) -> Path | None:
-        return None if self.save_dir is None else Path(self.save_dir) / f"{domain}.safetensors"
+        # checkpoints hold the key of a callback only with a state
+        return {"domains": list(self.session.domains)}
 
     # --- conversion -------------------------------------------------------------------------------
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        others = [c for c in trainer.callbacks if isinstance(c, DA3Callback) and c is not self]  # type: ignore[attr-defined]
-        if others:
-            domains = dict.fromkeys(
-                [*self.session.domains, *(d for c in others for d in c.session.domains)], 10
-            )
-            raise ConfigError(
-                "The Trainer has several DA3Callbacks, of which each would undo the others. Give "
-                f"it one for all their domains: DA3Callback({domains}), numbers of classes by name."
-            )
+        self._check_alone(trainer)
+        check_strategy(trainer.strategy)
+        check_plugins(trainer)
         if stage == "fit" and starts_processes(trainer.strategy):
             check_converted_before(trainer.strategy, pl_module, self.backbone)
-        self.session.bind(trainer)
-        if not builds_later(pl_module):
-            self.session.attach(pl_module, trainer)
+        when_built(pl_module, partial(self._convert, trainer, pl_module))
+
+    def _check_alone(self, trainer: L.Trainer) -> None:
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        others = [c for c in callbacks if isinstance(c, DA3Callback) and c is not self]
+        if others:
+            names = [*self.session.domains, *(d for c in others for d in c.session.domains)]
+            raise ConfigError(
+                "The Trainer has several DA3Callbacks, of which each would undo the others. Give "
+                f"it one for all their domains: DA3Callback({dict.fromkeys(names, 10)}), numbers "
+                "of classes by name."
+            )
+
+    def _convert(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.session.attach(pl_module, trainer)
+        lend_methods_(trainer.strategy, self.session)
+        if trainer.state.fn == "fit":
+            self.session.open_domains()
+            if len(self.session.domains) > 1:  # those of inactive domains
+                find_unused_parameters_(trainer.strategy)
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -138,50 +155,51 @@ class DA3Callback(L.Callback):
                 "earlier fit. Make a new Trainer for every fit, or raise "
                 "`trainer.fit_loop.max_epochs`."
             )
+        self.session.begin_fit(trainer)
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.session.end_fit()  # the last of a fit's hooks
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.session.close_domains()
 
     # --- training ---------------------------------------------------------------------------------
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert self.model is not None
-        self.model.train()  # Lightning leaves a module in eval that came in eval
-        self.model.gates_over_ranks = trainer.world_size > 1
-        compiled = getattr(pl_module, "_compiler_ctx", None) is not None
-        # the hooks of a compiled step would be compiled with it, and gradients be lost
-        predict = self.predict and trainer.world_size == 1
-        self.first_steps = None if compiled else FirstSteps(self.model, predict=predict)
-        self.model.budget_policy.tell = rank_zero_info
+        model = self.session.network
+        model.train()  # Lightning leaves a module in eval that came in eval
+        model.gates_over_ranks = trainer.world_size > 1
+        model.budget_policy.tell = rank_zero_info
+        self.figures.start(trainer, pl_module, model)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert self.model is not None
-        self.model.gates_over_ranks = False
-
-    @override
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.session.check_frozen()  # the last of a fit's hooks
+        self.session.network.gates_over_ranks = False
 
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        assert self.model is not None
-        self.model.set_progress(_progress(trainer))
-        self.model.gate_loss_scale = loss_scale(trainer) / trainer.accumulate_grad_batches
-        if self.first_steps is not None:
-            device = pl_module.device
-            peak_on = device if _can_measure_peak(trainer, device) else None
-            self.first_steps.begin(pl_module, batch, peak_on=peak_on)
+        model = self.session.network
+        model.set_progress(_progress(trainer))
+        model.gate_loss_scale = loss_scale(trainer) / trainer.accumulate_grad_batches
+        self.figures.step_begins(trainer, pl_module, batch)
 
     @override
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
     ) -> None:
-        steps = self.first_steps
-        if steps is not None and steps.forward_ended():
-            _log(pl_module, "da3/saved_activation_bytes", steps.saved_activation_bytes)
+        self.figures.backward_begins(pl_module)
         if not torch.isfinite(loss):
-            raise DA3Error(self._not_finite(loss))
+            domain = self.session.network.active_domain or ""
+            raise DA3Error(
+                f"The loss of domain {domain!r} is {loss.item()}; the step was not taken. "
+                f"{self.files.last_good(domain)} Lower the learning rate, clip gradients "
+                "(Trainer(gradient_clip_val=1.0)), or look for NaN in the data."
+            )
 
     @override
     def on_train_batch_end(
@@ -192,141 +210,24 @@ class DA3Callback(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        assert self.model is not None
-        if self.first_steps is not None and self.first_steps.end():
-            self._log_peak(pl_module, self.first_steps)
-        fraction = self.model.executed_flops_fraction
-        if fraction is not None:
-            _log(pl_module, "da3/executed_flops_fraction", fraction)
+        self.figures.step_ends(pl_module, self.session.network)
 
-    def _log_peak(self, pl_module: L.LightningModule, steps: FirstSteps) -> None:
-        _log(pl_module, "da3/peak_bytes", steps.peak_bytes)
-        if steps.predicted is not None:
-            _log(pl_module, "da3/predicted_peak_bytes", steps.predicted.peak_bytes)
-        if steps.surprising:
-            rank_zero_warn(_surprised(steps), category=PredictionWarning)
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.figures.epoch_ends(pl_module)
+        if trainer.is_global_zero:
+            metrics = trainer.callback_metrics
+            self.files.save(self.session.network, self.session.domains, metrics)
 
     @override
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        if self.first_steps is not None:
-            self.first_steps.abort()
+        self.figures.abort()
+        stop_waiting(pl_module)
+        self.session.close_domains()
         if self.model is not None:
             self.model.gates_over_ranks = False  # the other ranks may be gone
-
-    # --- evaluation -------------------------------------------------------------------------------
-
-    @override
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._remember()
-
-    @override
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._remember()
-
-    @override
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._remember()
-
-    @override
-    def on_validation_batch_start(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._activate(trainer.val_dataloaders, dataloader_idx)
-
-    @override
-    def on_test_batch_start(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._activate(trainer.test_dataloaders, dataloader_idx)
-
-    @override
-    def on_predict_batch_start(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._activate(trainer.predict_dataloaders, dataloader_idx)
-
-    @override
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._return()
-
-    @override
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._return()
-
-    @override
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._return()
-
-    def _remember(self) -> None:
-        assert self.model is not None
-        self._before_evaluation = self.model.active_domain
-
-    def _return(self) -> None:
-        assert self.model is not None
-        self.model.set_domain(self._before_evaluation)
-
-    def _activate(self, loaders: Any, dataloader_idx: int) -> None:
-        """The domain that a loader is of, if loaders are named by domain."""
-        assert self.model is not None
-        if isinstance(loaders, Mapping) and {*loaders} <= {*self.model.domains}:
-            self.model.set_domain(list(loaders)[dataloader_idx])
-        elif len(self.session.domains) > 1:
-            raise ConfigError(
-                f"This run is of {list(self.session.domains)}, so its loaders must say of which "
-                "domain they are: give a dict of loaders by name of the domain."
-            )
-
-    # --- files ------------------------------------------------------------------------------------
-
-    @override
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        resident = resident_bytes() if pl_module.device.type == "cpu" else None
-        if resident is not None:
-            _log(pl_module, "da3/resident_bytes", resident)
-        if self.save_dir is not None and trainer.is_global_zero:
-            self._save(Path(self.save_dir), _finite(trainer.callback_metrics))
-
-    def _save(self, folder: Path, metrics: dict[str, float]) -> None:
-        assert self.model is not None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"Cannot make the folder {str(folder)!r}: {error}.") from error
-        for domain in self.session.domains:
-            self.model.save_domain(domain, folder / f"{domain}.safetensors", metrics=metrics)
-
-    def _not_finite(self, loss: Tensor) -> str:
-        assert self.model is not None
-        domain = self.model.active_domain or ""
-        path = self._path(domain)
-        if path is None:
-            kept = "No state was saved: give DA3Callback a `save_dir`."
-        elif path.exists():
-            kept = f"The last good state is {str(path)!r}."
-        else:
-            kept = "No epoch was finished yet, so no state was saved."
-        return (
-            f"The loss of domain {domain!r} is {loss.item()}; the step was not taken. {kept} "
-            "Lower the learning rate, clip gradients (Trainer(gradient_clip_val=1.0)), or look "
-            "for NaN in the data."
-        )
 
 
 def _domains(domain: str | Mapping[str, int], num_classes: int | None) -> Mapping[str, int | None]:
@@ -344,35 +245,6 @@ def _domains(domain: str | Mapping[str, int], num_classes: int | None) -> Mappin
     return dict(domain)
 
 
-def _log(pl_module: L.LightningModule, key: str, value: float | Tensor | None) -> None:
-    assert value is not None
-    value = value if isinstance(value, Tensor) else float(value)
-    pl_module.log(key, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
-
-
-def _can_measure_peak(trainer: L.Trainer, device: torch.device) -> bool:
-    """Known kinds of device, and on CPU no other profiler: only one can run at a time."""
-    if trainer.world_size > 1:
-        return False
-    return device.type == "cuda" or (device.type == "cpu" and not is_profiling())
-
-
-def _surprised(steps: FirstSteps) -> str:
-    assert steps.predicted is not None and steps.peak_bytes is not None
-    said, found = steps.predicted.peak_bytes / 2**20, steps.peak_bytes / 2**20
-    return (
-        f"A training step peaked at {found:.1f} MiB above its start; {said:.1f} MiB were predicted "
-        "for the network. What `training_step` computes beside the network, its loss and the "
-        "optimizer take memory as well: leave room for them where you choose a batch by the "
-        "prediction. DA3Callback(predict=False) predicts nothing."
-    )
-
-
 def _progress(trainer: L.Trainer) -> float:
     total = trainer.estimated_stepping_batches
     return 1.0 if math.isinf(total) or total <= 0 else min(1.0, trainer.global_step / total)
-
-
-def _finite(metrics: dict[str, Any]) -> dict[str, float]:
-    values = {name: float(value) for name, value in metrics.items()}
-    return {name: value for name, value in values.items() if math.isfinite(value)}

@@ -1,6 +1,6 @@
 """The first two steps of a training: what they keep and peak at, measured and predicted.
 
-Nothing here logs, and no Lightning is imported.
+Nothing here logs.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class FirstSteps:
     Before the second, its peak is predicted from what the network was called with in the first.
 
     Args:
-        network: Of which the prediction is.
+        network: The network whose step is predicted.
         predict: Whether to make one; it takes a few seconds for a large network.
 
     Attributes:
         saved_activation_bytes: Kept for the backward pass in the first step; None: not measured.
         saved_by_module: The same by module.
-        peak_bytes: Of the second step, above its start; None: not measured.
+        peak_bytes: Peak of the second step above its start; None: not measured.
         predicted: What the network's step was predicted to cost; None where that is not known: it
             is called several times in a step, is compiled, or asks for values of its tensors.
         surprising: Whether the measured peak is far from the predicted one.
@@ -56,7 +56,7 @@ class FirstSteps:
 
         Args:
             module: Holds the network and whatever else the step uses.
-            batch: Of the step; its tensors are activations.
+            batch: The batch of the step; its tensors are activations.
             peak_on: Device on which the peak can be measured, or None.
         """
         step = len(self._calls)
@@ -162,9 +162,9 @@ def _prediction(network: nn.Module, calls: list[_Call]) -> StepPrediction | None
     if len(calls) != 1:
         return None
     (call,) = calls
-    holder = getattr(network, "holder", None)
-    if holder is not None and holder.predicted is not None:  # to split the batch, it was needed
-        return cast(StepPrediction, holder.predicted)
+    policy = getattr(network, "budget_policy", None)
+    if policy is not None and policy.predicted is not None:  # to split the batch, it was needed
+        return cast(StepPrediction, policy.predicted)
 
     def with_autocast(twin: nn.Module) -> None:
         if call.autocast is not None:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_da3.errors import CheckpointError
 from lightning_da3.files.domain_file import read_domain
+from lightning_da3.files.folders import make_folder
 from lightning_da3.passes.hosts import host_key
 from lightning_da3.planning.plan import NodePlan, Plan
 from lightning_da3.plotting import flat, place_of, plot_step
@@ -39,9 +39,9 @@ def log_figure(logger: Any, name: str, figure: Figure, step: int | None = None) 
 
     Args:
         logger: W&B: an image; TensorBoard: a figure; any other: ``<name>.png`` in its folder.
-        name: Of the picture; a ``/`` becomes a ``-`` in file names.
+        name: The name of the picture; a ``/`` becomes a ``-`` in file names.
         figure: A matplotlib figure, as `lightning_da3.plotting` makes them.
-        step: Of the training, or None if the picture belongs to none.
+        step: The training step, or None if the picture belongs to none.
     """
     if _is(logger, "WandbLogger"):
         logger.log_image(key=name, images=[figure], step=step)
@@ -57,7 +57,7 @@ def log_first_steps(logger: Any, steps: FirstSteps | None, name: str = "memory_o
     Args:
         logger: As `log_figure` takes it.
         steps: `DA3Callback.first_steps`, after a fit. Without a prediction there is no picture.
-        name: Of the picture.
+        name: The name of the picture.
     """
     if steps is not None and steps.predicted is not None:
         figure = plot_step(
@@ -107,9 +107,9 @@ def log_plan_table(
 
     Args:
         logger: W&B: a table; any other: ``<name>.csv`` in its folder.
-        plan: Of the converted network.
+        plan: The plan of the converted network.
         by_module: `SavedActivations.by_module` of the converted network, or of what holds it.
-        name: Of the table.
+        name: The name of the table.
     """
     rows = plan_rows(plan, by_module)
     if _is(logger, "WandbLogger"):
@@ -142,7 +142,7 @@ def plan_rows(plan: Plan, by_module: Mapping[str, int]) -> list[list[Any]]:
     Their bytes add up to those of `by_module`.
 
     Args:
-        plan: Of the converted network.
+        plan: The plan of the converted network.
         by_module: Bytes by module of the converted network, or of what holds it.
     """
     layers = {flat(node.place): _row(node.place, *_about(node)) for node in plan.nodes}
@@ -171,8 +171,4 @@ def _is(logger: Any, kind: str) -> bool:
 
 def _file(logger: Any, name: str) -> Path:
     folder = Path(getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None) or ".")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"Cannot make the folder {str(folder)!r}: {error}.") from error
-    return folder / name.replace("/", "-")
+    return make_folder(folder) / name.replace("/", "-")

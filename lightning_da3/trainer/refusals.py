@@ -1,4 +1,4 @@
-"""What a run refuses, with the reason and the alternative. Nothing here imports Lightning."""
+"""What a run refuses, with the reason and the alternative."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 from lightning_da3.errors import ConfigError
 from lightning_da3.model.model import DA3Model
 from lightning_da3.trainer.attaching import find_backbone
+from lightning_da3.trainer.building import builds_later
+from lightning_da3.trainer.lightning_private import is_from_lightning, is_of_lightning
 
 BACKBONE_OUT_OF_REACH = (
     "the backbone is frozen, folded into constants and left out of checkpoints: changes to it "
@@ -20,19 +22,6 @@ REFUSED_PRECISIONS = {
     "BitsandbytesPrecision": f"It replaces layers of the backbone; {BACKBONE_OUT_OF_REACH}.",
     "TransformerEnginePrecision": f"It replaces layers of the backbone; {BACKBONE_OUT_OF_REACH}.",
 }
-
-
-def builds_later(pl_module: Any) -> bool:
-    """Whether the network may be made, or made anew, after `Callback.setup`."""
-    return any(
-        not getattr(type(pl_module), hook).__module__.endswith((".core.hooks", ".core.module"))
-        for hook in ("setup", "configure_model")
-    )
-
-
-def starts_processes(strategy: Any) -> bool:
-    """Whether it trains in processes that get the LightningModule as a copy: spawn and fork."""
-    return is_of_lightning(getattr(strategy, "launcher", None), "_MultiProcessingLauncher")
 
 
 def check_converted_before(strategy: Any, pl_module: Any, backbone: str | None) -> None:
@@ -57,7 +46,7 @@ def check_strategy(strategy: Any) -> None:
     Raises:
         ConfigError: It is neither Lightning's single-device nor its DDP strategy, nor derived.
     """
-    kinds = [kind for kind in type(strategy).__mro__ if _from_lightning(kind)]
+    kinds = [kind for kind in type(strategy).__mro__ if is_from_lightning(kind)]
     if not kinds or kinds[0].__name__ not in ("SingleDeviceStrategy", "DDPStrategy"):
         raise ConfigError(
             f"{type(strategy).__name__} is not supported: it shards or replaces parameters, which "
@@ -83,12 +72,3 @@ def check_plugins(trainer: Any) -> None:
     ]
     if problems:
         raise ConfigError(" ".join(problems))
-
-
-def is_of_lightning(thing: Any, kind: str) -> bool:
-    """By name: both of Lightning's packages have the class."""
-    return any(cls.__name__ == kind and _from_lightning(cls) for cls in type(thing).__mro__)
-
-
-def _from_lightning(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] in ("lightning", "pytorch_lightning")

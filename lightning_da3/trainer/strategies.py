@@ -6,30 +6,33 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from typing_extensions import override
 
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import ConfigError
+from lightning_da3.trainer.building import builds_later
 from lightning_da3.trainer.callback import DA3Callback
-from lightning_da3.trainer.refusals import builds_later, check_converted_before
+from lightning_da3.trainer.lightning_private import PreparingStrategy
+from lightning_da3.trainer.refusals import check_converted_before, check_plugins
+from lightning_da3.trainer.session import TrainingSession
+from lightning_da3.trainer.strategy_methods import LearnsDomains
 
 
-class DA3Strategy(SingleDeviceStrategy):
+class DA3Strategy(LearnsDomains, SingleDeviceStrategy):
     """One device; the network is converted before any callback or optimizer sees it.
 
     What is learned comes from the Trainer's `DA3Callback`, or, if it has none, from here: the
     strategy then adds one.
 
     Args:
-        domain: Its name; or, to learn several, numbers of classes by name.
-        num_classes: Of the one domain; needed when it is new.
-        config: For the conversion; the same for every domain of one network.
+        domain: The name of the domain; or, to learn several, numbers of classes by name.
+        num_classes: The number of classes of the one domain; needed when it is new.
+        config: The choices for the conversion; the same for every domain of one network.
         backbone: Name of the network inside the LightningModule; by default the one child that has
             convolutions.
         save_dir: Folder in which ``<domain>.safetensors`` is kept up to date after every epoch.
-        budget: What a step may take at its peak, as of `MemoryConfig`; None: as `config` says.
+        budget: The peak bytes that a step may take, as in `MemoryConfig`; None: as `config` says.
         kwargs: As `lightning.pytorch.strategies.SingleDeviceStrategy` takes them.
     """
 
@@ -66,10 +69,10 @@ class DA3Strategy(SingleDeviceStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        _start(self.lightning_module, self._da3)
+        self.session = _start(self.lightning_module, self._da3)
 
 
-class DA3DDPStrategy(DDPStrategy):
+class DA3DDPStrategy(LearnsDomains, PreparingStrategy):
     """DistributedDataParallel; the network is converted before any callback or optimizer sees it.
 
     Gradients are those of one process with the same global batch, the gates' budget included.
@@ -77,13 +80,13 @@ class DA3DDPStrategy(DDPStrategy):
     that the main process has the learned domains at the end.
 
     Args:
-        domain: Its name; or, to learn several, numbers of classes by name.
-        num_classes: Of the one domain; needed when it is new.
-        config: For the conversion; the same for every domain of one network.
+        domain: The name of the domain; or, to learn several, numbers of classes by name.
+        num_classes: The number of classes of the one domain; needed when it is new.
+        config: The choices for the conversion; the same for every domain of one network.
         backbone: Name of the network inside the LightningModule; by default the one child that has
             convolutions.
         save_dir: Folder in which ``<domain>.safetensors`` is kept up to date after every epoch.
-        budget: What a step may take at its peak, as of `MemoryConfig`; None: as `config` says.
+        budget: The peak bytes that a step may take, as in `MemoryConfig`; None: as `config` says.
         kwargs: As `lightning.pytorch.strategies.DDPStrategy` takes them.
     """
 
@@ -105,29 +108,17 @@ class DA3DDPStrategy(DDPStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        _start(self.lightning_module, self._da3)
+        self.session = _start(self.lightning_module, self._da3)
 
     @override
-    def _configure_launcher(self) -> None:
-        super()._configure_launcher()
-        if self._start_method != "popen":
-            self._launcher = _ConvertingLauncher(self, self._start_method)
-
-
-class _ConvertingLauncher(_MultiProcessingLauncher):
-    """Converts in the main process, which gets the domains' state back from a started one."""
-
-    @override
-    def launch(
-        self, function: Any, *args: Any, trainer: L.Trainer | None = None, **kwargs: Any
-    ) -> Any:
-        if trainer is not None and trainer.state.fn == "fit":
-            callback = _find(trainer, self._strategy._da3)  # type: ignore[attr-defined]
+    def before_launch(self, trainer: L.Trainer) -> None:
+        """Convert in the main process, which gets the domains' state back from a started one."""
+        if trainer.state.fn == "fit":
+            callback = _find(trainer, self._da3)
             module = trainer.lightning_module
             if builds_later(module):
-                check_converted_before(self._strategy, module, callback.backbone)
+                check_converted_before(self, module, callback.backbone)
             callback.session.attach(module)
-        return super().launch(function, *args, trainer=trainer, **kwargs)
 
 
 def _callback(
@@ -153,16 +144,17 @@ def _callback(
     return None
 
 
-def _start(pl_module: L.LightningModule | None, own: DA3Callback | None) -> None:
+def _start(pl_module: L.LightningModule | None, own: DA3Callback | None) -> TrainingSession:
     """The first hook in which the Trainer has all of its callbacks."""
     assert pl_module is not None
     trainer: Any = pl_module.trainer
     callback = _find(trainer, own)
     if callback not in trainer.callbacks:
         trainer.callbacks.insert(0, callback)
-    callback.session.bind(trainer)
+    check_plugins(trainer)
     if not builds_later(pl_module):
         callback.session.attach(pl_module, trainer)
+    return callback.session
 
 
 def _find(trainer: Any, own: DA3Callback | None) -> DA3Callback:

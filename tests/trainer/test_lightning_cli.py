@@ -84,7 +84,7 @@ def test_strategies_by_name(tmp_path, name):
 
 def test_a_strategy_by_class(tmp_path):
     made = cli(tmp_path, STRATEGY, "--trainer.devices=1")
-    assert made.trainer.strategy._da3.run.domains == {"digits": 2, "faces": 3}
+    assert made.trainer.strategy._da3.session.domains == {"digits": 2, "faces": 3}
     assert made.trainer.strategy._da3.config.gate is None
 
 

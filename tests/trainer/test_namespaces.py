@@ -14,7 +14,7 @@ from lightning_da3 import (
     DomainLoader,
     load_from_checkpoint,
 )
-from lightning_da3.trainer.refusals import builds_later
+from lightning_da3.trainer.building import builds_later
 
 pl = pytest.importorskip("pytorch_lightning")
 from pytorch_lightning.callbacks import (  # noqa: E402

@@ -17,9 +17,8 @@ LIMIT_S = 300  # far more than any of them takes; a hang is a failure
 
 def run(name, folder, strategy, **environment):
     """What a run printed, and how it ended."""
-    package = str(Path(lightning_da3.__file__).parents[1])
-    inherited = os.environ.get("PYTHONPATH")
-    paths = [package, inherited] if inherited else [package]
+    places = [Path(lightning_da3.__file__).parents[1], Path(ranks.__file__).parents[1]]
+    paths = [*map(str, places), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.run(
         [sys.executable, "-W", "ignore", ranks.__file__, name, str(folder), strategy],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},

@@ -1,23 +1,30 @@
-"""fit_sequence: wherever it is stopped, it ends with the same weights, bit for bit."""
+"""fit_sequence: what comes out, and what is refused."""
 
-import random
 from functools import partial
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from helpers.sequences import (
+    CONFIG,
+    Data,
+    DeathError,
+    Lit,
+    Validated,
+    assert_same,
+    learn,
+    loader,
+    logits,
+    make_trainer,
+    weights,
+)
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_da3 import (
-    AdapterConfig,
     CheckpointError,
     ConfigError,
     DA3Callback,
-    DA3Config,
     DA3Model,
     DomainError,
     DomainFolder,
@@ -25,224 +32,6 @@ from lightning_da3 import (
     convert,
     fit_sequence,
 )
-from lightning_da3.files.domain_file import read_domain
-
-CONFIG = DA3Config(adapter=AdapterConfig(hidden_channels=2, min_stride=1))  # gates draw noise
-
-
-class DeathError(Exception):
-    """As of a process that is gone."""
-
-
-class Death(L.Callback):
-    def __init__(self, after):
-        self.left = after
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.left -= 1
-        if self.left < 0:
-            raise DeathError
-
-
-class Images(Dataset):
-    """Every sample draws from all three global sources of random numbers."""
-
-    def __len__(self):
-        return 10
-
-    def __getitem__(self, index):
-        noise = torch.randn(3, 8, 8) + float(np.random.rand()) + random.random()  # noqa: NPY002
-        return noise + index, index % 2
-
-
-class Stream(IterableDataset):
-    """Of unknown length; its order is drawn, its samples are not."""
-
-    def __iter__(self):
-        for index in torch.randperm(6).tolist():
-            yield torch.full((3, 8, 8), float(index)), index % 2
-
-
-class Lit(L.LightningModule):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(3)  # in place of pretrained weights
-        self.net = nn.Sequential(
-            nn.Conv2d(3, 4, 3, stride=2, bias=False),
-            nn.BatchNorm2d(4),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(4, 5),
-        )
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        loss = F.cross_entropy(F.dropout(self.net(x), 0.1), y)
-        self.log("loss", loss)
-        return loss
-
-    def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.parameters(), 1e-2)
-        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
-
-
-class Validated(Lit):
-    def validation_step(self, batch, batch_idx):
-        self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
-
-
-class Data(L.LightningDataModule):
-    def train_dataloader(self):
-        return loader()
-
-    def val_dataloader(self):
-        return val_loader()
-
-
-def loader(**kwargs):
-    return DataLoader(Images(), **{"batch_size": 2, "shuffle": True, **kwargs})
-
-
-def val_loader():
-    return DataLoader(Images(), batch_size=5)
-
-
-def own_generator():
-    return loader(generator=torch.Generator().manual_seed(5))
-
-
-def make_trainer(callbacks, more=list, **options):
-    options = {"max_epochs": 2, "logger": False, "deterministic": True, **options}
-    return L.Trainer(
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[*more(), *callbacks],
-        **options,
-    )
-
-
-def learn(folder, *, tasks=None, module=Lit, every=1, after=10**6, more=list, **options):
-    """One process's life: it dies after so many batches, of all domains together."""
-    death = Death(after)
-    tasks = {"a": (2, loader()), "b": (3, loader())} if tasks is None else tasks()
-    return fit_sequence(
-        module,
-        tasks,
-        partial(make_trainer, more=lambda: [*more(), death], **options),
-        folder,
-        config=CONFIG,
-        save_every_n_steps=every,
-    )
-
-
-def weights(folder):
-    return {path.stem: read_domain(path).tensors for path in folder.glob("*.safetensors")}
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, tensors in expected.items():
-        for key, value in tensors.items():
-            assert torch.equal(found[name][key], value), f"{name}: {key}"
-
-
-def logits(module, domain):
-    module.net.eval().set_domain(domain)
-    with torch.no_grad():
-        return module.net(torch.ones(1, 3, 8, 8))
-
-
-VALIDATED = {
-    "module": Validated,
-    "tasks": lambda: {"a": (2, loader(), val_loader()), "b": (3, Data())},
-}
-WAYS = {
-    "every step": {},
-    "every third step": {"every": 3},
-    "epochs of one step": {"tasks": lambda: {"a": (2, loader(batch_size=10))}, "max_epochs": 4},
-    "by steps": {"max_epochs": -1, "max_steps": 8},
-    "by steps, validated": {**VALIDATED, "max_epochs": -1, "max_steps": 8},
-    "validated": VALIDATED,
-    "validated in the epoch": {**VALIDATED, "val_check_interval": 2},
-    "accumulated": {"accumulate_grad_batches": 2},
-    "stopped early": {
-        **VALIDATED,
-        "max_epochs": 5,
-        "more": lambda: [EarlyStopping("val_loss", min_delta=10.0, patience=1)],
-    },
-    "generator of its own": {"tasks": lambda: {"a": (2, own_generator())}},
-    "stream": {"tasks": lambda: {"a": (2, DataLoader(Stream(), batch_size=2))}, "max_epochs": 3},
-}
-
-
-def total_batches(way, folder):
-    """Of an uninterrupted run, whose domains stay in the folder."""
-    counted = []
-
-    class Count(L.Callback):
-        def on_train_batch_start(self, *_):
-            counted.append(1)
-
-    more = WAYS[way].get("more", list)
-    learn(folder, **{**WAYS[way], "more": lambda: [*more(), Count()]})
-    return len(counted)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_a_run_that_died_often_ends_with_the_same_bits(tmp_path, way):
-    total = total_batches(way, tmp_path / "whole")
-    deaths = 0
-    while True:
-        try:
-            # never twice at one place, and through in the end
-            learn(tmp_path / "often", **WAYS[way], after=total // 3 + deaths)
-            break
-        except DeathError:
-            deaths += 1
-    assert deaths >= 2
-    assert_same(weights(tmp_path / "often"), weights(tmp_path / "whole"))
-    left = {path.name for path in (tmp_path / "often").iterdir()}
-    assert left == {*(path.name for path in (tmp_path / "whole").iterdir())}
-    assert not [name for name in left if name.endswith((".ckpt", ".tmp"))]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["by steps, validated", "validated in the epoch", "stopped early"])
-def test_wherever_a_run_died_it_ends_with_the_same_bits(tmp_path, way):
-    total = total_batches(way, tmp_path / "whole")
-    for after in range(total):
-        folder = tmp_path / str(after)
-        with pytest.raises(DeathError):
-            learn(folder, **WAYS[way], after=after)
-        learn(folder, **WAYS[way])
-        assert_same(weights(folder), weights(tmp_path / "whole"))
-
-
-def test_a_stop_costs_at_most_the_steps_between_two_saves(tmp_path):
-    steps = []
-
-    class Steps(L.Callback):
-        def on_train_batch_start(self, trainer, *_):
-            steps.append(trainer.global_step)
-
-    with pytest.raises(DeathError):
-        learn(tmp_path, after=3, every=2)
-    learn(tmp_path, every=2, more=lambda: [Steps()])
-    assert steps[:3] == [2, 3, 4]  # of the first domain's ten
-
-
-def test_workers_of_the_dataloader_give_the_same_bits(tmp_path):
-    def tasks():
-        return {"a": (2, loader(num_workers=1))}
-
-    learn(tmp_path / "whole", tasks=tasks, max_epochs=1)
-    with pytest.raises(DeathError):
-        learn(tmp_path / "died", tasks=tasks, max_epochs=1, after=3)
-    learn(tmp_path / "died", tasks=tasks, max_epochs=1)
-    assert_same(weights(tmp_path / "died"), weights(tmp_path / "whole"))
-
 
 # --- what comes out
 

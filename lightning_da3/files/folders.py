@@ -1,0 +1,26 @@
+"""Makes folders for files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_da3.errors import CheckpointError
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder, and those that it lies in, unless it is there.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: It cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"Cannot make the folder {str(path)!r}: {error}.") from error
+    return path

@@ -1,0 +1,87 @@
+"""A training step: of the domain that the batch names, in parts where the budget asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from lightning_da3.budget.accumulation import accumulated, samples_in_batch
+from lightning_da3.errors import ConfigError
+from lightning_da3.trainer.lightning_private import count_logged_
+from lightning_da3.trainer.session import TrainingSession
+
+
+def changes_steps(session: TrainingSession) -> bool:
+    """Whether a run's training steps differ from Lightning's own."""
+    return len(session.domains) > 1 or session.network.budget_policy.by == "accumulate"
+
+
+def training_step(
+    session: TrainingSession,
+    strategy: Any,
+    proceed: Callable[..., Any],
+    batch: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Take a training step.
+
+    Args:
+        session: What the run learns.
+        strategy: The Trainer's.
+        proceed: The strategy's own training step.
+        batch: With several domains, ``{name: batch}``.
+        args: As `proceed` takes them.
+        kwargs: As `proceed` takes them.
+
+    Raises:
+        ConfigError: The batch does not name one domain, or the step cannot be split.
+    """
+    if len(session.domains) > 1:
+        name, batch = _named(session, batch)
+        session.network.set_domain(name)
+    if not session.network.budget_policy.accumulates:
+        return proceed(batch, *args, **kwargs)
+    module = strategy.lightning_module
+    if not module.automatic_optimization:
+        raise ConfigError(
+            "MemoryConfig(split='accumulate') cannot split the training step of a module with "
+            "automatic_optimization=False: call `lightning_da3.accumulated` in it yourself, or "
+            "use split='pieces'."
+        )
+
+    def step(part: Any) -> Any:
+        count_logged_(module.trainer, samples_in_batch(part))
+        return proceed(part, *args, **kwargs)
+
+    try:
+        return accumulated(
+            session.network,
+            step,
+            batch,
+            parameters=module.parameters(),
+            scale=loss_scale(module.trainer),
+            unsynced=getattr(strategy, "block_backward_sync", nullcontext),
+        )
+    finally:
+        count_logged_(module.trainer, None)
+
+
+def loss_scale(trainer: Any) -> float:
+    """The factor by which float16 training multiplies the loss, so that gradients do not vanish."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def _named(session: TrainingSession, batch: Any) -> tuple[str, Any]:
+    """The domain that a batch names, and the batch itself."""
+    if isinstance(batch, dict) and len(batch) == 1 and {*batch} <= {*session.domains}:
+        ((name, inner),) = batch.items()
+        return name, inner
+    got = f"dict of {list(batch)}" if isinstance(batch, dict) else type(batch).__name__
+    raise ConfigError(
+        f"This run learns {list(session.domains)}, so a training batch must say of which one "
+        f"domain it is: {{name: batch}}. Got a {got}. trainer.fit(module, DomainLoader({{name: "
+        "loader, ...})) of a `lightning` Trainer gives such batches."
+    )
