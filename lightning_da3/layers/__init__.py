@@ -2,7 +2,7 @@
 
 from lightning_da3.layers.facts import Facts, Replacement, register
 from lightning_da3.layers.functions import convolution_of, facts_of_function, layer_of
-from lightning_da3.layers.modules import ADAPTIVE_POOLS, BATCH_NORMS, CONVS
+from lightning_da3.layers.modules import ADAPTIVE_POOLS, BATCH_NORMS, CONVS, TRANSPOSED
 from lightning_da3.layers.queries import (
     attribute_is_number,
     copying_name,
@@ -26,6 +26,7 @@ __all__ = [
     "ADAPTIVE_POOLS",
     "BATCH_NORMS",
     "CONVS",
+    "TRANSPOSED",
     "Facts",
     "Replacement",
     "attribute_is_number",

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import is_fake
 
 from lightning_da3.layers.facts import Replacement, register
 from lightning_da3.nn.frozen import (
@@ -22,8 +21,10 @@ from lightning_da3.nn.frozen import (
 )
 from lightning_da3.ops.activation import Slopes
 from lightning_da3.ops.smooth import SMOOTH, Smooth, celu, elu, gelu, softplus
+from lightning_da3.torch_private.fake import is_fake
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 ADAPTIVE_POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 
@@ -167,7 +168,7 @@ def _hardsigmoid(layer: nn.Hardsigmoid) -> Replacement:
     return Replacement(lambda _: HardSigmoid(), "bits")
 
 
-@register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, by_sample=True)
+@register(*TRANSPOSED, by_sample=True)
 def _conv_transpose(layer: nn.ConvTranspose2d) -> Replacement:
     return Replacement(lambda _: FrozenConvTranspose(layer))
 

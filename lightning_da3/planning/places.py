@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import fx, nn
+from torch import fx
 
-from lightning_da3.layers import CONVS, operation
+from lightning_da3.layers import CONVS, TRANSPOSED, operation
 from lightning_da3.tracing.graphs import module_of
 
-_WITH_WEIGHTS = (*CONVS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_WITH_WEIGHTS = (*CONVS, *TRANSPOSED)
 
 
 def find_places(gm: fx.GraphModule) -> dict[str, str]:

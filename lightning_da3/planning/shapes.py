@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_da3.layers import ADAPTIVE_POOLS, CONVS
 from lightning_da3.memory import fake_mode_of
@@ -17,6 +16,7 @@ from lightning_da3.memory.fake import quiet
 from lightning_da3.memory.names import mutable
 from lightning_da3.nn.frozen import numbers
 from lightning_da3.planning.layers import layer_called
+from lightning_da3.torch_private.fake import FakeTensorMode
 from lightning_da3.tracing.graphs import module_of
 
 Shapes = dict[fx.Node, tuple[int, ...]]

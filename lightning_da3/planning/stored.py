@@ -8,7 +8,7 @@ from operator import attrgetter
 
 from torch import fx, nn
 
-from lightning_da3.layers import has_hooks
+from lightning_da3.layers import TRANSPOSED, has_hooks
 from lightning_da3.nn.linear import attends_plainly
 from lightning_da3.planning.plan import NodePlan
 from lightning_da3.tracing.graphs import module_of
@@ -34,7 +34,7 @@ def find_stored(gm: fx.GraphModule, nodes: tuple[NodePlan, ...]) -> Iterator[str
     owners.update(id(attrgetter(name)(gm)) for name in reads)
     for called in calls.values():
         layer, step = module_of(gm, called[0]), plan[called[0].name]
-        if step.action == "freeze" or isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        if step.action == "freeze" or isinstance(layer, TRANSPOSED):
             yield from (node.name for node in called)  # their weights are copied
             continue
         shared = layer is None or any(owners[id(p)] > 1 for p in layer.parameters())

@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils._pytree import tree_leaves
 
 from lightning_da3.errors import ConversionError
 from lightning_da3.layers import facts_of_kind
+from lightning_da3.torch_private.modules import FORWARD_HOOKS, hooks_of, original_of
+from lightning_da3.torch_private.trees import tree_leaves
 from lightning_da3.tracing.layer_calls import DERIVED
 
 
@@ -46,8 +47,9 @@ def _plain_(model: nn.Module) -> nn.Module:
     """`model` without what only matters while it trains or runs compiled."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if hasattr(child, "_orig_mod"):  # torch.compile: compile the converted network
-                setattr(module, name, child._orig_mod)
+            original = original_of(child)  # torch.compile: compile the converted network
+            if original is not None:
+                setattr(module, name, original)
         if parametrize.is_parametrized(module):
             kind = type(module)  # the caller's, too, and removing edits it
             own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
@@ -55,16 +57,16 @@ def _plain_(model: nn.Module) -> nn.Module:
             setattr(module, DERIVED, True)
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-        for key, hook in list(module._forward_pre_hooks.items()):  # before parametrisations
+        (hooks,) = hooks_of(module, FORWARD_HOOKS[1:])
+        for key, hook in list(hooks.items()):  # what there was before parametrisations
             if isinstance(hook, (WeightNorm, SpectralNorm)):
                 setattr(module, DERIVED, True)
                 hook.remove(module)
-                del module._forward_pre_hooks[key]
+                del hooks[key]
         base = _same_layer(type(module))
         if base is not None:
             module.__class__ = base
-    model = getattr(model, "_orig_mod", model)
-    return model.requires_grad_(False)
+    return (original_of(model) or model).requires_grad_(False)
 
 
 def _same_layer(kind: type[nn.Module]) -> type[nn.Module] | None:

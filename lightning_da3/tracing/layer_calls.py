@@ -11,9 +11,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import is_fake
 
 from lightning_da3.layers import BATCH_NORMS, CONVS, facts_of_kind, has_hooks, kinds_that_call
+from lightning_da3.torch_private.fake import is_fake
 
 DERIVED = "weights_are_derived"  # marks a layer whose weight its network computes from others
 

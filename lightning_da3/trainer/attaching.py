@@ -14,8 +14,6 @@ from lightning_da3.layers import CONVS
 from lightning_da3.model.model import DA3Model
 from lightning_da3.model.state import EXTRA
 
-
-
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
