@@ -26,7 +26,9 @@ from torch import Tensor, nn
 
 from lightning_da3 import DA3Callback, DA3Config, DA3Model, MemoryConfig, convert
 from lightning_da3.metrics import AccuracyMatrix
-from lightning_da3.plotting import plot_accuracy_matrix, plot_gate_maps, plot_memory
+from lightning_da3.plotting.accuracies import plot_accuracy_matrix
+from lightning_da3.plotting.gates import plot_gate_maps
+from lightning_da3.plotting.memory import plot_memory
 from lightning_da3.trainer.loggers import (
     log_domain,
     log_figure,

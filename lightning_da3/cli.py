@@ -25,7 +25,7 @@ from lightning_da3.config import DA3Config, MemoryConfig
 from lightning_da3.converting import convert
 from lightning_da3.errors import ConfigError, DA3Error
 from lightning_da3.memory import without_values
-from lightning_da3.plotting import plot_step
+from lightning_da3.plotting.memory import plot_step
 from lightning_da3.torch_private.fake import (
     READ_ONE_VALUE,
     FakeTensor,

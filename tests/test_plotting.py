@@ -10,15 +10,10 @@ from torch import nn
 
 from lightning_da3 import AdapterConfig, ConfigError, DA3Config, DA3Error, convert
 from lightning_da3.memory import SavedActivations
-from lightning_da3.plotting import (
-    Place,
-    flat,
-    memory_rows,
-    place_of,
-    plot_accuracy_matrix,
-    plot_gate_maps,
-    plot_memory,
-)
+from lightning_da3.plotting.accuracies import plot_accuracy_matrix
+from lightning_da3.plotting.gates import plot_gate_maps
+from lightning_da3.plotting.memory import memory_rows, plot_memory
+from lightning_da3.plotting.places import Place, flat, place_of
 
 
 def texts(figure):

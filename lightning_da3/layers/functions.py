@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_da3.layers.facts import TABLE, UNKNOWN, Facts
-from lightning_da3.nn.frozen import ConvOfWeights
+from lightning_da3.nn.convolution import ConvOfWeights
 
 # --- what the table says of names -----------------------------------------------------------------
 

@@ -9,16 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_da3.layers.facts import Replacement, register
-from lightning_da3.nn.frozen import (
-    AdaptiveAvgPool,
-    AvgPool,
-    FrozenConvTranspose,
-    HardSigmoid,
-    MaxPool,
-    PiecewiseLinear,
-    QuantizedGradActivation,
-    numbers,
-)
+from lightning_da3.nn.activation import HardSigmoid, PiecewiseLinear, QuantizedGradActivation
+from lightning_da3.nn.convolution import FrozenConvTranspose
+from lightning_da3.nn.frozen import numbers
+from lightning_da3.nn.pooling import AdaptiveAvgPool, AvgPool, MaxPool
 from lightning_da3.ops.activation import Slopes
 from lightning_da3.ops.smooth import SMOOTH, Smooth, celu, elu, gelu, softplus
 from lightning_da3.torch_private.fake import is_fake

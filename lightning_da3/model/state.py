@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import CheckpointError, ConfigError, InputError
 from lightning_da3.files.domain_file import fingerprint
-from lightning_da3.nn.frozen import FrozenAffine, FrozenConv, FrozenConvTranspose
+from lightning_da3.nn.convolution import FrozenConv, FrozenConvTranspose
 from lightning_da3.nn.head import HeadSlot
+from lightning_da3.nn.normalization import FrozenAffine
 from lightning_da3.planning.plan import Plan
 
 if TYPE_CHECKING:

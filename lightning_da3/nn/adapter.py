@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_da3.errors import InputError
-from lightning_da3.nn.frozen import FrozenConv
+from lightning_da3.nn.convolution import FrozenConv
 from lightning_da3.ops.adapter import KeptInput, adapt, keep
 from lightning_da3.ops.adapter_cells import AdapterOptions, Weights
 from lightning_da3.ops.codes import Rows, read_back, sample_group

@@ -8,13 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_da3.nn.activation import HardSigmoid, PiecewiseLinear, QuantizedGradActivation
 from lightning_da3.nn.adapter import HostInput
-from lightning_da3.nn.frozen import (
-    FrozenConv,
-    HardSigmoid,
-    PiecewiseLinear,
-    QuantizedGradActivation,
-)
+from lightning_da3.nn.convolution import FrozenConv
 from lightning_da3.nn.head import HeadSlot
 from lightning_da3.ops.excitation import Branch, excited
 from lightning_da3.ops.linear import plain_linear

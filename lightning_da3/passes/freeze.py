@@ -10,7 +10,10 @@ from torch import fx, nn
 
 from lightning_da3.config import DA3Config
 from lightning_da3.layers import convolution_of, replacement_for
-from lightning_da3.nn.frozen import FrozenAffine, FrozenConv, FrozenConvTranspose, Sum, frozen
+from lightning_da3.nn.activation import Sum
+from lightning_da3.nn.convolution import FrozenConv, FrozenConvTranspose
+from lightning_da3.nn.frozen import frozen
+from lightning_da3.nn.normalization import FrozenAffine
 from lightning_da3.planning.layers import layer_called
 from lightning_da3.planning.plan import NodePlan, PartPlan
 from lightning_da3.tracing.graphs import Part, module_of

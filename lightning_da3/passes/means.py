@@ -10,7 +10,7 @@ from typing import cast
 
 from lightning_da3.config import DA3Config
 from lightning_da3.nn.adapter import HostOutput
-from lightning_da3.nn.frozen import FrozenConv
+from lightning_da3.nn.convolution import FrozenConv
 from lightning_da3.passes.hosts import OUTPUTS, host_key
 from lightning_da3.planning.plan import PartPlan
 from lightning_da3.tracing.graphs import Part, module_of

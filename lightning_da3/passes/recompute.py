@@ -9,7 +9,8 @@ from typing import Any
 from torch import fx
 
 from lightning_da3.config import DA3Config
-from lightning_da3.nn.frozen import FrozenConv, QuantizedGradActivation
+from lightning_da3.nn.activation import QuantizedGradActivation
+from lightning_da3.nn.convolution import FrozenConv
 from lightning_da3.nn.recomputed import ActivatedConv, Excitation, Recomputed, Shortcut
 from lightning_da3.passes.freeze import stands_for
 from lightning_da3.passes.hosts import INPUTS, OUTPUTS

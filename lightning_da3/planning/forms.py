@@ -9,13 +9,9 @@ import torch
 from torch import fx, nn
 
 from lightning_da3.layers import CONVS, facts_of_call, is_in_place, replacement_for
-from lightning_da3.nn.frozen import (
-    AdaptiveAvgPool,
-    HardSigmoid,
-    PiecewiseLinear,
-    QuantizedGradActivation,
-    pads_zeros_alike,
-)
+from lightning_da3.nn.activation import HardSigmoid, PiecewiseLinear, QuantizedGradActivation
+from lightning_da3.nn.convolution import pads_zeros_alike
+from lightning_da3.nn.pooling import AdaptiveAvgPool
 from lightning_da3.planning.layers import layer_called
 from lightning_da3.planning.plan import NodePlan, RecomputeRegion
 

@@ -8,7 +8,7 @@ from typing import TypeGuard
 from torch import fx, nn
 
 from lightning_da3.layers import BATCH_NORMS, CONVS, is_in_place, layer_of
-from lightning_da3.nn.frozen import Conv
+from lightning_da3.nn.convolution import Conv
 from lightning_da3.planning.plan import NodePlan
 from lightning_da3.tracing.graphs import module_of
 

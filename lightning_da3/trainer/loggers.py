@@ -24,7 +24,8 @@ from lightning_da3.files.domain_file import read_domain
 from lightning_da3.files.folders import make_folder
 from lightning_da3.passes.hosts import host_key
 from lightning_da3.planning.plan import NodePlan, Plan
-from lightning_da3.plotting import flat, place_of, plot_step
+from lightning_da3.plotting.memory import plot_step
+from lightning_da3.plotting.places import flat, place_of
 from lightning_da3.trainer.first_steps import FirstSteps
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from torch import nn
 from lightning_da3 import ConfigError, convert
 from lightning_da3.layers import Replacement, facts_of, facts_of_function, register
 from lightning_da3.layers.facts import TABLE
-from lightning_da3.nn.frozen import PiecewiseLinear
+from lightning_da3.nn.activation import PiecewiseLinear
 from lightning_da3.ops.activation import RELU
 
 

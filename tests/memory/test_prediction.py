@@ -20,7 +20,7 @@ from lightning_da3.memory import (
     predict_step,
     saved_activation_bytes,
 )
-from lightning_da3.plotting import plot_step
+from lightning_da3.plotting.memory import plot_step
 
 
 class Block(nn.Module):

@@ -27,7 +27,7 @@ from lightning_da3 import (
 )
 from lightning_da3.files.domain_file import read_domain, write_domain
 from lightning_da3.model.state import domain_state
-from lightning_da3.nn.frozen import FrozenConv
+from lightning_da3.nn.convolution import FrozenConv
 from lightning_da3.nn.statistics import FACTORS, SHRINKAGE, Statistics
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "v1.safetensors"

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from lightning_da3.nn.frozen import pad_of
+from lightning_da3.nn.convolution import pad_of
 
 
 @pytest.mark.parametrize("padding", ["same", "valid", 0, 1, (1, 2)])

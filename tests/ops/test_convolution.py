@@ -17,7 +17,8 @@ from helpers.ops import (
 )
 from torch import nn
 
-from lightning_da3.nn.frozen import FrozenConvTranspose, frozen
+from lightning_da3.nn.convolution import FrozenConvTranspose
+from lightning_da3.nn.frozen import frozen
 from lightning_da3.ops import convolution
 from lightning_da3.ops.activation import Slopes
 from lightning_da3.ops.convolution import frozen_conv, frozen_conv_transpose, pad_mode

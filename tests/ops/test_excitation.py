@@ -6,21 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.ops import FLOAT, kept_bytes, leaf, randn
+from lightning_da3.passes.shortcuts import shortcut_of
 from torch import nn
 
 from lightning_da3 import DA3Config, MemoryConfig, convert
-from lightning_da3.nn.frozen import (
-    AdaptiveAvgPool,
-    FrozenConv,
-    HardSigmoid,
-    PiecewiseLinear,
-    QuantizedGradActivation,
-)
+from lightning_da3.nn.activation import HardSigmoid, PiecewiseLinear, QuantizedGradActivation
+from lightning_da3.nn.convolution import FrozenConv
+from lightning_da3.nn.pooling import AdaptiveAvgPool
 from lightning_da3.nn.recomputed import ActivatedConv, Excitation, Recomputed
 from lightning_da3.ops.activation import RELU
 from lightning_da3.ops.recomputed import recomputed
 from lightning_da3.ops.smooth import SMOOTH
-from lightning_da3.passes.shortcuts import shortcut_of
 from lightning_da3.tracing.tracer import Tracer
 
 CHANNELS, HIDDEN = 48, 5

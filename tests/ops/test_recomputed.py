@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from helpers.ops import FLOAT, assert_no_graph, kept_bytes, leaf, randn
 from torch import nn
 
-from lightning_da3.nn.frozen import FrozenConv, QuantizedGradActivation
+from lightning_da3.nn.activation import QuantizedGradActivation
+from lightning_da3.nn.convolution import FrozenConv
 from lightning_da3.ops import activation
 from lightning_da3.ops.activation import Slopes, piecewise_linear
 from lightning_da3.ops.recomputed import activated, recomputed

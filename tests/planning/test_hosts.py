@@ -18,7 +18,7 @@ from lightning_da3 import (
     convert,
 )
 from lightning_da3.nn.adapter import HostInput, HostOutput
-from lightning_da3.nn.frozen import FrozenConv
+from lightning_da3.nn.convolution import FrozenConv
 
 
 @pytest.fixture(autouse=True)

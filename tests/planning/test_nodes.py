@@ -11,7 +11,9 @@ from lightning_da3 import (
     MemoryConfig,
     convert,
 )
-from lightning_da3.nn.frozen import FrozenAffine, FrozenConv, PiecewiseLinear, Sum
+from lightning_da3.nn.activation import PiecewiseLinear, Sum
+from lightning_da3.nn.convolution import FrozenConv
+from lightning_da3.nn.normalization import FrozenAffine
 from lightning_da3.planning.plan import NodePlan, Plan
 
 EXACT = MemoryConfig(exact=True)

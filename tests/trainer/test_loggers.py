@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_da3 import AdapterConfig, CheckpointError, DA3Config, convert
 from lightning_da3.memory import SavedActivations, predict_step
-from lightning_da3.plotting import plot_accuracy_matrix
+from lightning_da3.plotting.accuracies import plot_accuracy_matrix
 from lightning_da3.trainer.first_steps import FirstSteps
 from lightning_da3.trainer.loggers import (
     COLUMNS,

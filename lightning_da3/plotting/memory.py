@@ -1,41 +1,23 @@
-"""Pictures of what training keeps, where gates run and what was learned. No pyplot, no state.
-
-Needs matplotlib, which only the functions import: ``pip install lightning-da3[plot]``.
-"""
+"""Pictures of what training keeps, layer by layer, and over a step."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from lightning_da3.errors import ConfigError, DA3Error
+from lightning_da3.errors import ConfigError
 from lightning_da3.memory import StepPrediction
+from lightning_da3.plotting.figure import new_figure
+from lightning_da3.plotting.places import flat, place_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # of Okabe and Ito: told apart by colour-blind people, and in grey
-BEFORE, AFTER = "#D55E00", "#0072B2"
-DIMMED = (0.05, 0.08, 0.20)
-DARKEST = 0.3  # a black pixel is drawn so, or it would look skipped
-DIM_BY = 0.78  # how much of the dim colour covers a skipped cell
-WORTH_A_ROW = 1e-4  # of the largest row; a scalar kept somewhere would region the axis for nothing
-
-_CONVERTED = re.compile(
-    r"(?P<outside>(?:.*\.)?)(?:"
-    r"bank\.[^.]+\.(?:adapters\.(?P<adapter>[^.]+)(?:\..*)?|(?P<head>head)(?:\..*)?)"
-    r"|backbone\.(?:host_inputs|host_outputs)\.(?P<host>[^.]+)"
-    r"|backbone\.(?P<layer>.+))"
-)
-
-
-# --- memory ---------------------------------------------------------------------------------------
+BEFORE = "#D55E00"
+AFTER = "#0072B2"
+WORTH_A_ROW = 1e-4  # of the largest row; a scalar kept somewhere would stretch the axis for nothing
 
 
 def plot_memory(
@@ -70,7 +52,7 @@ def plot_memory(
     rows = memory_rows(before, after, head=head, max_rows=max_rows)
     least = WORTH_A_ROW * max(max(row) for row in rows.values())
     rows = {name: row for name, row in rows.items() if max(row) >= least}
-    figure = _figure(9.0, 1.6 + 0.31 * len(rows))
+    figure = new_figure(9.0, 1.6 + 0.31 * len(rows))
     axes = figure.add_subplot()
     _draw_bars(axes, rows)
     figure.suptitle(_memory_title(sum(before.values()), sum(after.values())), fontsize=12)
@@ -110,43 +92,6 @@ def memory_rows(
     for name, count in after.items():
         rows.setdefault(_group(name, group_by_layer, head), [0, 0])[1] += count
     return {name or "other": (row[0], row[1]) for name, row in rows.items() if any(row)}
-
-
-class Place(NamedTuple):
-    """Which part of the user's network a module of the converted one stands for.
-
-    Attributes:
-        kind: ``"layer"``, ``"host"`` (its adapter and gate), ``"head"``, or ``""``: none.
-        name: Of that part, as `flat` writes it.
-        outside: Name of the module that holds the converted network, with a dot behind, or empty.
-    """
-
-    kind: str
-    name: str
-    outside: str = ""
-
-
-def place_of(name: str) -> Place:
-    """Where in the user's network the module `name` of a converted network is.
-
-    ``backbone.layer1.0.relu`` is the layer ``layer1_0_relu``, and
-    ``bank.digits.adapters.layer1__0__conv1.norm`` the host ``layer1_0_conv1``.
-    """
-    found = _CONVERTED.fullmatch(name)
-    if found is None:
-        return Place("", flat(name))
-    outside = found["outside"]
-    if found["head"]:
-        return Place("head", "head", outside)
-    host = found["adapter"] or found["host"]
-    if host:
-        return Place("host", flat(host), outside)
-    return Place("layer", flat(found["layer"]), outside)
-
-
-def flat(name: str) -> str:
-    """A name with underscores for all else: dotted names, fx nodes and host keys become alike."""
-    return re.sub(r"[\W_]+", "_", name)
 
 
 def _cut(name: str, depth: int) -> str:
@@ -212,9 +157,6 @@ def _size(count: float) -> str:
     return f"{count:.3g} GiB"
 
 
-# --- a step ---------------------------------------------------------------------------------------
-
-
 def plot_step(
     ours: StepPrediction,
     finetune: StepPrediction | None = None,
@@ -235,7 +177,7 @@ def plot_step(
         measured_saved_bytes: What such a step kept for its backward pass; likewise.
         title: Of the picture.
     """
-    figure = _figure(9.0, 4.8)
+    figure = new_figure(9.0, 4.8)
     axes = figure.add_subplot()
     steps = [("DA3" if measured_peak_bytes is None else "DA3 predicted", ours, AFTER)]
     if finetune is not None:
@@ -284,157 +226,3 @@ def _progress(step: StepPrediction) -> list[float]:
     forward, count = step.forward_end, len(step.timeline)
     behind = max(1, count - forward - 1)
     return [i / forward if i < forward else 1 + (i - forward) / behind for i in range(count)]
-
-
-# --- gates ----------------------------------------------------------------------------------------
-
-
-def plot_gate_maps(
-    images: Tensor,
-    maps: Mapping[str, Tensor],
-    *,
-    max_images: int = 4,
-    max_hosts: int = 4,
-) -> Figure:
-    """Where the network looks: executed cells bright, skipped ones dimmed.
-
-    One row an image: the image, the mean over all hosts, and some hosts from early to late.
-
-    Args:
-        images: (N, 3, H, W) or (N, 1, H, W) of any range; each is stretched to its own.
-        maps: As of `DA3Model.gate_maps` for these images: (N, 1, *grid) of zeros and ones by host.
-        max_images: Most rows.
-        max_hosts: Most hosts, spread over the network.
-
-    Raises:
-        ConfigError: There is no map, or one does not fit the images.
-    """
-    _check_maps(images, maps)
-    images = _stretched(images[:max_images].detach().float().cpu())
-    size = images.shape[-2:]
-    gates = {name: gate[:max_images].detach().float().cpu() for name, gate in maps.items()}
-    shown = {"all hosts, mean": torch.stack([_laid_over(g, size) for g in gates.values()]).mean(0)}
-    shown |= {name: _laid_over(gates[name], size) for name in _spread(list(gates), max_hosts)}
-    figure = _figure(1.75 * (1 + len(shown)) + 0.2, 1.75 * len(images) + 1.1)
-    grid = figure.subplots(len(images), 1 + len(shown), squeeze=False)
-    for i, image in enumerate(images):
-        _show(grid[i][0], image, "input" if i == 0 else "")
-        for axes, (name, mask) in zip(grid[i][1:], shown.items(), strict=True):
-            heading = f"{_wrapped(name)}\n" if i == 0 else ""
-            _show(axes, _dimmed(image, mask[i]), f"{heading}{float(mask[i].mean()):.0%} executed")
-    figure.suptitle("Gates: bright cells are executed, dark ones skipped", fontsize=12)
-    return figure
-
-
-def _check_maps(images: Tensor, maps: Mapping[str, Tensor]) -> None:
-    if not maps:
-        raise ConfigError(
-            "There is no gate map. `DA3Model.gate_maps(images)` gives them while a domain with "
-            "gates is active: call `set_domain` first, and convert with gate=GateConfig()."
-        )
-    wrong = {
-        name: tuple(gate.shape)
-        for name, gate in maps.items()
-        if gate.dim() != 4 or gate.shape[:2] != (len(images), 1)
-    }
-    if images.dim() != 4 or images.shape[1] not in (1, 3) or not len(images) or wrong:
-        raise ConfigError(
-            "`images` must be (N, 3, H, W) or (N, 1, H, W) and every map (N, 1, h, w), got "
-            f"{tuple(images.shape)} and {wrong or 'fitting maps'}."
-        )
-
-
-def _stretched(images: Tensor) -> Tensor:
-    low = images.amin(dim=(1, 2, 3), keepdim=True)
-    high = images.amax(dim=(1, 2, 3), keepdim=True)
-    images = (images - low) / (high - low).clamp(min=1e-6)  # 0 to 1
-    return (DARKEST + (1 - DARKEST) * images).expand(-1, 3, -1, -1)
-
-
-def _laid_over(gate: Tensor, size: torch.Size) -> Tensor:
-    """(N, 1, *grid) to (N, *size), by nearest neighbours."""
-    return F.interpolate(gate, size=list(size), mode="nearest")[:, 0]
-
-
-def _dimmed(image: Tensor, mask: Tensor) -> Tensor:
-    dark = torch.tensor(DIMMED)[:, None, None]
-    return torch.lerp(image, dark.expand_as(image), DIM_BY * (1 - mask))
-
-
-def _spread(names: Sequence[str], most: int) -> list[str]:
-    """At most `most` of the names, the first and the last among them."""
-    if len(names) <= most:
-        return list(names)
-    step = (len(names) - 1) / max(1, most - 1)
-    return [names[round(i * step)] for i in range(most)]
-
-
-def _wrapped(name: str, width: int = 18) -> str:
-    """A dotted name in lines of at most about `width` characters, broken at dots."""
-    lines = [""]
-    for word in re.split(r"(?<=[.,])", name):
-        if lines[-1] and len(lines[-1]) + len(word) > width:
-            lines.append("")
-        lines[-1] += word
-    return "\n".join(lines)
-
-
-def _show(axes: Axes, image: Tensor, title: str) -> None:
-    axes.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
-    axes.set_title(title, fontsize=8)
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-# --- accuracies -----------------------------------------------------------------------------------
-
-
-def plot_accuracy_matrix(matrix: Tensor, domains: Sequence[str]) -> Figure:
-    """Accuracy on every domain, after each domain was learned.
-
-    Args:
-        matrix: (D, D) of fractions: rows after a domain, columns on a domain, NaN stays blank; as
-            of `lightning_da3.metrics.AccuracyMatrix.compute`.
-        domains: Their D names.
-
-    Raises:
-        ConfigError: The shapes do not fit.
-    """
-    matrix = matrix.detach().float().cpu()
-    count = len(domains)
-    if matrix.dim() == 0:
-        matrix = matrix.reshape(1, 1)  # what torchmetrics makes of one domain
-    if matrix.shape != (count, count):
-        raise ConfigError(
-            f"`matrix` must be ({count}, {count}) for the domains {list(domains)}, got "
-            f"{tuple(matrix.shape)}."
-        )
-    figure = _figure(2.6 + 0.95 * count, 1.9 + 0.75 * count)
-    axes = figure.add_subplot()
-    known = matrix[~matrix.isnan()]
-    low = min(0.5, float(known.min())) if known.numel() else 0.0
-    shown = axes.imshow(matrix.numpy(), cmap="cividis", vmin=low, vmax=1.0)
-    for row in range(count):
-        for column in range(count):
-            value = float(matrix[row, column])
-            if value == value:  # not NaN
-                colour = "black" if value > (low + 1) / 2 else "white"
-                axes.text(column, row, f"{100 * value:.1f}", ha="center", va="center", color=colour)
-    axes.set_xticks(range(count), list(domains), rotation=30, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(count), list(domains))
-    axes.set_xlabel("accuracy on")
-    axes.set_ylabel("after learning")
-    bar = figure.colorbar(shown, ax=axes, format=lambda value, _: f"{100 * value:.0f} %")
-    bar.outline.set_visible(False)
-    figure.suptitle("Accuracy by domain, in percent", fontsize=12)
-    return figure
-
-
-def _figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DA3Error(
-            "Pictures need matplotlib, which is not installed: pip install lightning-da3[plot]"
-        ) from error
-    return Figure(figsize=(width, height), dpi=120, layout="constrained")
