@@ -25,7 +25,7 @@ class Figures:
         predict: Whether to predict the peak of a step.
 
     Attributes:
-        first_steps: What the first steps of the last fit took. None before a fit, and for a compiled
+        first_steps: What the first steps of the last fit took. None before one, and for a compiled
             LightningModule: the hooks would be compiled with its step, and gradients be lost.
     """
 
