@@ -25,8 +25,8 @@ class Figures:
         predict: Whether to predict the peak of a step.
 
     Attributes:
-        first_steps: What the first steps of the last fit took. None before a fit, and for a
-            compiled LightningModule: the hooks would be compiled with its step, and gradients be lost.
+        first_steps: What the first steps of the last fit took. None before one, and for a compiled
+            LightningModule: the hooks would be compiled with its step, and gradients be lost.
     """
 
     def __init__(self, predict: bool) -> None:
