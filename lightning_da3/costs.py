@@ -15,6 +15,7 @@ from lightning_da3.budget.microbatches import Microbatches, batch_size
 from lightning_da3.budget.policy import Choice, how_split, microbatch_costs, without_budget
 from lightning_da3.budget.regions import regions_of
 from lightning_da3.errors import ConfigError, DA3Error, InputError
+from lightning_da3.formatting import format_bytes, format_count
 from lightning_da3.memory import (
     NodeCost,
     StepPrediction,
@@ -139,7 +140,7 @@ class PlanCosts:
         if self.budget_bytes is not None:
             kept = len(self.kept), len(self.plan.regions)
             way = how_split(self.parts, self.again, accumulated=self.accumulated, kept=kept)
-            lines.append(f"held to {size(self.budget_bytes)}: {way}")
+            lines.append(f"held to {format_bytes(self.budget_bytes)}: {way}")
         if self.finetune is not None:
             lines.append(f"peak of fine-tuning at {_where(self.finetune)}")
         if self.no_finetune:
@@ -150,18 +151,23 @@ class PlanCosts:
         ours, theirs = self.ours, self.finetune
         yield ("", "DA3", "fine-tuning", "")
         pairs = [
-            ("kept for the backward", "saved_activation_bytes", size),
-            ("peak above the resting model", "peak_bytes", size),
-            ("FLOPs forward", "flops_forward", count),
-            ("FLOPs backward", "flops_backward", count),
+            ("kept for the backward", "saved_activation_bytes", format_bytes),
+            ("peak above the resting model", "peak_bytes", format_bytes),
+            ("FLOPs forward", "flops_forward", format_count),
+            ("FLOPs backward", "flops_backward", format_count),
         ]
         for what, field, text in pairs:
             own = getattr(ours, field)
             other = None if theirs is None else getattr(theirs, field)
             yield (what, text(own), "-" if other is None else text(other), _ratio(other, own))
         for what, text, own, other in (
-            ("parameters of a domain", count, self.domain_parameters, self.finetune_parameters),
-            ("file of a domain", size, self.domain_file_bytes, self.finetune_file_bytes),
+            (
+                "parameters of a domain",
+                format_count,
+                self.domain_parameters,
+                self.finetune_parameters,
+            ),
+            ("file of a domain", format_bytes, self.domain_file_bytes, self.finetune_file_bytes),
         ):
             yield (what, text(own), "-" if other is None else text(other), _ratio(other, own))
 
@@ -507,10 +513,10 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.name,
         row.layer,
         row.keeps,
-        size(row.saved_bytes) if row.saved_bytes else "",
-        size(tuned) if tuned else "",
-        count(row.flops_forward) if row.flops_forward else "",
-        count(row.flops_backward) if row.flops_backward else "",
+        format_bytes(row.saved_bytes) if row.saved_bytes else "",
+        format_bytes(tuned) if tuned else "",
+        format_count(row.flops_forward) if row.flops_forward else "",
+        format_count(row.flops_backward) if row.flops_backward else "",
     )
 
 
@@ -528,24 +534,6 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-
-
-def size(number: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.4g} {unit}"
-        number /= 1024
-    return f"{number:.4g} GiB"
-
-
-def count(number: float) -> str:
-    """A number for people."""
-    for unit in ("", " k", " M", " G"):
-        if number < 1000:
-            return f"{number:.4g}{unit}"
-        number /= 1000
-    return f"{number:.4g} T"
 
 
 def _ratio(before: float | None, after: float) -> str:

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from lightning_da3.budget.microbatches import batch_size, cut, run_microbatches
+from lightning_da3.budget.microbatches import batch_size, cut, run_microbatches, samples_in
 from lightning_da3.budget.policy import BudgetPolicy
 from lightning_da3.config import DA3Config
 from lightning_da3.costs import ModelPlan, Original
 from lightning_da3.eager import KeepsLess
 from lightning_da3.errors import CheckpointError, ConfigError, DA3Error, DomainError, InputError
 from lightning_da3.files.domain_file import domain_file_bytes, read_domain, write_domain
-from lightning_da3.model.mixed import NEAREST, Domains, by_sample, check_domains, samples_in
+from lightning_da3.model.mixed import NEAREST, Domains, by_sample, check_domains
 from lightning_da3.model.state import (
     HAS_STATISTICS,
     check_identity,
@@ -336,7 +336,7 @@ class DA3Model(nn.Module):
                 "`domains` is for inference: call `eval()`, or compute inside `torch.no_grad()`. "
                 "To train several domains in one run, see `DomainLoader`."
             )
-        count = samples_in(args, kwargs)
+        count = samples_in((*args, *kwargs.values()))
         if isinstance(domains, str) and domains == NEAREST:
             domains = self.nearest_domains(*args, **kwargs)
         check_domains(domains, count)
@@ -439,7 +439,7 @@ class DA3Model(nn.Module):
         """What the backbone alone gives the adapters to read first and last, pooled, (N, D)."""
         if args and isinstance(args[0], Tensor):
             check_input(args[0], self.plan)
-        count = samples_in(args, kwargs)
+        count = samples_in((*args, *kwargs.values()))
         found: dict[HostInput, Tensor] = {}
 
         def note(place: nn.Module, inputs: tuple[Tensor]) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_da3.budget.accumulation import accumulated, samples_in_batch
+from lightning_da3.budget.accumulation import accumulated
+from lightning_da3.budget.microbatches import samples_in
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import CheckpointError, ConfigError, DA3Error
 from lightning_da3.model.model import DA3Model
@@ -208,7 +209,7 @@ class TrainingSession:
         results = module.trainer._results
 
         def step(part: Any) -> Any:
-            results.batch_size = samples_in_batch(part)  # what is logged counts by samples
+            results.batch_size = samples_in(part)  # what is logged counts by samples
             return proceed(part, *args, **kwargs)
 
         try:
