@@ -8,17 +8,30 @@ gets that loss, Lightning say, may scale, log and differentiate it like any othe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lightning_da3.budget.microbatches import Microbatches
-from lightning_da3.errors import DA3Error, InputError
-from lightning_da3.model.model import DA3Model
+from lightning_da3.budget.microbatches import Microbatches, cut, samples_in
+from lightning_da3.budget.policy import BudgetPolicy
+from lightning_da3.errors import DA3Error
 
 Step = Callable[[Any], Any]
+
+
+class Budgeted(Protocol):
+    """What is used here of a DA3Model."""
+
+    budget_policy: BudgetPolicy
+    gate_loss_scale: float
+    gates_over_ranks: bool
+    executed_flops_fraction: Tensor | None
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the network and of its domains."""
 
 
 class _Sum(torch.autograd.Function):
@@ -41,7 +54,7 @@ class _Sum(torch.autograd.Function):
 
 
 def accumulated(
-    model: DA3Model,
+    model: Budgeted,
     step: Step,
     batch: Any,
     *,
@@ -58,23 +71,23 @@ def accumulated(
     ``MemoryConfig(budget=..., split="accumulate")``. The gates' budget is that of every part.
 
     Args:
-        model: Which the step calls once.
-        step: From a part of the batch to its loss, a mean over samples; or to a dict with that as
-            ``"loss"``, which is taken from the last part otherwise.
+        model: The `DA3Model` that the step calls once.
+        step: From a part of the batch to its loss, a mean over samples; or to a dict with the loss
+            as ``"loss"``, whose other entries are taken from the last part.
         batch: Tensors with samples along axis 0, lists of samples; a tuple, list or dict of such.
-        parameters: That the loss depends on; by default those of the model.
-        scale: By which gradients are multiplied on the way, so that small ones do not vanish.
-        unsynced: Entered around every part but the last.
+        parameters: The parameters that the loss depends on; by default those of the model.
+        scale: A factor for the gradients on the way, so that small ones do not vanish.
+        unsynced: A context that is entered around every part but the last.
 
     Raises:
-        InputError: The batch holds no samples that can be told apart.
+        InputError: The samples of the batch are not known.
         ConfigError: The budget cannot be held.
         DA3Error: A part has no loss.
     """
     known = [p for p in parameters or model.parameters() if p.requires_grad]
     sums: list[Tensor | None] = [None] * len(known)
-    value, fraction, count = torch.zeros(()), torch.zeros(()), samples_in_batch(batch)
-    for part, samples, last in _parts(model, batch, count):
+    value, fraction, count = torch.zeros(()), torch.zeros(()), samples_in(batch)
+    for part, samples, last in _parts(model.budget_policy, batch, count):
         weight = samples / count
         with _gates_of(model, weight * (model.gate_loss_scale if last else scale)):
             with contextlib.nullcontext() if last else unsynced():
@@ -94,26 +107,25 @@ def accumulated(
     return {**output, "loss": total} if isinstance(output, Mapping) else total
 
 
-def _parts(model: DA3Model, batch: Any, count: int) -> Iterator[tuple[Any, int, bool]]:
-    """Parts of the batch, their samples, and whether it is the last one.
+def _parts(policy: BudgetPolicy, batch: Any, count: int) -> Iterator[tuple[Any, int, bool]]:
+    """The parts of the batch, their numbers of samples, and whether it is the last one.
 
-    Of a kind of batch that is new, the first part is one sample: what the step gives the network is
-    known then, and with it how large the others may be.
+    Of a new kind of batch the first part is one sample: what the step gives the network is known
+    then, and with it how large the others may be.
     """
-    holder, start = model.budget_policy, 0
-    kind = _kind(batch, count)
-    if holder.part_of(kind) is None:
-        yield _slice(batch, count, 0, 1), 1, count == 1
-        holder.remember_part(kind)
-        start = 1
-    if start < count:
-        for samples in Microbatches(holder.part_of(kind) or 1).counts(count - start):
-            yield _slice(batch, count, start, samples), samples, start + samples == count
-            start += samples
+    kind, counts = _kind(batch, count), []
+    if policy.part_of(kind) is None:
+        yield next(cut(batch, [1, count - 1], lists=True)), 1, count == 1
+        policy.remember_part(kind)
+        counts = [1]
+    done = len(counts)
+    counts += Microbatches(policy.part_of(kind) or 1).counts(count - done)
+    for i, part in islice(enumerate(cut(batch, counts, lists=True)), done, None):
+        yield part, counts[i], i == len(counts) - 1
 
 
 @contextlib.contextmanager
-def _gates_of(model: DA3Model, scale: float) -> Iterator[None]:
+def _gates_of(model: Budgeted, scale: float) -> Iterator[None]:
     """A part's gates have a budget of their own: another rank may have other parts."""
     before = model.gate_loss_scale, model.gates_over_ranks
     model.gate_loss_scale, model.gates_over_ranks = scale, False
@@ -137,46 +149,6 @@ def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     if one is None or other is None:
         return one if other is None else other
     return one.add_(other)
-
-
-# --- batches --------------------------------------------------------------------------------------
-
-
-def samples_in_batch(batch: Any) -> int:
-    """How many samples a batch holds: entries of its first list, or of axis 0 of its first tensor.
-
-    Raises:
-        InputError: There is neither.
-    """
-    first = batch
-    if isinstance(batch, Mapping):
-        first = next(iter(batch.values()), None)
-    elif isinstance(batch, (list, tuple)):
-        first = batch[0] if batch else None
-    if (isinstance(first, Tensor) and first.dim()) or isinstance(first, (list, tuple)):
-        return len(first)
-    raise InputError(
-        f"A batch of {type(batch).__name__} cannot be split: it must be a tensor with samples "
-        "along axis 0 or a list of samples, or a tuple, list or dict that begins with one."
-    )
-
-
-def _slice(batch: Any, count: int, start: int, samples: int) -> Any:
-    def entry(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return x.narrow(0, start, samples) if x.dim() and len(x) == count else x
-        if isinstance(x, Mapping):
-            return {key: entry(value) for key, value in x.items()}
-        if isinstance(x, (list, tuple)) and len(x) == count:
-            return x[start : start + samples]
-        return x
-
-    if isinstance(batch, (list, tuple)):
-        entries: Sequence[Any] = [entry(x) for x in batch]
-        if hasattr(batch, "_fields"):
-            return type(batch)(*entries)
-        return type(batch)(entries)
-    return entry(batch)
 
 
 def _kind(batch: Any, count: int) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ all others are gone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,13 @@ from torch import Tensor
 from lightning_da3.errors import InputError
 from lightning_da3.nn.gate import Executed
 from lightning_da3.ops.recomputed import recomputed
-from lightning_da3.torch_private.trees import TreeSpec, tree_flatten, tree_unflatten
+from lightning_da3.torch_private.trees import (
+    TreeSpec,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 
 Ledger = list[tuple[str, Executed]]
 Run = Callable[..., tuple[Any, Ledger]]
@@ -27,55 +34,101 @@ Run = Callable[..., tuple[Any, Ledger]]
 
 @dataclass(frozen=True)
 class Microbatches:
-    """How a batch goes through a network.
+    """How a batch goes through a network in pieces.
 
     Attributes:
-        samples: Of a piece, at most.
-        again: So many pieces, from the first on, keep nothing and are computed again.
+        samples: The largest number of samples in a microbatch.
+        again: How many microbatches, counted from the first, keep nothing and are computed again.
     """
 
     samples: int
     again: int = 0
 
     def counts(self, batch_size: int) -> list[int]:
-        """Samples of every piece, all alike but for one."""
+        """The number of samples in every microbatch; they differ by one at most."""
         pieces = -(-batch_size // self.samples)
         least, more = divmod(batch_size, max(1, pieces))
         return [least + (i < more) for i in range(pieces)]
 
 
-def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
-    """Samples along axis 0 of what a network takes first; None if that is a list."""
-    first = next(iter([*args, *kwargs.values()]), None)
-    if isinstance(first, Mapping):
+# --- the samples of a batch -----------------------------------------------------------------------
+
+
+def first_of(batch: Any) -> Any:
+    """What holds the samples: the first entry of a batch that is a tuple, list or dict."""
+    first = batch
+    if isinstance(batch, (list, tuple)):
+        first = batch[0] if batch else None
+    while isinstance(first, Mapping):
         first = next(iter(first.values()), None)
+    return first
+
+
+def samples_in(batch: Any) -> int:
+    """The number of samples in a batch.
+
+    Args:
+        batch: A tensor or a list of samples; or a tuple, list or dict that begins with one.
+
+    Raises:
+        InputError: There is neither.
+    """
+    first = first_of(batch)
+    if isinstance(first, (list, tuple)) or (isinstance(first, Tensor) and first.dim()):
+        return len(first)
+    raise InputError(
+        f"What begins with {type(first).__name__} cannot be split into samples: it must be a "
+        "batch, a tensor with samples along axis 0 or a list of samples, or a tuple, list or dict "
+        "that begins with one."
+    )
+
+
+def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """The number of samples that a network is called with; None if no tensor holds them."""
+    first = first_of((*args, *kwargs.values()))
     return len(first) if isinstance(first, Tensor) and first.dim() else None
 
 
-def cut(value: Any, counts: Sequence[int]) -> Iterator[Any]:
-    """The parts of a batch: tensors with all samples along axis 0 are cut, all else is in each.
+def cut(batch: Any, counts: Sequence[int], *, lists: bool = False) -> Iterator[Any]:
+    """The parts of a batch.
+
+    Tensors with all samples along axis 0 are cut, whatever holds them; all else is in each part.
 
     Args:
-        value: Any nesting of tensors.
-        counts: Samples of every part.
+        batch: Any nesting of tensors.
+        counts: The number of samples in every part.
+        lists: Cut lists and tuples with one entry for every sample, too.
     """
-    leaves, structure = tree_flatten(value)
+    batch = tree_map(lambda x: dict(x) if isinstance(x, Mapping) else x, batch)
     total, start = sum(counts), 0
+    listed = isinstance(first_of(batch), (list, tuple))
+
+    def is_cut(x: Any) -> bool:
+        if isinstance(x, Tensor):
+            return x.dim() > 0 and len(x) == total
+        if not (lists and isinstance(x, (list, tuple)) and len(x) == total) or x is batch:
+            return False
+        return listed or not any(map(is_cut, tree_leaves(x)))
+
+    leaves, structure = tree_flatten(batch, is_leaf=is_cut)
+    whole = [is_cut(leaf) for leaf in leaves]
     for count in counts:
-        part = [
-            x.narrow(0, start, count)
-            if isinstance(x, Tensor) and x.dim() and len(x) == total
-            else x
-            for x in leaves
-        ]
+        part = [_entries(x, start, count) if w else x for x, w in zip(leaves, whole, strict=True)]
         yield tree_unflatten(part, structure)
         start += count
 
 
+def _entries(x: Any, start: int, count: int) -> Any:
+    return x.narrow(0, start, count) if isinstance(x, Tensor) else x[start : start + count]
+
+
+# --- pieces through a network ---------------------------------------------------------------------
+
+
 def run_microbatches(
     run: Run,
-    args: Any,
-    kwargs: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
     counts: Sequence[int],
     again: int = 0,
     parameters: Sequence[Tensor] = (),
@@ -84,11 +137,11 @@ def run_microbatches(
 
     Args:
         run: Gives an output, and by host what was executed.
-        args: What it takes.
-        kwargs: Likewise.
-        counts: Samples of every piece.
-        again: So many pieces, from the first on, are computed again in the backward.
-        parameters: Trainable tensors that `run` uses by itself.
+        args: The positional arguments of `run`.
+        kwargs: The keyword arguments of `run`.
+        counts: The number of samples in every piece.
+        again: How many pieces, counted from the first, are computed again in the backward.
+        parameters: The trainable tensors that `run` uses by itself.
 
     Raises:
         InputError: Outputs are not of one sample each along axis 0.
@@ -103,6 +156,30 @@ def run_microbatches(
         ledgers.append(ledger)
     del output  # beside the whole no piece's own stays
     return _joined(outputs, counts), _joined_ledger(ledgers)
+
+
+def check_apart(run: Run, args: Sequence[Any], kwargs: Mapping[str, Any], network: str) -> None:
+    """Refuse to split a batch whose samples act on each other; two of them tell.
+
+    Args:
+        run: As of `run_microbatches`; it should build no graph.
+        args: The positional arguments of `run`.
+        kwargs: The keyword arguments of `run`.
+        network: The network's name, for the error.
+
+    Raises:
+        InputError: They do.
+    """
+    pair = next(cut((args, kwargs), [2, (batch_size(args, kwargs) or 2) - 2]))
+    whole, _ = run(*pair[0], **pair[1])
+    with suppress(RuntimeError, InputError, AssertionError):  # of shapes, and of values
+        parts, _ = run_microbatches(run, pair[0], pair[1], [1, 1])
+        torch.testing.assert_close(parts, whole, rtol=1e-2, atol=1e-2, equal_nan=True)
+        return
+    raise InputError(
+        f"A budget cannot be held by splitting a batch of {network}: samples of a batch act on "
+        "each other. Give it smaller batches."
+    )
 
 
 def _run_again(
@@ -132,7 +209,7 @@ def _run_again(
 
 
 def _joined(outputs: list[Any], counts: Sequence[int]) -> Any:
-    """One output of those of the pieces, which are let go one tensor after the other."""
+    """The output for the whole batch. Those of the pieces are let go one tensor after the other."""
     opened = [tree_flatten(output) for output in outputs]
     outputs.clear()
     columns = [list(column) for column in zip(*(leaves for leaves, _ in opened), strict=False)]
@@ -144,7 +221,7 @@ def _joined(outputs: list[Any], counts: Sequence[int]) -> Any:
 
 
 def _one(column: list[Any], counts: Sequence[int]) -> Any:
-    """Empties `column`."""
+    """One tensor of the output, from those of the pieces. Empties `column`."""
     if all(isinstance(x, Tensor) for x in column):
         rest = column[0].shape[1:]
         if [x.shape for x in column] == [(count, *rest) for count in counts]:
@@ -169,7 +246,7 @@ _OTHER_WAY = (
 
 
 def _joined_ledger(ledgers: Sequence[Ledger]) -> Ledger:
-    """Of all pieces; hosts are called in the same order in each."""
+    """What all pieces executed; hosts are called in the same order in each."""
     joined = []
     for entries in zip(*ledgers, strict=True):
         host, first = entries[0]

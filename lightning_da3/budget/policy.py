@@ -19,6 +19,7 @@ from lightning_da3.budget.microbatches import Microbatches, batch_size
 from lightning_da3.budget.regions import Names, keep_only, most_kept
 from lightning_da3.config import Budget, MemoryConfig, bytes_in
 from lightning_da3.errors import ConfigError, DA3Error
+from lightning_da3.formatting import format_bytes
 from lightning_da3.memory import BatchPrediction, StepPrediction, StepPredictor, free_bytes, resized
 from lightning_da3.nn.recomputed import Recomputed
 from lightning_da3.torch_private.trees import tree_leaves, tree_map_only
@@ -252,9 +253,9 @@ class MicrobatchCosts:
         splits = [WHOLE, *(split for both in ends for split in both)]
         least = min((self.peak(count, split) for split in splits), key=lambda peak: peak.bytes)
         return (
-            f"A budget of {mib(budget_bytes)} cannot be held. The smallest is "
-            f"{mib(MARGIN * least.bytes)}: a training step on {count} samples "
-            f"takes at least {mib(least.bytes)} at its peak above the resting model, at "
+            f"A budget of {format_bytes(budget_bytes)} cannot be held. The smallest is "
+            f"{format_bytes(MARGIN * least.bytes)}: a training step on {count} samples "
+            f"takes at least {format_bytes(least.bytes)} at its peak above the resting model, at "
             f"{least.node.removeprefix('backbone.') or 'the loss'}, {least.phase}; predictions "
             "hold within a tenth. Raise the budget, or make that node smaller: smaller images, or "
             "a network with smaller maps."
@@ -506,8 +507,3 @@ def _parts(args: Any, kwargs: Any, count: int | None) -> Iterator[Any]:
         batched = x.dim() > 0 and len(x) == count
         yield (batched, x.shape[batched:], x.stride()[batched:], x.dtype, x.requires_grad)
         yield torch.is_autocast_enabled(x.device.type)
-
-
-def mib(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 2**20:.4g} MiB"

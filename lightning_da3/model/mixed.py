@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import Tensor
 
+from lightning_da3.budget.microbatches import cut
 from lightning_da3.errors import InputError
-from lightning_da3.torch_private.trees import tree_flatten, tree_leaves, tree_unflatten
+from lightning_da3.torch_private.trees import tree_flatten, tree_unflatten
 
 Domains = Sequence[str | None] | Literal["nearest"]
 NEAREST = "nearest"
-
-
-def samples_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """How many samples a network's first argument holds: entries of a list, or of axis 0.
-
-    Raises:
-        InputError: It holds none.
-    """
-    first = next(iter([*args, *kwargs.values()]), None)
-    if isinstance(first, (list, tuple)):
-        return len(first)
-    tensor = next((leaf for leaf in tree_leaves(first) if isinstance(leaf, Tensor)), None)
-    if tensor is None or tensor.dim() == 0:
-        raise InputError(
-            "The first argument must be a batch, a tensor with samples along axis 0 or a list of "
-            f"them, got {type(first).__name__}."
-        )
-    return len(tensor)
 
 
 def check_domains(domains: Sequence[str | None], count: int) -> None:
@@ -81,32 +64,23 @@ def by_sample(
                 "Call it for one domain at a time: `set_domain(name)`."
             )
     scores = _scores(leaves, classes, class_axis)
-    return [
-        tree_unflatten(
-            [
-                _sample(leaf, i, classes[i] if leaf is scores else None, class_axis)
-                for leaf in leaves
-            ],
-            structure,
-        )
-        for i in range(count)
-    ]
+    samples = []
+    for part, own in zip(cut(leaves, [1] * count), classes or [0] * count, strict=True):
+        if scores is not None:
+            part[scores] = part[scores].narrow(class_axis, 0, own)
+        part = [leaf[0] if isinstance(leaf, Tensor) else leaf for leaf in part]
+        samples.append(tree_unflatten(part, structure))
+    return samples
 
 
-def _scores(leaves: Sequence[Any], classes: Sequence[int], axis: int) -> Tensor | None:
-    """The tensor that holds scores of heads of different lengths, or None if all have one."""
+def _scores(leaves: Sequence[Any], classes: Sequence[int], axis: int) -> int | None:
+    """The position of the tensor with all heads' scores; None if all heads have as many."""
     if len(set(classes)) < 2:
         return None
-    for leaf in leaves:
+    for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and leaf.dim() > 1 and leaf.shape[axis] == max(classes):
-            return leaf
+            return i
     raise InputError(
         f"The domains' heads have {sorted(set(classes))} classes, and no output of the network has "
         "an axis of classes to cut. Call it for one domain at a time: `set_domain(name)`."
     )
-
-
-def _sample(leaf: Any, i: int, classes: int | None, axis: int) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return (leaf if classes is None else leaf.narrow(axis, 0, classes))[i]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lightning_da3.errors import ConfigError
+from lightning_da3.formatting import format_bytes
 from lightning_da3.memory import StepPrediction
 from lightning_da3.plotting.figure import new_figure
 from lightning_da3.plotting.places import flat, place_of
@@ -129,13 +130,13 @@ def _draw_bars(axes: Axes, rows: Mapping[str, tuple[int, int]]) -> None:
         places = [place + offset for place in range(len(rows))]
         axes.barh(places, counts, height=0.38, color=colour, label=label)
         for place, count in zip(places, counts, strict=True):
-            text = f" {_size(count)}" if count else " nothing"
+            text = f" {format_bytes(count)}" if count else " nothing"
             at = max(count, low)
             axes.text(at, place, text, va="center", ha="left", fontsize=7, color=colour)
     axes.set_xscale("log", base=2)
     axes.set_xlim(low, high * 4)  # room for the figures behind the bars
     ticks = [4.0**power for power in range(20) if low <= 4.0**power <= high * 2]
-    axes.set_xticks(ticks, [_size(tick) for tick in ticks], fontsize=8)
+    axes.set_xticks(ticks, [format_bytes(tick) for tick in ticks], fontsize=8)
     axes.minorticks_off()
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -146,15 +147,7 @@ def _draw_bars(axes: Axes, rows: Mapping[str, tuple[int, int]]) -> None:
 
 def _memory_title(before: int, after: int) -> str:
     ratio = f"{before / after:.1f} times less" if after else "nothing is kept"
-    return f"Activations kept by layer: {_size(before)} to {_size(after)}, {ratio}"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} GiB"
+    return f"Activations kept by layer: {format_bytes(before)} to {format_bytes(after)}, {ratio}"
 
 
 def plot_step(
@@ -188,7 +181,7 @@ def plot_step(
     )
     for name, step, colour in steps:
         x, y = _progress(step), [total / factor for total in step.timeline]
-        kept, peak = _size(step.saved_activation_bytes), _size(step.peak_bytes)
+        kept, peak = format_bytes(step.saved_activation_bytes), format_bytes(step.peak_bytes)
         axes.fill_between(x, y, color=colour, alpha=0.18, linewidth=0)
         axes.plot(x, y, color=colour, linewidth=1.1, label=f"{name}: peak {peak}, kept {kept}")
         at = step.timeline.index(max(step.timeline))
@@ -207,7 +200,7 @@ def plot_step(
     measured = (("peak", measured_peak_bytes, (0, 2)), ("kept", measured_saved_bytes, (0.9, 1.1)))
     for what, found, (start, end) in measured:
         if found is not None:
-            label = f"measured: {what} {_size(found)}"
+            label = f"measured: {what} {format_bytes(found)}"
             axes.hlines(found / factor, start, end, colors="0.2", linestyles="--", label=label)
     axes.axvline(1.0, color="0.6", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
     axes.set_xticks([0.5, 1.5], ["forward", "backward"])

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
         TreeSpec,
         tree_flatten,
         tree_leaves,
+        tree_map,
         tree_map_only,
         tree_unflatten,
     )
@@ -17,7 +18,8 @@ else:
     TreeSpec = needed(f"{_PLACE}:TreeSpec", _USE)
     tree_flatten = needed(f"{_PLACE}:tree_flatten", _USE)
     tree_leaves = needed(f"{_PLACE}:tree_leaves", _USE)
+    tree_map = needed(f"{_PLACE}:tree_map", _USE)
     tree_map_only = needed(f"{_PLACE}:tree_map_only", _USE)
     tree_unflatten = needed(f"{_PLACE}:tree_unflatten", _USE)
 
-__all__ = ["TreeSpec", "tree_flatten", "tree_leaves", "tree_map_only", "tree_unflatten"]
+__all__ = ["TreeSpec", "tree_flatten", "tree_leaves", "tree_map", "tree_map_only", "tree_unflatten"]

@@ -16,7 +16,9 @@ from lightning_da3.converting import convert
 from lightning_da3.errors import CheckpointError, ConfigError
 from lightning_da3.files.domain_file import read_domain
 from lightning_da3.files.folder import DomainFolder
-from lightning_da3.model.model import DA3Model, check_name, checked_class_names
+from lightning_da3.files.names import check_name
+from lightning_da3.model.domain import checked_class_names
+from lightning_da3.model.model import DA3Model
 from lightning_da3.trainer.attaching import find_backbone
 from lightning_da3.trainer.callback import DA3Callback
 from lightning_da3.trainer.figures import finite

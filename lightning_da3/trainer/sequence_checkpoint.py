@@ -12,8 +12,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
 from lightning_da3.errors import CheckpointError
-from lightning_da3.files.domain_file import read_domain, replacing
-from lightning_da3.model.state import check_identity
+from lightning_da3.files.domain_file import read_domain
+from lightning_da3.files.writing import replacing
+from lightning_da3.model.identity import check_identity
 from lightning_da3.trainer.callback import DA3Callback
 from lightning_da3.trainer.figures import finite
 from lightning_da3.trainer.resuming import BatchOrder, ResumableLoader

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-from lightning_da3.budget.accumulation import accumulated, samples_in_batch
+from lightning_da3.budget.accumulation import accumulated
+from lightning_da3.budget.microbatches import samples_in
 from lightning_da3.errors import ConfigError
 from lightning_da3.trainer.lightning_private import count_logged_
 from lightning_da3.trainer.session import TrainingSession
@@ -52,7 +53,7 @@ def training_step(
         )
 
     def step(part: Any) -> Any:
-        count_logged_(module.trainer, samples_in_batch(part))
+        count_logged_(module.trainer, samples_in(part))
         return proceed(part, *args, **kwargs)
 
     try:

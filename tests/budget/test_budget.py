@@ -21,10 +21,12 @@ from lightning_da3 import (
     MemoryConfig,
     accumulated,
     convert,
+    step_costs,
 )
 from lightning_da3.budget.microbatches import Microbatches
 from lightning_da3.budget.policy import MARGIN, microbatch_costs, without_budget
 from lightning_da3.budget.regions import most_kept, regions_of
+from lightning_da3.formatting import format_bytes
 from lightning_da3.memory import (
     SavedActivations,
     StepPredictor,
@@ -358,7 +360,7 @@ def test_what_is_kept_changes_no_exact_gradient():
 
 def test_a_plan_names_what_is_kept():
     model = converted(Tokens(), budget="1GiB")
-    costs = model.plan.at(4, 64)
+    costs = step_costs(model, 4, 64)
     regions = len(model.plan.regions)
     assert f"and room to keep {regions} of {regions} regions_of" in str(costs)
     assert len(costs.to_dict()["kept"]) == regions
@@ -371,7 +373,7 @@ def test_an_impossible_budget_names_the_least_and_what_dominates_it():
     with pytest.raises(ConfigError) as caught:
         model(x)
     least = model.budget_policy.costs_of(model, (x,), {}).peak(4, Microbatches(1, 3))
-    assert f"smallest is {MARGIN * least.bytes / 2**20:.4g} MiB" in str(caught.value)
+    assert f"smallest is {format_bytes(MARGIN * least.bytes)}" in str(caught.value)
     assert least.node.removeprefix("backbone.") in str(caught.value)
     model.budget_policy.hold(MemoryConfig(budget=round(MARGIN * least.bytes) + 1))
     model(x).sum().backward()
