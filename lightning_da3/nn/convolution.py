@@ -36,7 +36,7 @@ def pad_of(conv: Conv) -> list[int]:
 
 def pads_zeros_alike(conv: Conv) -> bool:
     """Whether the kernel pads by itself: with zeros, as many on both sides of every axis."""
-    pad = list(conv._reversed_padding_repeated_twice)
+    pad = pad_of(conv)
     return conv.padding_mode == "zeros" and pad[::2] == pad[1::2]
 
 

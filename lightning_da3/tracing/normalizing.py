@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch import fx, nn
 
 from lightning_da3.errors import ConversionError
 from lightning_da3.layers import facts_of, facts_of_call, is_in_place
+from lightning_da3.torch_private.modules import ASSERTION
 from lightning_da3.tracing.layer_calls import call_layers_
 
 
@@ -51,7 +51,7 @@ def _settle_ranks_(graph: fx.Graph, module: nn.Module) -> None:
             known[node] = rank
         elif node.target in _COMPARISONS and all(isinstance(a, int) for a in node.args):
             known[node] = node.target(*node.args)
-        elif node.target is torch._assert and node.args[0] is True:
+        elif node.target is ASSERTION and node.args[0] is True:
             known[node] = True
     for node in reversed(known):
         graph.erase_node(node)

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from lightning_da3.errors import ConversionError, InputError
 from lightning_da3.layers import is_registered, register
+from lightning_da3.torch_private.autograd import version_of
 from lightning_da3.tracing.lengths import measured_by
 
 
@@ -125,7 +126,7 @@ def _attempt(module: nn.Module, defaults: Container[str]) -> fx.Graph | Exceptio
 
 
 def _trace_once(module: nn.Module, defaults: Container[str]) -> fx.Graph:
-    before = {name: (id(b), b._version) for name, b in module.named_buffers()}
+    before = {name: (id(b), version_of(b)) for name, b in module.named_buffers()}
     kept = copy.deepcopy(dict(module.named_buffers()))
     try:
         graph = Tracer(defaults).trace(module)
@@ -133,7 +134,7 @@ def _trace_once(module: nn.Module, defaults: Container[str]) -> fx.Graph:
         changed = [
             name
             for name, buffer in module.named_buffers()
-            if before.get(name) != (id(buffer), buffer._version)
+            if before.get(name) != (id(buffer), version_of(buffer))
         ]
         for name in changed:
             owner, _, attribute = name.rpartition(".")

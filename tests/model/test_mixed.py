@@ -12,7 +12,7 @@ from lightning_da3 import (
     DomainError,
     InputError,
 )
-from lightning_da3.nn.frozen import FrozenConv
+from lightning_da3.nn.convolution import FrozenConv
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """Convolutions with frozen weights against PyTorch's own: values, gradients, what is kept."""
 
 import functools
-import math
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from torch import nn
 from lightning_da3.nn.convolution import FrozenConvTranspose
 from lightning_da3.nn.frozen import frozen
 from lightning_da3.ops import convolution
-from lightning_da3.ops.activation import Slopes
 from lightning_da3.ops.convolution import frozen_conv, frozen_conv_transpose, pad_mode
 
 # --- the helpers themselves
@@ -62,9 +60,7 @@ def conv_case(name, dtype=torch.float64, layout=torch.contiguous_format):
     builtin = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[axes]
     return (
         x,
-        lambda t, slopes=None: frozen_conv(
-            t, weight, bias, stride, padding, dilation, groups, slopes
-        ),
+        lambda t: frozen_conv(t, weight, bias, stride, padding, dilation, groups),
         lambda t: builtin(t, weight, bias, stride, padding, dilation, groups),
     )
 
@@ -82,39 +78,6 @@ def test_frozen_conv_is_the_builtin(name, dtype, layout):
     x, ours, builtin = conv_case(name, dtype, layout)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     assert_like_the_builtin(ours, builtin, x, rtol=tolerance, atol=tolerance)
-
-
-FUSED = {
-    "relu": (Slopes(), F.relu),
-    "relu6": (Slopes(high=6.0), F.relu6),
-    "leaky": (Slopes(slope=0.2), lambda y: F.leaky_relu(y, 0.2)),
-}
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("slopes", FUSED)
-@pytest.mark.parametrize(
-    "name", ["strided, rest of 2", "depthwise", "pointwise", "no sample", "1d"]
-)
-def test_frozen_conv_with_an_activation_is_the_two_builtins(name, slopes, layout):
-    x, ours, builtin = conv_case(name, torch.float32, layout)
-    kept, activation_ = FUSED[slopes]
-    assert_like_the_builtin(
-        lambda t: ours(t, kept), lambda t: activation_(builtin(t)), x, rtol=1e-5, atol=1e-5
-    )
-
-
-@pytest.mark.parametrize("slopes", FUSED)
-def test_frozen_conv_with_an_activation_keeps_a_bit_an_output(slopes):
-    weight = nn.Parameter(randn(6, 3, 3, 3), requires_grad=False)
-    kept, _ = FUSED[slopes]
-    x = leaf(randn(2, 3, 7, 5))
-    gradcheck(lambda t: frozen_conv(t, weight, padding=(1, 1), slopes=kept), x.detach())
-    bytes_ = kept_bytes(
-        lambda t: frozen_conv(t, weight, padding=(1, 1), slopes=kept), x, constants=[weight]
-    )
-    assert bytes_ == math.ceil(2 * 6 * 7 * 5 / 8)
-    assert_no_graph(lambda t: frozen_conv(t, weight, slopes=kept), x.detach())
 
 
 def test_frozen_conv_without_a_bias():

@@ -6,17 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.ops import FLOAT, kept_bytes, leaf, randn
-from lightning_da3.passes.shortcuts import shortcut_of
 from torch import nn
 
 from lightning_da3 import DA3Config, MemoryConfig, convert
 from lightning_da3.nn.activation import HardSigmoid, PiecewiseLinear, QuantizedGradActivation
 from lightning_da3.nn.convolution import FrozenConv
-from lightning_da3.nn.pooling import AdaptiveAvgPool
 from lightning_da3.nn.recomputed import ActivatedConv, Excitation, Recomputed
 from lightning_da3.ops.activation import RELU
 from lightning_da3.ops.recomputed import recomputed
 from lightning_da3.ops.smooth import SMOOTH
+from lightning_da3.planning.forms import FormFinder
+from lightning_da3.planning.nodes import plan_nodes
+from lightning_da3.planning.places import find_places
+from lightning_da3.planning.plan import RecomputeRegion
 from lightning_da3.tracing.tracer import Tracer
 
 CHANNELS, HIDDEN = 48, 5
@@ -30,11 +32,10 @@ def layers(kind):
         FrozenConv(nn.Conv2d(HIDDEN, CHANNELS, 1)),
     )
     if kind == "hardswish":
-        first.slopes = RELU
         return (
             QuantizedGradActivation(SMOOTH["hardswish"], inplace=True),
             first,
-            (last, HardSigmoid()),
+            (PiecewiseLinear(RELU, inplace=False), last, HardSigmoid()),
         )
     if kind == "none":
         return (
@@ -254,33 +255,30 @@ def test_what_networks_are_taken_for_it(name, exact):
 
 
 @pytest.mark.parametrize("read", ["", "inner", "scale"])
-def test_what_others_read_is_computed_by_the_piece(read):
-    """A shortcut gives the last value alone."""
+def test_a_region_of_which_others_read_more_is_a_graph(read):
+    """A form with a backward of its own gives the last value alone."""
 
     class Piece(nn.Module):
         def __init__(self):
             super().__init__()
-            self.act, self.first, (self.bend, self.last, self.gate) = layers("silu")
-            self.pool = AdaptiveAvgPool((1, 1))
-            self.conv, self.silu = (
-                FrozenConv(nn.Conv2d(3, 8, 1)),
-                QuantizedGradActivation(SMOOTH["silu"], False),
-            )
+            self.act, self.pool = nn.SiLU(), nn.AdaptiveAvgPool2d(1)
+            self.first, self.bend, self.last = nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1)
+            self.conv, self.silu = nn.Conv2d(3, 8, 1), nn.SiLU()
 
         def forward(self, x, image):
             v = self.act(x)
-            scale = self.gate(self.last(self.bend(self.first(self.pool(v)))))
+            scale = self.last(self.bend(self.first(self.pool(v))))
             inner = self.conv(image)
             return v * scale, self.silu(inner), {"inner": inner, "scale": scale}.get(read)
 
-    module = Piece()
+    module = Piece().eval()
     gm = torch.fx.GraphModule(module, Tracer().trace(module))
-    x, image, *nodes, _ = gm.graph.nodes
-    pair = [node for node in nodes if node.target in ("conv", "silu")]
-    rest = [node for node in nodes if node not in pair]
-    shortcuts = shortcut_of(gm, image, pair), shortcut_of(gm, x, rest)
-    want = [
-        None if read == name else kind
-        for name, kind in (("inner", ActivatedConv), ("scale", Excitation))
-    ]
-    assert [s and type(s) for s in shortcuts] == want
+    x, image, *nodes, _ = (node.name for node in gm.graph.nodes)
+    steps = tuple(plan_nodes(gm, find_places(gm), None, {}, {x, image, *nodes}))
+    pair = tuple(name for name in nodes if name in ("conv", "silu"))
+    rest = tuple(name for name in nodes if name not in pair)
+    forms = FormFinder(gm, steps, exact=False)
+    assert forms.form_of(RecomputeRegion(image, pair)) == (
+        "graph" if read == "inner" else "activated convolution"
+    )
+    assert forms.form_of(RecomputeRegion(x, rest)) == ("graph" if read == "scale" else "excitation")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_da3.memory import saved_activation_bytes
-from lightning_da3.nn.linear import FrozenAttention, FrozenLinear, freeze_linear_layers_
+from lightning_da3.nn.linear import FrozenAttention, FrozenLinear, freeze_layers_
 from lightning_da3.ops import linear
 from lightning_da3.ops.linear import frozen_linear
 
@@ -25,7 +25,7 @@ def gradient(fn, x):
 
 def frozen(module):
     module.eval().requires_grad_(False)
-    freeze_linear_layers_(module)
+    freeze_layers_(module)
     return module
 
 
