@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import models
+from helpers import models, small
 from helpers.comparing import (
     add,
     assert_identical,
@@ -111,7 +111,7 @@ def test_the_training_flag_is_taken_over(training):
 
 
 def test_a_dropout_that_the_user_wants_in_eval_stays():
-    net = models.randomise_(models.AlwaysDropout())
+    net = models.randomise_(small.AlwaysDropout())
     model = convert(net, choose()).eval()
     (x,) = models.inputs("AlwaysDropout")
     assert not torch.equal(model(x), model(x))

@@ -109,7 +109,8 @@ def _plan_node(
 
 def _is_sum(node: fx.Node) -> bool:
     two = len(node.args) == 2 and not node.kwargs and isinstance(node.args[1], fx.Node)
-    return two and facts_of_call(node).does == "sum"
+    written = node.op == "call_method" and is_in_place(node)  # ``x.add_(y)`` keeps the type of x
+    return two and facts_of_call(node).does == "sum" and not written
 
 
 def _is_conv_of_constants(node: fx.Node) -> bool:

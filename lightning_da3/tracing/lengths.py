@@ -10,7 +10,7 @@ from __future__ import annotations
 import builtins
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import CellType, CodeType, FunctionType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -27,17 +27,18 @@ def measured_by(length: Length, modules: Iterable[nn.Module]) -> Iterator[None]:
         modules: Ours to change; they are as before afterwards.
     """
     copies = _Copies(length)
-    before: list[tuple[nn.Module, type[nn.Module]]] = []
+    before: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
     try:
         for module in modules:
-            kind = copies.kind(type(module))
-            if kind is not type(module):
-                before.append((module, type(module)))
-                module.__class__ = kind
+            own = vars(module)
+            before.append((module, type(module), {k: v for k, v in own.items() if callable(v)}))
+            own.update({name: copies.value(value) for name, value in before[-1][2].items()})
+            module.__class__ = copies.kind(type(module))
         yield
     finally:
-        for module, own in before:
-            module.__class__ = own
+        for module, kind, attributes in before:
+            module.__class__ = kind
+            vars(module).update(attributes)
 
 
 class _Globals(dict[str, Any]):
@@ -78,8 +79,6 @@ class _Copies:
 
     def _methods(self, kind: type) -> dict[str, Any]:
         """Copies of the methods that a class itself defines and that use `len`."""
-        if _is_torch(kind.__module__):
-            return {}
         copies = {name: self.value(value) for name, value in vars(kind).items()}
         return {name: copy for name, copy in copies.items() if copy is not vars(kind)[name]}
 
@@ -88,6 +87,9 @@ class _Copies:
         if isinstance(value, staticmethod):
             copy = self.value(value.__func__)
             return value if copy is value.__func__ else staticmethod(copy)
+        if isinstance(value, MethodType):
+            copy = self.value(value.__func__)
+            return value if copy is value.__func__ else MethodType(copy, value.__self__)
         if not isinstance(value, FunctionType):
             return value
         if value not in self.functions:
@@ -126,10 +128,10 @@ def _uses_length(function: Any, seen: set[FunctionType]) -> bool:
     """Whether a function, or one of its module's that it names, takes the `len` of something."""
     if not isinstance(function, FunctionType) or function in seen:
         return False
-    home = function.__globals__
-    if _is_torch(str(home.get("__name__"))):
-        return False
     seen.add(function)
+    home = function.__globals__
+    if str(home.get("__name__")).split(".")[0] == "torch":  # it handles what is traced by itself
+        return False
     names = set(_names(function.__code__))
     if "len" in names and home.get("len", builtins.len) is builtins.len:
         return True
@@ -150,7 +152,3 @@ def _held(cell: CellType) -> Any:
         return cell.cell_contents
     except ValueError:  # empty
         return None
-
-
-def _is_torch(home: str) -> bool:
-    return home.split(".")[0] in ("torch", "builtins")

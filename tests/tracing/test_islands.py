@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import zoo
+from helpers import models, zoo
 from helpers.comparing import (
     assert_relatively_close,
 )
@@ -49,7 +49,7 @@ def test_the_length_of_a_tensor_is_no_reason_to_stay_python():
     assert model.plan.python == ()
     assert [host.prefix_tokens for host in model.plan.hosts] == [1, 1, 1, 1]
     for count in (1, 3):
-        assert model(torch.randn(count, 3, 12, 12)).shape == (count, zoo.CLASSES)
+        assert model(torch.randn(count, 3, 12, 12)).shape == (count, models.CLASSES)
 
 
 def test_a_list_of_blocks_in_an_untraceable_network_is_looked_into():

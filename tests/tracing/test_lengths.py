@@ -4,6 +4,7 @@ import builtins
 import functools
 import math
 from math import sqrt
+from types import MethodType
 
 import pytest
 import torch
@@ -84,6 +85,15 @@ class WithARoot(nn.Module):
         return x * sqrt(len(x))  # which fx makes a node, of math.sqrt
 
 
+class HasAFunction(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.again = (lambda x: x * len(x)), MethodType(Base.forward, self)
+
+    def forward(self, x):
+        return self.scale(x).sum() + self.again(x)
+
+
 class Outer(nn.Module):
     def __init__(self):
         super().__init__()
@@ -94,20 +104,28 @@ class Outer(nn.Module):
 
 
 KINDS = [Base, Inherits, CallsSuper, CallsBoth, CallsAFunction, CallsAMethod, Decorated]
-KINDS += [InAComprehension, Recursive, WithARoot, Outer]
+KINDS += [InAComprehension, Recursive, HasAFunction, WithARoot, Outer]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_length_is_a_node(kind):
     module = kind()
-    kinds = [type(m) for m in module.modules()]
+    before = [(type(m), dict(vars(m))) for m in module.modules()]
     graph = Tracer().trace(module)
-    assert [type(m) for m in module.modules()] == kinds
+    assert [(type(m), dict(vars(m))) for m in module.modules()] == before
     assert any(node.target is len for node in graph.nodes)
     traced = torch.fx.GraphModule(module, graph)
     for count in (1, 3):
         x = torch.randn(count, 2, 2)
         torch.testing.assert_close(traced(x), module(x))
+
+
+def test_what_was_traced_is_traced_again():
+    module = Outer()
+    first = torch.fx.GraphModule(module, Tracer().trace(module))
+    again = torch.fx.GraphModule(first, Tracer().trace(first))
+    x = torch.randn(3, 2, 2)
+    torch.testing.assert_close(again(x), module(x))
 
 
 def test_nobody_s_class_function_or_builtin_is_edited():
