@@ -1,287 +1,43 @@
-"""Holding training steps to a budget: how a batch is split, decided before the step by prediction.
+"""How training batches go through a network: held to a budget, or as gently as costs no time.
 
-The peak of a step is put together from those of whole batches of every size, which two steps on
-fake tensors tell (`lightning_da3.memory.BatchPrediction`).
+Decided before the first step on a new kind of batch, by prediction.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_da3.budget.costs import WHOLE, Choice, MicrobatchCosts, microbatch_costs
 from lightning_da3.budget.microbatches import Microbatches, batch_size
-from lightning_da3.budget.regions import Names, keep_only, most_kept
+from lightning_da3.budget.regions import Names, keep_only
 from lightning_da3.config import Budget, MemoryConfig, bytes_in
-from lightning_da3.errors import ConfigError, DA3Error
-from lightning_da3.formatting import format_bytes
-from lightning_da3.memory import BatchPrediction, StepPrediction, StepPredictor, free_bytes, resized
+from lightning_da3.errors import ConfigError, DA3Error, InputError
+from lightning_da3.memory import StepPrediction, StepPredictor, free_bytes
 from lightning_da3.nn.recomputed import Recomputed
-from lightning_da3.torch_private.trees import tree_leaves, tree_map_only
+from lightning_da3.torch_private.fake import is_fake
+from lightning_da3.torch_private.trees import tree_leaves
 
-# what a piece costs beside its samples (reading and laying out weights, launching), in FLOPs a
-# parameter: timing resnet50 and vit_b_16 in pieces of 1 to 16 samples on two cores found 150 to 400
-FLOPS_A_PARAMETER = 200
-WHOLE = None
-MARGIN = 1.1  # predictions of peaks hold within a tenth
-
-
-class _Moments(NamedTuple):
-    """The highest totals of a step on a whole batch, in bytes, and where they are."""
-
-    forward: tuple[int, str]
-    loss: tuple[int, str]
-    backward: tuple[int, str]
-    optimizer: tuple[int, str]
-    kept: int  # between forward and backward, outputs among it
-    saved: int  # by autograd, inside the network
-
-    @classmethod
-    def of(cls, step: StepPrediction) -> _Moments:
-        """Those of a prediction."""
-        middle, end = step.forward_end, step.backward_end
-        first = last = middle
-        while first > 0 and not step.names[first - 1]:
-            first -= 1
-        while last < end and not step.names[last]:
-            last += 1
-
-        def highest(start: int, stop: int) -> tuple[int, str]:
-            i = max(range(start, stop), key=step.timeline.__getitem__, default=None)
-            return (0, "") if i is None else (step.timeline[i], step.names[i])
-
-        return cls(
-            forward=highest(0, middle),
-            loss=highest(first, last),
-            backward=highest(middle, end),
-            optimizer=highest(end, len(step.timeline)),
-            kept=step.timeline[middle - 1],
-            saved=sum(node.saved_bytes for node in step.nodes if node.name),
-        )
-
-
-class Peak(NamedTuple):
-    """The highest total of a step, in bytes, and where it is."""
-
-    bytes: int
-    node: str
-    phase: str
-
-
-class Choice(NamedTuple):
-    """How a step on a batch stays within a budget.
-
-    Attributes:
-        split: Of the batch; None: it goes whole.
-        step: What it takes.
-        parts: Samples of every piece; empty if it goes whole.
-        kept: Stretches that keep what they could compute again.
-    """
-
-    split: Microbatches | None
-    step: StepPrediction
-    parts: tuple[int, ...] = ()
-    kept: Names = ()
-
-    @property
-    def again(self) -> int:
-        """So many pieces are computed again."""
-        return 0 if self.split is None else self.split.again
-
-
-class MicrobatchCosts:
-    """What training steps on split batches cost, for every size of the batch.
-
-    Args:
-        predictor: Of steps of the network.
-        predict: A step on a whole batch of so many samples.
-        parameters: Of the network.
-        gradient_bytes: Of what trains.
-        sample_bytes: Of one sample, as it enters the network.
-    """
-
-    def __init__(
-        self,
-        predictor: StepPredictor,
-        predict: Callable[[int], StepPrediction],
-        parameters: int,
-        gradient_bytes: int,
-        sample_bytes: int,
-    ) -> None:
-        self._predictor = predictor
-        self._at = functools.cache(BatchPrediction(predict, predictor.cuts).at)
-        self._moments = functools.cache(lambda samples: _Moments.of(self._at(samples)))
-        self.parameters, self.gradient_bytes = parameters, gradient_bytes
-        self.sample_bytes = sample_bytes
-
-    def peak(self, count: int, split: Microbatches | None) -> Peak:
-        """The peak of a step on `count` samples."""
-        if split is WHOLE:
-            step = self._at(count)
-            return Peak(step.peak_bytes, step.peak_node, step.peak_phase)
-        counts = split.counts(count)
-        large, last, whole = (self._moments(n) for n in (counts[0], counts[-1], count))
-        stay = sum(counts[split.again : -1]) * large.kept // counts[0]
-        outputs = sum(counts[: split.again]) * max(0, large.kept - large.saved) // counts[0]
-        again = sum(counts[: split.again]) * large.saved // counts[0]
-        moments = [
-            _later(last.forward, stay + outputs, "forward"),
-            _later(last.backward, stay, "backward"),
-            _later(whole.loss, -again, "loss"),
-            _later(whole.optimizer, 0, "optimizer"),
-        ]
-        if len(counts) > 1:  # the gradients of later pieces wait for those of this one
-            earlier = max(0, stay - large.kept) + self.gradient_bytes
-            moments.append(_later(large.backward, earlier, "backward"))
-        if split.again:
-            moments.append(_later(large.forward, self.gradient_bytes, "backward"))
-        return max(moments)
-
-    def step(self, count: int, split: Microbatches | None) -> StepPrediction:
-        """A step on `count` samples; its timeline is that of the whole batch."""
-        whole = self._at(count)
-        if split is WHOLE:
-            return whole
-        peak = self.peak(count, split)
-        again = sum(split.counts(count)[: split.again]) / count
-        nodes = tuple(
-            dataclasses.replace(
-                node,
-                saved_bytes=round(node.saved_bytes * (1 - again)),
-                flops_backward=node.flops_backward + round(node.flops_forward * again),
-            )
-            if node.name
-            else node
-            for node in whole.nodes
-        )
-        inputs = count * self.sample_bytes if again else 0  # computed again from them
-        return dataclasses.replace(
-            whole,
-            saved_activation_bytes=sum(node.saved_bytes for node in nodes) + inputs,
-            peak_bytes=peak.bytes,
-            peak_node=peak.node,
-            peak_phase=peak.phase,
-            flops_backward=sum(node.flops_backward for node in nodes),
-            nodes=nodes,
-        )
-
-    def accumulated(self, samples: int) -> StepPrediction:
-        """A step whose gradients are added to those of others, of so many samples at most."""
-        step = self._at(samples)
-        return dataclasses.replace(step, peak_bytes=step.peak_bytes + self.gradient_bytes)
-
-    def hold(self, args: Any, kwargs: Any, budget_bytes: int) -> Choice:
-        """What is decided for the step on these arguments.
-
-        Raises:
-            ConfigError: No split fits; the least possible peak, and where it is, are named.
-        """
-        count = batch_size(args, kwargs)
-        assert count is not None  # or these costs were not known
-        split = self.choose(count, budget_bytes)
-        if split is not WHOLE:
-            return Choice(split, self.step(count, split), tuple(split.counts(count)))
-        kept, step = most_kept(self._predictor, args, kwargs, budget_bytes / MARGIN)
-        return Choice(WHOLE, step, kept=kept)
-
-    def choose(self, count: int, budget_bytes: int) -> Microbatches | None:
-        """The split of `count` samples whose step fits, at the least extra time; None: the whole.
-
-        Raises:
-            ConfigError: None fits; the least possible peak, and where it is, are named.
-        """
-        if self._fits(count, budget_bytes):
-            return WHOLE
-        fitting = [
-            split
-            for samples in _sizes(count)
-            if (split := self._least_again(count, samples, budget_bytes)) is not None
-        ]
-        if not fitting:
-            raise ConfigError(self._impossible(count, budget_bytes))
-        return min(fitting, key=lambda split: self.extra_flops(count, split))
-
-    def largest(self, budget_bytes: int) -> int:
-        """The most samples of a step that fits, its gradients beside those of steps before it.
-
-        Raises:
-            ConfigError: Not even one sample does.
-        """
-
-        def fits(samples: int) -> bool:
-            return MARGIN * self.accumulated(samples).peak_bytes <= budget_bytes
-
-        low, high = 0, 1
-        while fits(high) and high < 2**20:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        if low < 1:
-            raise ConfigError(self._impossible(1, budget_bytes))
-        return low
-
-    def extra_flops(self, count: int, split: Microbatches) -> float:
-        """What splitting adds to a step, in FLOPs."""
-        counts = split.counts(count)
-        again = sum(counts[: split.again]) * self._at(count).flops_forward / count
-        starts = len(counts) + split.again / 2  # forward and backward, and once more forward
-        return again + starts * FLOPS_A_PARAMETER * self.parameters
-
-    def _fits(self, count: int, budget_bytes: int, split: Microbatches | None = WHOLE) -> bool:
-        return MARGIN * self.peak(count, split).bytes <= budget_bytes
-
-    def _least_again(self, count: int, samples: int, budget_bytes: int) -> Microbatches | None:
-        """With the fewest pieces that are computed again; None if even then it does not fit."""
-        pieces = len(Microbatches(samples).counts(count))
-        for again in range(pieces):
-            split = Microbatches(samples, again)
-            if self._fits(count, budget_bytes, split):
-                return split
-        return None
-
-    def _impossible(self, count: int, budget_bytes: int) -> str:
-        ends = [
-            (Microbatches(n), Microbatches(n, len(Microbatches(n).counts(count)) - 1))
-            for n in _sizes(count)
-        ]
-        splits = [WHOLE, *(split for both in ends for split in both)]
-        least = min((self.peak(count, split) for split in splits), key=lambda peak: peak.bytes)
-        return (
-            f"A budget of {format_bytes(budget_bytes)} cannot be held. The smallest is "
-            f"{format_bytes(MARGIN * least.bytes)}: a training step on {count} samples "
-            f"takes at least {format_bytes(least.bytes)} at its peak above the resting model, at "
-            f"{least.node.removeprefix('backbone.') or 'the loss'}, {least.phase}; predictions "
-            "hold within a tenth. Raise the budget, or make that node smaller: smaller images, or "
-            "a network with smaller maps."
-        )
-
-
-def _sizes(count: int) -> list[int]:
-    """Samples of the largest piece, for every number of pieces above one."""
-    return sorted({-(-count // pieces) for pieces in range(2, count + 1)})
-
-
-def _later(moment: tuple[int, str], added: int, phase: str) -> Peak:
-    return Peak(moment[0] + added, moment[1], phase)
+# Without a budget, batches of fewer bytes go whole: their steps peak at little, and what
+# predictions cost would be felt.
+LARGE_BYTES = 4 * 2**20
 
 
 class BudgetPolicy:
-    """Holds the steps of one model to a budget.
+    """Decides how the training batches of one model go through it.
 
     Args:
-        memory: Of its config.
+        memory: The model's choices.
 
     Attributes:
-        budget: As of `MemoryConfig`.
-        by: Likewise its `split`.
-        split: If it is set, what every batch is split by, whatever the budget.
-        predicted: What the training step of the batch met last takes; None: not known.
+        budget: The budget, as in `MemoryConfig`.
+        by: How it is kept, as ``MemoryConfig.split`` says.
+        split: If set, how every batch is split, whatever the budget.
+        predicted: What the training step of the latest batch takes; None: not known.
         tell: Called with a line for people whenever a new kind of batch is decided upon.
     """
 
@@ -327,7 +83,7 @@ class BudgetPolicy:
         Args:
             model: A DA3Model.
             args: Its arguments.
-            kwargs: Likewise.
+            kwargs: Its named arguments.
             check: Called with both before a batch is split for the first time; raises if it cannot.
 
         Raises:
@@ -342,6 +98,9 @@ class BudgetPolicy:
             self._keep(model, ())
             return self.split
         count = batch_size(args, kwargs)
+        if not self.holds and not self._is_worth_it(model, args, kwargs):
+            self.predicted = None
+            return WHOLE
         if count is None:
             raise ConfigError(
                 "A budget cannot be held by pieces: the network takes no tensor with samples along "
@@ -350,18 +109,44 @@ class BudgetPolicy:
             )
         key = (_signature(args, kwargs, count), count)
         if key not in self._chosen:
-            costs = self.costs_of(model, args, kwargs)
-            choice = costs.hold(args, kwargs, self.bytes_on(_device(model)))
-            if choice.split is not WHOLE:
-                check(args, kwargs)
-            self._chosen[key] = choice
-            regions_of = len(choice.kept), len(model.plan.regions)
-            how = how_split(choice.parts, choice.again, kept=regions_of)
-            self._say(f"a batch of {count}: {how}")
+            self._chosen[key] = self._choice(model, args, kwargs, check)
         choice = self._chosen[key]
         self._keep(model, choice.kept)
         self.predicted = choice.step
         return choice.split
+
+    def _choice(
+        self, model: Any, args: Any, kwargs: Any, check: Callable[[Any, Any], None]
+    ) -> Choice:
+        """What is decided for a new kind of batch."""
+        count, costs = batch_size(args, kwargs), self.costs_of(model, args, kwargs)
+        if self.budget is None:
+            choice = costs.lowest_peak(args, kwargs)
+            if choice.split is not WHOLE:
+                try:
+                    check(args, kwargs)
+                except InputError:  # samples act on each other
+                    choice = costs.whole(args, kwargs)
+            return choice
+        choice = costs.hold(args, kwargs, self.bytes_on(_device(model)))
+        if choice.split is not WHOLE:
+            check(args, kwargs)
+        kept = len(choice.kept), len(model.plan.regions)
+        self._say(f"a batch of {count}: {how_split(choice.parts, choice.again, kept=kept)}")
+        return choice
+
+    def _is_worth_it(self, model: Any, args: Any, kwargs: Any) -> bool:
+        """Whether to look for microbatches where there is no budget: large batches on CPUs."""
+        first = next(iter([*args, *kwargs.values()]), None)
+        if torch.compiler.is_compiling() or (isinstance(first, Tensor) and is_fake(first)):
+            return False
+        if not goes_in_microbatches(model, (first,), _device(model)):
+            return False
+        try:
+            self.costs_of(model, args, kwargs)
+        except DA3Error:  # what a step takes is not known: the batch goes whole
+            return False
+        return True
 
     def _keep(self, model: nn.Module, names: Names) -> None:
         if self._keeping is None or self._keeping[0] != names:
@@ -425,6 +210,19 @@ class BudgetPolicy:
         return free_bytes(device) if self.budget == "auto" else bytes_in(self.budget)
 
 
+def goes_in_microbatches(model: Any, args: Sequence[Any], device: torch.device) -> bool:
+    """Whether a model looks for microbatches of such a batch where there is no budget.
+
+    Args:
+        model: A DA3Model.
+        args: Its arguments.
+        device: The model's device.
+    """
+    first = next(iter(args), None)
+    large = isinstance(first, Tensor) and first.numel() * first.itemsize >= LARGE_BYTES
+    return large and device.type == "cpu" and not model.plan.python
+
+
 def how_split(
     parts: Sequence[int],
     again: int = 0,
@@ -438,50 +236,16 @@ def how_split(
         parts: Samples of every part of the batch; one or none: it is not split.
         again: So many of them are computed again in the backward.
         accumulated: The parts are training steps of their own.
-        kept: So many of so many regions_of keep, where they could be computed again.
+        kept: So many of so many regions keep, where they could be computed again.
     """
     if len(parts) < 2:
-        room = ", and room to keep {} of {} regions_of that can be computed again".format(*kept)
+        room = ", and room to keep {} of {} regions that can be computed again".format(*kept)
         return f"the whole batch fits{room if kept[0] else ''}"
     most = max(parts)
     if accumulated:
         return f"{len(parts)} training steps on {most} samples at most, whose gradients add up"
     stay = f"{again} of them computed again in the backward" if again else "all kept"
     return f"the batch goes through the network in {len(parts)} pieces of {most} at most, {stay}"
-
-
-def microbatch_costs(predictor: StepPredictor, args: Any, kwargs: Any) -> MicrobatchCosts:
-    """What steps of a predictor's network cost, on samples such as those of these arguments.
-
-    Raises:
-        DA3Error: The step cannot be predicted.
-    """
-    count = batch_size(args, kwargs)
-
-    def other(samples: int) -> Any:
-        return tree_map_only(
-            Tensor,
-            lambda x: resized(x, samples) if x.dim() and len(x) == count else x,
-            (args, kwargs),
-        )
-
-    def predict(samples: int) -> StepPrediction:
-        some, named = other(samples)
-        return predictor(*some, **named)
-
-    network = predictor.twin
-    trained = [p for p in network.parameters() if p.requires_grad]
-    return MicrobatchCosts(
-        predictor,
-        predict,
-        sum(p.numel() for p in network.parameters()),
-        sum(p.numel() * p.itemsize for p in trained),
-        sum(
-            x[:1].nbytes
-            for x in tree_leaves((args, kwargs))
-            if isinstance(x, Tensor) and x.dim() and len(x) == count
-        ),
-    )
 
 
 def without_budget(twin: Any) -> None:

@@ -1,4 +1,4 @@
-"""Where a budget has room: which regions_of of a network keep what they would compute again.
+"""Where a budget has room: which regions of a network keep what they would compute again.
 
 By default a region keeps 8-bit codes of what it reads, or what it reads itself, and runs once more
 in the backward. Its operations can also keep what they keep by themselves: bits, codes of
@@ -20,7 +20,7 @@ Names = tuple[str, ...]
 
 
 def keep_only(model: nn.Module, names: Collection[str]) -> list[Recomputed]:
-    """Of all regions_of of a DA3Model, let these and no others keep instead of computing again.
+    """Of all regions of a DA3Model, let these and no others keep instead of computing again.
 
     Returns:
         Those that keep.

@@ -8,9 +8,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_da3.budget.costs import Choice, microbatch_costs
 from lightning_da3.budget.microbatches import Microbatches
 from lightning_da3.budget.microbatches import batch_size as samples_of
-from lightning_da3.budget.policy import Choice, microbatch_costs, without_budget
+from lightning_da3.budget.policy import goes_in_microbatches, without_budget
 from lightning_da3.costs.inputs import inputs_for
 from lightning_da3.costs.report import StepCosts
 from lightning_da3.costs.rows import rows_of
@@ -113,10 +114,9 @@ def _held(
     model: DA3Model, predictor: StepPredictor, given: Arguments, whole: StepPrediction
 ) -> tuple[StepPrediction, dict[str, Any]]:
     """The step within the budget, and how it stays there."""
-    policy = model.budget_policy
+    policy, count = model.budget_policy, samples_of(given, {})
     if policy.budget is None:
-        return whole, {}
-    count = samples_of(given, {})
+        return _gentle(model, predictor, given, whole)
     if count is None:
         raise ConfigError(
             f"What {model.plan.network} does within a budget is known only of inputs with samples "
@@ -136,6 +136,17 @@ def _held(
         "accumulated": accumulated,
         "kept": choice.kept,
     }
+
+
+def _gentle(
+    model: DA3Model, predictor: StepPredictor, given: Arguments, whole: StepPrediction
+) -> tuple[StepPrediction, dict[str, Any]]:
+    """The step without a budget, in microbatches where the model would take them."""
+    device = next(model.parameters()).device
+    if not goes_in_microbatches(model, given, device):
+        return whole, {}
+    choice = microbatch_costs(predictor, given, {}).lowest_peak(given, {})
+    return choice.step, {"parts": choice.parts if len(choice.parts) > 1 else ()}
 
 
 def _alone(model: DA3Model) -> None:

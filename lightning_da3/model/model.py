@@ -151,7 +151,7 @@ class DA3Model(MultiDomain):
     def _run_within_budget(self, args: Any, kwargs: Any) -> tuple[Any, Ledger]:
         """As `_run`; a training step's batch in pieces, if it would not stay within the budget."""
         policy = self.budget_policy
-        trained = policy.holds and [p for p in self.parameters() if p.requires_grad]
+        trained = [p for p in self.parameters() if p.requires_grad]
         if not (trained and torch.is_grad_enabled()):
             return self._run(*args, **kwargs)
         count = batch_size(args, kwargs)
