@@ -16,7 +16,14 @@ import torchvision
 from measure import CLASSES, Step, alternate, with_domain
 from torch import nn
 
-from lightning_da3 import ConfigError, DA3Config, MemoryConfig, accumulated
+from lightning_da3 import (
+    ConfigError,
+    DA3Config,
+    DA3Model,
+    MemoryConfig,
+    accumulated,
+    step_costs,
+)
 from lightning_da3.memory import measure_step
 
 MIB = 2**20
@@ -58,8 +65,9 @@ def held(network: nn.Module, budget: float | None, split: str = "pieces") -> nn.
 def peak_of(step: Step) -> float:
     """In bytes; of a converted network no less than predicted."""
     measured = measure_step(step, repeats=0).peak_bytes
-    plan = getattr(step.network, "plan", None)
-    return measured if plan is None else max(measured, plan.at(inputs=step.images).ours.peak_bytes)
+    if not isinstance(step.network, DA3Model):
+        return measured
+    return max(measured, step_costs(step.network, inputs=step.images).ours.peak_bytes)
 
 
 def measure(case: Case, image_size: int, rounds: int, fast: bool) -> bool:
@@ -108,7 +116,7 @@ def measure(case: Case, image_size: int, rounds: int, fast: bool) -> bool:
             row += "  pass" if fits else "  FAIL"
         print(row)
         if name in ways:
-            print(f"    {str(steps[name].network.plan.at(inputs=images)).split('held to ')[-1]}"
+            print(f"    {str(step_costs(steps[name].network, inputs=images)).split('held to ')[-1]}"
                   .split("\n")[0])  # fmt: skip
     good &= all(name in peaks for name in ways if name.startswith("asked"))
     return good

@@ -9,9 +9,13 @@ Without a Trainer: ``model = convert(network)``, ``model.add_domain("flowers", n
 ``model.set_domain("flowers")``.
 """
 
+from typing import NoReturn
+
 from lightning_da3.budget.accumulation import accumulated
 from lightning_da3.config import AdapterConfig, DA3Config, GateConfig, MemoryConfig
 from lightning_da3.converting import convert
+from lightning_da3.costs.report import StepCosts
+from lightning_da3.costs.steps import step_costs
 from lightning_da3.errors import (
     CheckpointError,
     ConfigError,
@@ -51,10 +55,44 @@ __all__ = [
     "InputError",
     "MemoryConfig",
     "PredictionWarning",
+    "StepCosts",
     "accumulated",
     "convert",
     "fit_sequence",
     "load_from_checkpoint",
     "pull_domain",
     "push_domain",
+    "step_costs",
 ]
+
+_MOVED = {  # modules of version 0.1
+    "accumulating": "budget.accumulation",
+    "attaching": "trainer.attaching",
+    "callbacks": "trainer.callback",
+    "checkpointing": "files.domain_file",
+    "command": "cli",
+    "domains": "model.model",
+    "first_steps": "trainer.first_steps",
+    "folder": "files.folder",
+    "hub": "files.hub",
+    "loaders": "trainer.loaders",
+    "loggers": "trainer.loggers",
+    "prediction": "costs.steps",
+    "registry": "layers",
+    "sequence": "trainer.sequence",
+    "state": "model.state",
+    "strategies": "trainer.strategies",
+}
+
+
+def __getattr__(name: str) -> NoReturn:
+    """Say where a module went.
+
+    Raises:
+        ImportError: The module of this name moved. (Of an AttributeError Python would not show the
+            message to who writes ``from lightning_da3 import registry``.)
+        AttributeError: There never was such a name.
+    """
+    if name in _MOVED:
+        raise ImportError(f"`lightning_da3.{name}` moved: import `lightning_da3.{_MOVED[name]}`.")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

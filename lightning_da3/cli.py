@@ -12,31 +12,31 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_da3.config import DA3Config, MemoryConfig
 from lightning_da3.converting import convert
+from lightning_da3.costs.steps import step_costs
 from lightning_da3.errors import ConfigError, DA3Error
 from lightning_da3.memory import without_values
 from lightning_da3.plotting import plot_step
 
-LARGE = 2**20  # elements
+LARGE = 2**16  # elements
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: Behind the program's name; None: those of this process.
+        arguments: What stands behind the program's name; None: those of this process.
 
     Returns:
         0. What is wrong ends the process with the exit code 2, and a line on standard error.
@@ -80,8 +80,7 @@ def _plan(given: argparse.Namespace) -> str:
     budget = int(given.budget) if (given.budget or "").isdigit() else given.budget
     memory = MemoryConfig(exact=given.exact, budget=budget)
     model = convert(network, DA3Config(memory=memory, head=head))
-    size = given.image_size
-    costs = model.plan.at(given.batch_size, size[0] if size and len(size) == 1 else size)
+    costs = step_costs(model, given.batch_size, given.image_size)
     if given.plot is not None:
         figure = plot_step(costs.ours, costs.finetune, title=_title(given.network, costs.inputs))
         try:
@@ -104,14 +103,14 @@ def network_without_values(factory: Callable[[], Any], name: str) -> nn.Module:
 
     Args:
         factory: Makes a network.
-        name: Of it, for errors.
+        name: The network's name, for errors.
 
     Raises:
-        ConfigError: It fails, or makes something else.
+        ConfigError: `factory` fails, or makes something else.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with _parameters_of(mode):
+        with _Constructing(mode):
             network = factory()
     except DA3Error:
         raise
@@ -122,28 +121,14 @@ def network_without_values(factory: Callable[[], Any], name: str) -> nn.Module:
     return without_values(network, mode)
 
 
-@contextmanager
-def _parameters_of(mode: FakeTensorMode) -> Iterator[None]:
-    """Inside, new parameters are fake; all else is real, as constructors compute with it."""
-    make: Any = nn.Parameter.__new__
-
-    def new(cls: Any, data: Any = None, requires_grad: bool = True) -> Any:
-        plain = isinstance(data, Tensor) and not isinstance(data, FakeTensor)
-        if plain and data.device.type != "meta":
-            data = mode.from_tensor(data.detach())
-        return make(cls, data, requires_grad)
-
-    with mock.patch.object(nn.Parameter, "__new__", new), _Constructing(mode):
-        yield
-
-
 class _Constructing(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Large memory is never asked for, and questions about values are answered with zero.
+    """Large tensors are made without values, and questions about such values answered with zero.
 
-    Initialisers ask, say, whether any number that they drew lies too far out.
+    Small ones are real, as constructors compute with them. Initialisers ask, say, whether any
+    number that they drew lies too far out.
 
     Args:
-        mode: Of large tensors.
+        mode: The mode of the tensors without values.
     """
 
     def __init__(self, mode: FakeTensorMode) -> None:
@@ -154,12 +139,20 @@ class _Constructing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return torch.zeros((), dtype=args[0].dtype).item()
-        if func is torch.ops.aten.empty.memory_format and math.prod(args[0]) >= LARGE:
+        if not given and _elements(args) >= LARGE:
             with self.mode:
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _elements(args: tuple[Any, ...]) -> int:
+    """How many elements `torch.empty`, `zeros`, `randn` and their like make of these arguments."""
+    size = args[0] if args else ()
+    is_size = isinstance(size, (list, tuple)) and all(isinstance(n, int) for n in size)
+    return math.prod(size) if is_size else 0
 
 
 def _factory(name: str) -> Callable[[], Any]:

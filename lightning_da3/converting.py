@@ -12,8 +12,9 @@ from lightning_da3.config import DA3Config
 from lightning_da3.errors import ConfigError, ConversionError, DA3Error
 from lightning_da3.files.domain_file import fingerprint
 from lightning_da3.memory import fake_mode_of
+from lightning_da3.model.identity import architecture, backbone_state
 from lightning_da3.model.model import DA3Model
-from lightning_da3.model.state import architecture, backbone_state
+from lightning_da3.model.original import Original
 from lightning_da3.passes.rewriting import rewrite
 from lightning_da3.planning.planner import make_plan
 from lightning_da3.tracing.tracer import trace
@@ -54,8 +55,8 @@ def convert(
         state = backbone_state(backbone.state_dict(), decided.head)
         mark = NO_FINGERPRINT if mode else fingerprint(state)
         layers = architecture(backbone, decided.head)
-        model = DA3Model(rewrite(traced, decided, config), decided, config, mark, layers)
-    model.remember(backbone)
+        rewritten = rewrite(traced, decided, config)
+    model = DA3Model(rewritten, decided, config, mark, layers, Original(backbone))
     if example_inputs is not None:
         inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
         _verify(backbone, model, inputs)

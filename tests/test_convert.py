@@ -31,6 +31,7 @@ from lightning_da3 import (
     InputError,
     MemoryConfig,
     convert,
+    step_costs,
 )
 from lightning_da3.layers import Replacement, register
 from lightning_da3.memory import SavedActivations, saved_activation_bytes
@@ -408,7 +409,7 @@ def test_an_activation_becomes_one_operation_with_the_convolution_that_it_alone_
     assert (step.fold_into, step.keeps) == ("point", "bits")
     fused = [m for m in model.backbone.modules() if isinstance(m, FrozenConv) and m.slopes]
     assert sorted(conv.slopes.high for conv in fused) == [6.0, torch.inf]
-    rows = {row.name: row for row in model.plan.at(2, 8).rows}
+    rows = {row.name: row for row in step_costs(model, 2, 8).rows}
     assert rows["point"].flops_forward > 0 == rows["point"].saved_bytes
     assert rows["fused"].flops_forward == 0
     assert rows["fused"].saved_bytes == 2 * 6 * 8 * 8 // 8

@@ -10,6 +10,7 @@ all others are gone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +150,30 @@ def run_microbatches(
         ledgers.append(ledger)
     del output  # beside the whole no piece's own stays
     return _joined(outputs, counts), _joined_ledger(ledgers)
+
+
+def check_apart(run: Run, args: Sequence[Any], kwargs: Mapping[str, Any], network: str) -> None:
+    """Refuse to split a batch whose samples act on each other; two of them tell.
+
+    Args:
+        run: As of `run_microbatches`; it should build no graph.
+        args: The positional arguments of `run`.
+        kwargs: The keyword arguments of `run`.
+        network: The network's name, for the error.
+
+    Raises:
+        InputError: They do.
+    """
+    pair = next(cut((args, kwargs), [2, (batch_size(args, kwargs) or 2) - 2]))
+    whole, _ = run(*pair[0], **pair[1])
+    with suppress(RuntimeError, InputError, AssertionError):  # of shapes, and of values
+        parts, _ = run_microbatches(run, pair[0], pair[1], [1, 1])
+        torch.testing.assert_close(parts, whole, rtol=1e-2, atol=1e-2, equal_nan=True)
+        return
+    raise InputError(
+        f"A budget cannot be held by splitting a batch of {network}: samples of a batch act on "
+        "each other. Give it smaller batches."
+    )
 
 
 def _run_again(

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import stat
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lightning_da3.errors import CheckpointError
+from lightning_da3.files.writing import replacing
 
 FORMAT = "lightning_da3"
 FORMAT_VERSION = 1
@@ -320,34 +320,3 @@ def _content(path: Path) -> tuple[bytearray, int]:
     if read != status.st_size - _LENGTH_BYTES:
         raise CheckpointError(f"it shrank while it was read. {_REMEDY}")
     return content, data_start
-
-
-@contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A file to write in a ``with`` block that takes the place of `target` at its end, or never.
-
-    Args:
-        target: Where the file goes; its folder must exist.
-
-    Yields:
-        Path of a file beside it, which the block makes. An error in the block removes it; a process
-        that is killed leaves it behind, as ``.<name>.<32 hexadecimal digits>.tmp``.
-
-    Raises:
-        OSError: The system could not write it; what was at `target` is still there.
-    """
-    # in the same folder: a rename is atomic only inside one file system
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the new name on empty blocks
-        os.replace(temporary, target)  # noqa: PTH105 - the one call that tests make fail
-    finally:
-        temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not every system can sync a folder
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

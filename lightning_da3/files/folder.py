@@ -5,17 +5,29 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lightning_da3.errors import CheckpointError, DomainError
-from lightning_da3.files.domain_file import read_domain, replacing
-from lightning_da3.model.model import DA3Model, check_name
+from lightning_da3.files.domain_file import read_domain
+from lightning_da3.files.folders import make_folder
+from lightning_da3.files.names import check_name
+from lightning_da3.files.writing import replacing
 
 INDEX = "index.json"
 INDEX_VERSION = 1
 SUFFIX = ".safetensors"
 
 _Entry = dict[str, Any]
+
+
+class HasDomains(Protocol):
+    """What is used here of a DA3Model."""
+
+    def save_domain(self, name: str, path: str | os.PathLike[str], **metadata: Any) -> None:
+        """Write one domain to a file."""
+
+    def load_domain(self, path: str | os.PathLike[str], name: str | None = None) -> str:
+        """Add the domain of a file."""
 
 
 class DomainFolder:
@@ -27,7 +39,7 @@ class DomainFolder:
     new name.
 
     Args:
-        path: Of the folder; made when the first domain is saved.
+        path: The folder; it is made when the first domain is saved.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -42,16 +54,16 @@ class DomainFolder:
         check_name(name)
         return self.path / f"{name}{SUFFIX}"
 
-    def save(self, model: DA3Model, name: str, **metadata: Any) -> Path:
+    def save(self, model: HasDomains, name: str, **metadata: Any) -> Path:
         """Write one domain of `model`, whole or not at all.
 
         Args:
-            model: That has it.
-            name: Of the domain.
+            model: The `DA3Model` that has the domain.
+            name: The domain's name.
             metadata: Anything JSON holds that should lie with it, such as metrics.
 
         Returns:
-            Path of its file.
+            The path of its file.
 
         Raises:
             DomainError: There is no such domain.
@@ -69,12 +81,9 @@ class DomainFolder:
         Raises:
             CheckpointError: It cannot be made.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"Cannot make the folder {str(self.path)!r}: {error}.") from error
+        make_folder(self.path)
 
-    def load(self, model: DA3Model, name: str) -> None:
+    def load(self, model: HasDomains, name: str) -> None:
         """Add a domain of this folder to `model`; its file is read and checked.
 
         Raises:
@@ -88,17 +97,17 @@ class DomainFolder:
         model.load_domain(self.file(name), name)
 
     def names(self) -> list[str]:
-        """Of the domains whose files are good, sorted."""
+        """The names of the domains whose files are good, sorted."""
         return [name for name, entry in self.index().items() if "error" not in entry]
 
     def damaged(self) -> dict[str, str]:
-        """What is wrong with the others, by file name without its ending."""
+        """What is wrong with all other files, by file name without its ending."""
         return {name: entry["error"] for name, entry in self.index().items() if "error" in entry}
 
     def index(self) -> dict[str, _Entry]:
         """What the files say, by domain name: ``num_classes``, ``class_names``, ``extra``...
 
-        Of a file that cannot be used, only an ``error``.
+        A file that cannot be used has only an ``error``.
 
         Raises:
             CheckpointError: The folder cannot be read.

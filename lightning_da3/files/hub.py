@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_da3.errors import CheckpointError, DomainError
-from lightning_da3.files.domain_file import read_domain, replacing
+from lightning_da3.files.domain_file import read_domain
 from lightning_da3.files.folder import SUFFIX, DomainFolder
-from lightning_da3.model.model import check_name
+from lightning_da3.files.names import check_name
+from lightning_da3.files.writing import replacing
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -68,13 +69,13 @@ def pull_domain(
 
     Args:
         repo_id: ``"user/repository"``.
-        name: Of the domain.
+        name: The domain's name.
         folder: Where `DomainFolder` or `load_domain` will find it.
         revision: Branch, tag or commit; None: the main branch.
         api: As for `push_domain`.
 
     Returns:
-        Path of ``<folder>/<name>.safetensors``. A file that was there is replaced.
+        The path of ``<folder>/<name>.safetensors``. A file that was there is replaced.
 
     Raises:
         DomainError: The name is ill-formed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,17 @@ class Plan:
                 lines.append(f"{where}{ends}: a large batch in pieces (on CPU)")
         lines += [f"stays Python: {path or 'the network'}, {why}" for path, why in self.python]
         return "\n".join(lines)
+
+    if not TYPE_CHECKING:  # or type checkers would take every misspelt name
+
+        def __getattr__(self, name: str) -> Any:
+            """Say where `at` went."""
+            if name == "at":
+                raise AttributeError(
+                    "A plan is a plain value and has no `at` any more. What a step costs says "
+                    "`lightning_da3.step_costs(model, batch_size, image_size)`."
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __str__(self) -> str:
         """A table for people."""

@@ -22,10 +22,13 @@ from typing_extensions import override
 from lightning_da3.config import DA3Config
 from lightning_da3.converting import convert
 from lightning_da3.errors import CheckpointError, ConfigError
-from lightning_da3.files.domain_file import read_domain, replacing
+from lightning_da3.files.domain_file import read_domain
 from lightning_da3.files.folder import DomainFolder
-from lightning_da3.model.model import DA3Model, check_name, checked_class_names
-from lightning_da3.model.state import check_identity
+from lightning_da3.files.names import check_name
+from lightning_da3.files.writing import replacing
+from lightning_da3.model.domain import checked_class_names
+from lightning_da3.model.identity import check_identity
+from lightning_da3.model.model import DA3Model
 from lightning_da3.trainer.attaching import find_backbone
 from lightning_da3.trainer.callback import DA3Callback
 

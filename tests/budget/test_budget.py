@@ -21,6 +21,7 @@ from lightning_da3 import (
     MemoryConfig,
     accumulated,
     convert,
+    step_costs,
 )
 from lightning_da3.budget.microbatches import Microbatches
 from lightning_da3.budget.policy import MARGIN, microbatch_costs, without_budget
@@ -359,7 +360,7 @@ def test_what_is_kept_changes_no_exact_gradient():
 
 def test_a_plan_names_what_is_kept():
     model = converted(Tokens(), budget="1GiB")
-    costs = model.plan.at(4, 64)
+    costs = step_costs(model, 4, 64)
     regions = len(model.plan.regions)
     assert f"and room to keep {regions} of {regions} regions_of" in str(costs)
     assert len(costs.to_dict()["kept"]) == regions

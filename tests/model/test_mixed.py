@@ -285,7 +285,7 @@ def test_samples_that_cannot_be_told_apart_are_refused(capfd):
         learned("SumOfTheBatch")(batch(), domains=MIX)
     assert learned("Crops")(batch(), domains=["a"] * 5)[0].shape == ()  # one domain: all the same
     model = learned()
-    model._head_slot.register_forward_hook(lambda _, __, scores: scores.flatten(0).view(5, 7, 1))
+    model._slots.head.register_forward_hook(lambda _, __, scores: scores.flatten(0).view(5, 7, 1))
     with refused(InputError, "heads have [3, 4, 5, 7] classes", "no output"):
         model(batch(), domains=MIX)
     assert not capfd.readouterr().err

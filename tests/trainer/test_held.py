@@ -9,7 +9,14 @@ from helpers.comparing import assert_relatively_close
 from helpers.lit import CONFIG, Lit, trainer
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_da3 import ConfigError, DA3Callback, DA3Config, DA3Strategy, MemoryConfig
+from lightning_da3 import (
+    ConfigError,
+    DA3Callback,
+    DA3Config,
+    DA3Strategy,
+    MemoryConfig,
+    step_costs,
+)
 from lightning_da3.budget.microbatches import Microbatches
 
 EXACT = DA3Config(adapter=CONFIG.adapter, gate=None, memory=MemoryConfig(exact=True))
@@ -122,10 +129,10 @@ def test_a_budget_is_held_in_a_trainer(tmp_path, by, caplog):
     assert by == "accumulate" or predicted <= 900 * 2**10  # of the split step, not of the whole
     assert module.net.budget_policy.budget == "900KiB"
     assert "Held to a budget of 900KiB, " in caplog.text
-    plan = module.net.plan.at(10, 128)
-    assert len(plan.parts) > 1
-    assert plan.accumulated == (by == "accumulate")
-    assert ("gradients add up" if plan.accumulated else "goes through the network") in str(plan)
+    costs = step_costs(module.net, 10, 128)
+    assert len(costs.parts) > 1
+    assert costs.accumulated == (by == "accumulate")
+    assert ("gradients add up" if costs.accumulated else "goes through the network") in str(costs)
 
 
 def test_the_strategy_takes_a_budget_and_another_fit_another(tmp_path):

@@ -1,0 +1,1 @@
+"""What a training step costs: bytes and FLOPs, node by node, beside those of fine-tuning."""

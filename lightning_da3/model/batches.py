@@ -1,0 +1,68 @@
+"""What goes into a converted network, and what is done to its output."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+from lightning_da3.errors import InputError
+from lightning_da3.nn.gate import with_loss
+from lightning_da3.ops.bits import lies_channels_last
+from lightning_da3.planning.plan import Plan
+
+
+def check_input(args: Sequence[Any], plan: Plan) -> None:
+    """Refuse a batch that the first convolution could not take.
+
+    Args:
+        args: The network's positional arguments.
+        plan: The network's plan.
+
+    Raises:
+        InputError: The batch's axes, channels or type do not fit.
+    """
+    x = args[0] if args else None
+    if not isinstance(x, Tensor) or plan.input_channels is None:
+        return
+    axes, channels = plan.input_channels
+    shape = ", ".join(["N", str(channels), *"DHW"[3 - axes :]])
+    if not x.is_floating_point():
+        raise InputError(
+            f"{plan.network} takes floating-point batches of shape ({shape}), got {x.dtype}. "
+            "Convert and normalise first: `batch.float() / 255`, say."
+        )
+    if x.dim() != axes + 2 or x.shape[1] != channels:
+        raise InputError(f"{plan.network} takes batches of shape ({shape}), got {tuple(x.shape)}.")
+
+
+def laid_out(output: Any, inputs: Any) -> Any:
+    """The output with contiguous maps if the inputs' are: what follows may take views of them."""
+    if any(isinstance(x, Tensor) and lies_channels_last(x) for x in tree_leaves(inputs)):
+        return output
+    return tree_map_only(Tensor, lambda y: y.contiguous() if lies_channels_last(y) else y, output)
+
+
+def carrying(output: Any, loss: Tensor, scale: float) -> Any:
+    """The output, whose first tensor that requires a gradient carries a loss into the backward.
+
+    Args:
+        output: Any nesting of tensors and dataclasses.
+        loss: A scalar.
+        scale: The loss's factor.
+    """
+    leaves, structure = tree_flatten(output)
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            leaves[i] = with_loss(leaf, loss, scale)
+            return tree_unflatten(leaves, structure)
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            fields = {f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf) if f.init}
+            changed = carrying(fields, loss, scale)
+            if changed is not fields:
+                leaves[i] = dataclasses.replace(leaf, **changed)
+                return tree_unflatten(leaves, structure)
+    return output

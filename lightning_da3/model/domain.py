@@ -1,0 +1,143 @@
+"""What one domain owns, how a fresh one is made, and the bank of all domains of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import nn
+
+from lightning_da3.config import DA3Config
+from lightning_da3.errors import ConfigError
+from lightning_da3.nn.adapter import Adapter
+from lightning_da3.nn.head import Head, new_head
+from lightning_da3.nn.statistics import Statistics
+from lightning_da3.passes.hosts import host_key
+from lightning_da3.planning.plan import HostPlan, Plan
+
+
+class Domain(nn.Module):
+    """An adapter for every host, the domain's head, and statistics once it has some.
+
+    Args:
+        adapters: Adapters by host key, in the order of the plan.
+        head: The domain's classifier, or None if it uses the backbone's own.
+        num_classes: The number of scores that the head gives.
+        class_names: One name for every score, or None.
+
+    Raises:
+        ConfigError: `class_names` are no strings, or not as many as there are classes.
+    """
+
+    def __init__(
+        self,
+        adapters: Mapping[str, Adapter],
+        head: nn.Module | None,
+        num_classes: int | None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.statistics: Statistics | None = None  # of the backbone's features of its samples
+        self.adapters = nn.ModuleDict(dict(adapters))
+        self.head = head
+        self.num_classes = num_classes
+        self.class_names = checked_class_names(class_names, num_classes)
+
+    def adapter(self, host: str) -> Adapter:
+        """The adapter of the host of this name."""
+        return cast(Adapter, self.adapters[host_key(host)])
+
+
+class Bank(nn.ModuleDict):
+    """The domains of one network by name, in the order in which they were added.
+
+    It takes every name of a domain: PyTorch's own refuses those of its methods, such as ``items``.
+    """
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        self._modules[key] = module
+
+
+def new_domain(
+    plan: Plan,
+    config: DA3Config,
+    head: Head | None,
+    num_classes: int | None,
+    class_names: Sequence[str] | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Domain:
+    """A fresh domain, which adds exactly zero to the backbone's features.
+
+    Args:
+        plan: The network's plan.
+        config: The network's config.
+        head: The classifier that the domain replaces, or None: it keeps the network's own.
+        num_classes: The number of classes; None exactly if `head` is None.
+        class_names: One name for every class, or None.
+        device: Where the network computes.
+        dtype: In which type the network computes.
+
+    Raises:
+        ConfigError: `num_classes` is missing or wrong, or `class_names` are not as many.
+    """
+    _check_classes(plan, config, num_classes, replaced=head is not None)
+    own = None if head is None else new_head(head, cast(int, num_classes), device)
+    with device:
+        adapters = {
+            host_key(host.name): _new_adapter(host, config).to(dtype=dtype) for host in plan.hosts
+        }
+    return Domain(adapters, own, num_classes, class_names)
+
+
+def _new_adapter(host: HostPlan, config: DA3Config) -> Adapter:
+    choice = config.adapter
+    return Adapter(
+        host.in_channels,
+        host.out_channels,
+        choice.hidden_channels,
+        1 if host.stride is None else choice.kernel_size,
+        host.axes,
+        gated=config.gate is not None,
+        exact=config.memory.exact,
+    )
+
+
+def _check_classes(plan: Plan, config: DA3Config, num_classes: object, *, replaced: bool) -> None:
+    if not replaced and num_classes is not None:
+        why = "its config says head=None"
+        if config.head is not None:
+            why = f"no single Linear or convolution leads to the output of {plan.network}"
+        raise ConfigError(
+            f"`num_classes` is {num_classes!r}, but every domain keeps the network's own head: "
+            f"{why}. Leave `num_classes` out, or name a layer to replace: "
+            "DA3Config(head='classifier.4'), say."
+        )
+    if replaced and num_classes is None:
+        raise ConfigError(
+            f"`num_classes` is missing: every domain gets its own {plan.head!r}. "
+            "Say how many classes, as in `add_domain('flowers', num_classes=102)`."
+        )
+    is_count = isinstance(num_classes, int) and not isinstance(num_classes, bool)
+    if replaced and not (is_count and cast(int, num_classes) >= 1):
+        raise ConfigError(f"`num_classes` must be an int of at least 1, got {num_classes!r}.")
+
+
+def checked_class_names(names: Sequence[str] | None, num_classes: int | None) -> list[str] | None:
+    """The names as a list.
+
+    Raises:
+        ConfigError: They are no strings, or not as many as there are classes.
+    """
+    if names is None:
+        return None
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"`class_names` must be a sequence of str, got {names!r}.")
+    if len(names) != num_classes:
+        raise ConfigError(
+            f"`class_names` must have one name for each of the {num_classes} classes, got "
+            f"{len(names)}."
+        )
+    return list(names)

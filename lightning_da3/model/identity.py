@@ -1,0 +1,182 @@
+"""What tells one converted network from another, and whether a domain was learned with this one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from lightning_da3.config import DA3Config
+from lightning_da3.errors import CheckpointError, ConfigError
+from lightning_da3.planning.plan import Plan
+
+CONFIG_PARTS = ("adapter", "gate", "head")  # that a domain must have been learned with
+
+# what, beside its kind and its weights, a layer's outputs in eval depend on. Written into files:
+# a name may be added only with care, as files that were made without it must go on loading
+SETTINGS = (
+    "kernel_size stride padding output_padding dilation groups padding_mode ceil_mode "
+    "count_include_pad output_size eps num_groups negative_slope approximate"
+).split()
+
+
+class HasIdentity(Protocol):
+    """What is used here of a DA3Model."""
+
+    config: DA3Config
+    plan: Plan
+    fingerprint: str
+    architecture: str
+
+
+def identity(model: HasIdentity) -> dict[str, Any]:
+    """What a domain's file says of the model that it was learned with; plain types."""
+    return {
+        "config": model.config.to_dict(),
+        "network": model.plan.network,
+        "backbone": model.fingerprint,
+        "architecture": model.architecture,
+        "plan": plan_hash(model.plan),
+    }
+
+
+def plan_hash(plan: Plan) -> str:
+    """A digest of what a domain must fit: the hosts, by name, channels and stride, and its head."""
+    hosts = [[h.name, h.in_channels, h.out_channels, h.stride] for h in plan.hosts]
+    return _digest([hosts, plan.head])
+
+
+def architecture(network: nn.Module, head: str | None) -> str:
+    """A digest of a backbone's layers, their settings and shapes, whatever their weights.
+
+    What a forward method computes between its layers is not looked at.
+
+    Args:
+        network: The user's network.
+        head: The module name of the head that domains replace, or None.
+
+    Returns:
+        A SHA-256 digest: the same on every device and for every dtype.
+    """
+    layers = [
+        [name, type(layer).__name__, {key: _plain(getattr(layer, key, None)) for key in SETTINGS}]
+        for name, layer in network.named_modules()
+        if name != head and not list(layer.children())
+    ]
+    shapes = {k: list(v.shape) for k, v in backbone_state(network.state_dict(), head).items()}
+    return _digest([layers, shapes])
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, (tuple, list)):
+        return [_plain(entry) for entry in value]
+    return value if isinstance(value, (bool, int, float, str)) else None
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def check_identity(model: HasIdentity, about: Mapping[str, Any], path: str) -> None:
+    """Refuse a domain that was learned with another model.
+
+    Args:
+        model: The `DA3Model` that the domain should be loaded into.
+        about: The metadata of the domain's file.
+        path: The path of the file, for the error.
+
+    Raises:
+        CheckpointError: The backbone or the config is another; all differences are named.
+    """
+    config = about.get("config")
+    missing = {"domain", "num_classes", "config", "network", "backbone"} - set(about)
+    missing |= set(CONFIG_PARTS) - set(config if isinstance(config, Mapping) else ())
+    if missing:
+        problems = [f"it lacks {sorted(missing)}; `save_domain` writes whole ones."]
+    else:
+        problems = list(_differences(about, model))
+    if problems:
+        raise CheckpointError(
+            f"The domain file {path!r} does not fit this model: {' '.join(problems)}"
+        )
+
+
+def _differences(about: Mapping[str, Any], model: HasIdentity) -> Iterator[str]:
+    here = identity(model)
+    same = {key: about.get(key, here[key]) == here[key] for key in here}
+    if not same["backbone"]:
+        what = "" if "architecture" not in about else f"{_what_differs(same['architecture'])} "
+        yield (
+            f"It was learned on another backbone ({about['network']}, fingerprint "
+            f"{str(about['backbone'])[:12]}); this one is {here['network']}, fingerprint "
+            f"{here['backbone'][:12]}. {what}Convert the backbone that it was learned on."
+        )
+    elif not same["architecture"]:
+        yield (
+            "It was learned on another architecture: the weights are the same, but layers or their "
+            "settings (strides, say) differ. Convert the backbone that it was learned on."
+        )
+    try:
+        theirs = DA3Config.from_dict(about["config"])  # fills in what a later version added
+    except (ConfigError, TypeError) as error:
+        yield f"Its config cannot be read: {error}"
+        return
+    other = list(config_differences(theirs.to_dict(), here["config"]))
+    yield from other
+    if not other and same["backbone"] and same["architecture"] and not same["plan"]:
+        yield (
+            "Its plan has other hosts or another head, though backbone and config are the same. "
+            "Use the version of lightning_da3 that it was learned with."
+        )
+
+
+def _what_differs(same_architecture: bool) -> str:
+    if same_architecture:
+        return (
+            "The architecture is the same, the weights differ (rounded to another dtype, they are "
+            "others: convert first, then `.to(dtype)`)."
+        )
+    return "The architecture differs."
+
+
+def computing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a config the outputs depend on: that there are gates, not how they are trained."""
+    gate = {"gate": "GateConfig(...)"} if config.get("gate") is not None else {}
+    return {**config, **gate}
+
+
+def config_differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> Iterator[str]:
+    """What a domain's config and a model's must have in common and have not, for people."""
+    for key in CONFIG_PARTS:
+        if key in theirs and theirs[key] != mine[key]:
+            yield (
+                f"Its config has {key}={theirs[key]}, here it is {mine[key]}. Convert with the "
+                "config that it was learned with."
+            )
+    weights = [config.get("memory", {}).get("weights", "same") for config in (theirs, mine)]
+    if weights[0] != weights[1]:
+        yield (
+            f"It was learned with MemoryConfig(weights={weights[0]!r}), here it is {weights[1]!r}: "
+            "rounded weights are another backbone. Convert with the config that it was learned "
+            "with."
+        )
+
+
+def backbone_state(state: Mapping[str, Any], head: str | None) -> dict[str, Tensor]:
+    """What identifies a backbone: weights and statistics, without the head that domains replace.
+
+    Args:
+        state: The state dict of the user's network.
+        head: The module name of that head, or None.
+    """
+    skip = () if head is None else (f"{head}.",)
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+        and not name.startswith(skip)
+        and not name.endswith("num_batches_tracked")
+    }
