@@ -101,9 +101,8 @@ def test_the_picture_shows_what_was_measured():
 
 def test_values_of_exact_mode_are_no_codes():
     rows = step_costs(domain_of(Net(), exact=True), 4, 64).rows
-    kinds = {row.keeps for row in rows if row.saved_bytes}
-    assert "kept" in {row.keeps for row in rows if row.layer == "adapter"}
-    assert "codes" not in kinds
+    assert [row.keeps for row in rows if row.layer in ("adapter", "read again") if row.saved_bytes]
+    assert "codes" not in {row.keeps for row in rows if row.saved_bytes}
 
 
 def test_nothing_of_the_network_changes():
@@ -122,17 +121,17 @@ def test_inputs_instead_of_sizes():
     given = step_costs(model, inputs=torch.empty(2, 3, 64, 64, device="meta"))
     assert given == step_costs(model, 2, 64)
     assert not given.guessed
-    with pytest.raises(InputError, match="Net cannot make a training step"):
+    with pytest.raises(InputError, match="Net takes batches of shape"):
         step_costs(model, inputs=(torch.empty(2, 4, 64, 64),))
 
 
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()
-        self.fc = nn.Linear(6, 5)
+        self.mix, self.fc = nn.Linear(6, 8), nn.Linear(8, 5)
 
     def forward(self, x, y):
-        return self.fc(torch.cat((x.flatten(1), y), 1))
+        return self.fc(self.mix(torch.cat((x.flatten(1), y), 1)).relu())
 
 
 def test_a_network_whose_inputs_cannot_be_guessed_says_so():
