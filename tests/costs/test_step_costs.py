@@ -130,18 +130,16 @@ class TwoInputs(nn.Module):
         super().__init__()
         self.mix, self.fc = nn.Linear(6, 8), nn.Linear(8, 5)
 
-    def forward(self, x, y):
-        return self.fc(self.mix(torch.cat((x.flatten(1), y), 1)).relu())
+    def forward(self, x, scale):
+        return self.fc(self.mix(x).relu()) * scale
 
 
 def test_a_network_whose_inputs_cannot_be_guessed_says_so():
     model = convert(TwoInputs())
     with refused(DA3Error, "What TwoInputs takes is not known", "step_costs(model, inputs=(x, y))"):
         step_costs(model)
-    assert step_costs(model, inputs=(torch.empty(2, 4), torch.empty(2, 2))).inputs == (
-        (2, 4),
-        (2, 2),
-    )
+    given = (torch.empty(2, 6), torch.empty(2, 1))
+    assert step_costs(model, inputs=given).inputs == ((2, 6), (2, 1))
 
 
 def test_a_network_that_is_not_converted_is_refused():
