@@ -156,7 +156,7 @@ def check_apart(run: Run, args: Sequence[Any], kwargs: Mapping[str, Any], networ
     """Refuse to split a batch whose samples act on each other; two of them tell.
 
     Args:
-        run: As of `run_microbatches`; it should build no graph.
+        run: What `run_microbatches` takes; it should build no graph.
         args: The positional arguments of `run`.
         kwargs: The keyword arguments of `run`.
         network: The network's name, for the error.

@@ -54,7 +54,7 @@ class DomainFile:
     Attributes:
         tensors: By name, on the CPU.
         metadata: As it was written, tuples as lists.
-        format_version: Of the file.
+        format_version: The version of the file's format.
     """
 
     tensors: dict[str, Tensor]

@@ -39,11 +39,11 @@ def by_sample(
     """Cut a network's output into one for every sample.
 
     Args:
-        output: Of the whole batch; any nesting of tensors with samples along axis 0.
-        count: Samples of the batch.
-        classes: Of every sample's head; empty without heads. Where they differ, the first tensor
-            with as many classes as the longest has each sample's cut to its own.
-        class_axis: Of that tensor.
+        output: The output for the whole batch; any nesting of tensors with samples along axis 0.
+        count: The number of samples of the batch.
+        classes: The number of classes of every sample's head; empty without heads. Where they
+            differ, the first tensor with as many classes as the longest is cut to each sample's.
+        class_axis: The axis of the classes in that tensor.
         listed: The batch was a list: if the output is one, it is cut already.
 
     Returns:
