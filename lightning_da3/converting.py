@@ -35,9 +35,10 @@ def convert(
     Args:
         backbone: Any network that `torch.fx` can trace; left unchanged.
         config: Choices; the defaults are good.
-        example_inputs: A tensor or a tuple of the network's arguments. If given, the converted
-            network is run once on them and must reproduce the backbone, which finds unusual
-            networks before training does.
+        example_inputs: A tensor or a tuple of the network's arguments. If given, their shapes
+            decide what is computed again, instead of guessed ones; and the converted network is
+            run once on them and must reproduce the backbone, which finds unusual networks before
+            training does.
 
     Returns:
         A `DA3Model` without domains, which computes what `backbone` computes in eval.
@@ -48,17 +49,19 @@ def convert(
         ConfigError: An argument has a wrong type.
     """
     config = _checked(backbone, config)
+    inputs = example_inputs
+    if inputs is not None and not isinstance(inputs, tuple):
+        inputs = (inputs,)
     mode = fake_mode_of(backbone)  # without values there is nothing to tell the backbone by
     with mode or nullcontext():
         traced = trace(backbone)
-        decided = make_plan(traced, config)
+        decided = make_plan(traced, config, inputs)
         state = backbone_state(backbone.state_dict(), decided.head)
         mark = NO_FINGERPRINT if mode else fingerprint(state)
         layers = architecture(backbone, decided.head)
         rewritten = rewrite(traced, decided, config)
     model = DA3Model(rewritten, decided, config, mark, layers, Original(backbone))
-    if example_inputs is not None:
-        inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    if inputs is not None:
         _verify(backbone, model, inputs)
     return model.train(backbone.training)
 

@@ -225,13 +225,13 @@ def _table(part: PartPlan) -> list[str]:
             marks.setdefault(name, []).append(f"again from {sources}{form} ({i})")
     width = max((len(node.place) for node in part.nodes), default=4)
     lines = [f"{part.path}:"] if part.path else []
-    lines.append(f"{'name':<{width}}  {'layer':<20} {'action':<10} {'keeps':<10} host")
+    lines.append(f"{'name':<{width}}  {'layer':<20} {'action':<11} {'keeps':<10} host")
     for node in part.nodes:
         action = f"{node.action}{'_' if node.inplace else ''}"
         notes = [f"stored in {node.stored}"] if node.stored else []
         notes += marks.get(node.name, [])
         lines.append(
-            f"{node.place:<{width}}  {node.layer:<20} {action:<10} {node.keeps:<10} "
+            f"{node.place:<{width}}  {node.layer:<20} {action:<11} {node.keeps:<10} "
             f"{', '.join(notes)}".rstrip()
         )
     return lines

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -23,7 +24,7 @@ from lightning_da3.planning.places import common_owner, find_places, free_name
 from lightning_da3.planning.plan import HostPlan, NodePlan, PartPlan, Plan, RecomputeRegion
 from lightning_da3.planning.prologue import find_prologue
 from lightning_da3.planning.regions import RegionFinder
-from lightning_da3.planning.shapes import Shapes, guess_shapes, sizes
+from lightning_da3.planning.shapes import Shapes, find_shapes, sizes
 from lightning_da3.planning.spans import SpanFinder
 from lightning_da3.planning.stored import find_stored
 from lightning_da3.tracing.graphs import Part, Traced, module_of
@@ -42,18 +43,20 @@ class _Draft:
     candidates: list[tuple[float, HostPlan]]
 
 
-def make_plan(traced: Traced, config: DA3Config) -> Plan:
+def make_plan(traced: Traced, config: DA3Config, examples: Sequence[Any] | None = None) -> Plan:
     """Decide what becomes of every node.
 
     Args:
         traced: From `lightning_da3.tracing.islands.trace`; only read.
         config: The user's choices.
+        examples: The network's arguments, whose shapes decide what is computed again; guessed if
+            left out.
 
     Raises:
         ConversionError: There is nothing to adapt, or the head cannot be found.
     """
     head = find_head(traced, config.head)
-    drafts = [_draft(part, head) for part in traced.parts]
+    drafts = [_draft(part, head, None if part.path else examples) for part in traced.parts]
     if not any(draft.candidates for draft in drafts):
         for draft in drafts:
             draft.candidates = [(1.0, host) for host in draft.finder.any_layers()]
@@ -73,10 +76,10 @@ def _least_reduction(min_stride: int | str, most: float) -> float:
     return min(min_stride, most)
 
 
-def _draft(part: Part, head: str | None) -> _Draft:
+def _draft(part: Part, head: str | None, examples: Sequence[Any] | None) -> _Draft:
     own = next((t for t in _targets(part.gm) if part.user_name(t) == head), None)
     flow = Flow(part.gm.graph)
-    shapes = guess_shapes(part.gm)
+    shapes = find_shapes(part.gm, examples)
     folds = dict(find_folds(part.gm, own))
     finder = HostFinder(part, flow, shapes, own, folds)
     return _Draft(part, flow, shapes, own, folds, finder, list(finder.candidates()))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -57,17 +58,33 @@ class _Recorder(fx.Interpreter):
         return y.expand(size), state
 
 
-def guess_shapes(gm: fx.GraphModule) -> Shapes:
-    """Shapes of one sample's values, by node; empty if no guess fits the network."""
+def find_shapes(gm: fx.GraphModule, examples: Sequence[Any] | None = None) -> Shapes:
+    """Shapes of one sample's values, by node; empty if no guess fits the network.
+
+    Args:
+        gm: A traced network.
+        examples: Its arguments, if they are known: of tensors the first sample counts.
+    """
     mode = fake_mode_of(gm) or FakeTensorMode(allow_non_fake_inputs=True)
-    for inputs in guesses(gm):
+    given = [] if examples is None else [first_sample(examples)]
+    for inputs in itertools.chain(given, guesses(gm)):
         # the user's own forward on a guess: anything can go wrong, and then nothing is known
         with quiet(), contextlib.suppress(Exception), mode:
             recorder = _Recorder(gm)
             with torch.no_grad():
-                recorder.run(*[torch.zeros(i.shape, dtype=i.dtype) for i in inputs])
+                recorder.run(*[_without_values(i) for i in inputs])
             return recorder.shapes
     return {}
+
+
+def first_sample(examples: Sequence[Any]) -> list[Any]:
+    """Arguments of one sample: tensors with as many samples as the first one are cut."""
+    count = next((len(x) for x in examples if isinstance(x, Tensor) and x.dim()), 0)
+    return [x[:1] if isinstance(x, Tensor) and x.dim() and len(x) == count else x for x in examples]
+
+
+def _without_values(x: Any) -> Any:
+    return torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x
 
 
 def guesses(gm: fx.GraphModule) -> Iterator[list[Tensor]]:

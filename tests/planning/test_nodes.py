@@ -144,17 +144,17 @@ def test_plan_prints_as_a_table():
     plan, _ = steps("ConvNorm")
     assert Plan.__str__(plan).splitlines() == [  # without what a step costs
         "ConvNorm: 2 hosts, head: fc",
-        "name     layer                action     keeps      host",
-        "conv1    Conv2d               freeze     nothing    reads conv1",
-        "norm1    BatchNorm2d          fold       nothing    writes conv1",
-        "relu     ReLU                 replace_   bits",
-        "drop     Dropout              remove     nothing",
-        "conv2    Conv2d               freeze     nothing    reads conv2",
-        "norm2    BatchNorm2d          fold       nothing    writes conv2",
-        "relu_1   ReLU                 replace_   bits",
-        "pool     AdaptiveAvgPool2d    replace    nothing",
-        "flatten  flatten              leave      nothing",
-        "fc       Linear               leave      head",
+        "name     layer                action      keeps      host",
+        "conv1    Conv2d               freeze      nothing    reads conv1",
+        "norm1    BatchNorm2d          fold        nothing    writes conv1, means computed again",
+        "relu     ReLU                 replace_    bits",
+        "drop     Dropout              remove      nothing",
+        "conv2    Conv2d               freeze      nothing    reads conv2",
+        "norm2    BatchNorm2d          fold        nothing    writes conv2, means computed again",
+        "relu_1   ReLU                 replace_    bits",
+        "pool     AdaptiveAvgPool2d    replace     nothing",
+        "flatten  flatten              leave       nothing",
+        "fc       Linear               leave       head",
     ]
 
 

@@ -53,3 +53,25 @@ def test_a_segment_begins_behind_what_is_removed():
     model.set_domain("a")
     model(x).sum().backward()
     assert all(p.grad is not None for p in model.domain("a").parameters())
+
+
+class FixedSize(nn.Module):
+    """Takes images of one size, which nobody would guess."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 16, 3, 2, 1))
+        self.position = nn.Parameter(torch.zeros(1, 16, 10, 10))
+        blocks = [(nn.Conv2d(16, 16, 3, padding=1), nn.SiLU()) for _ in range(4)]
+        self.blocks = nn.Sequential(*[layer for block in blocks for layer in block])
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.fc(self.blocks(self.stem(x) + self.position).mean((2, 3)))
+
+
+def test_example_inputs_decide_where_guesses_do_not_fit():
+    config = DA3Config(AdapterConfig(hidden_channels=4, min_stride=4))
+    network, x = FixedSize().eval(), torch.randn(3, 3, 40, 40)
+    plans = [convert(network, config, example_inputs=inputs).plan for inputs in (None, x)]
+    assert [plan.parts[0].prologue is not None for plan in plans] == [False, True]
