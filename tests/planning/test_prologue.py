@@ -11,7 +11,7 @@ from lightning_da3.nn import prologue as start
 
 
 def test_a_start_ends_where_the_first_host_begins(model):
-    plan = model.plan.parts[0].start
+    plan = model.plan.parts[0].prologue
     assert plan.source == "x"
     assert {"sub", "stem_0", "stem_2", "down", "max_pool2d", "cat"} <= {*plan.nodes}
     assert not {"last", "hosts_0", "skip", "fc"} & {*plan.nodes}
@@ -59,7 +59,7 @@ ALONE = {
 def test_what_looks_at_more_than_one_sample_ends_it(name, few):
     network = Around(MIXES[name]).eval()
     model = convert(network)
-    (plan,) = (part.start for part in model.plan.parts)
+    (plan,) = (part.prologue for part in model.plan.parts)
     assert "first" in plan.nodes
     assert "second" not in plan.nodes
     torch.testing.assert_close(model(images(4)), network(images(4)), rtol=1e-4, atol=1e-5)
@@ -69,7 +69,7 @@ def test_what_looks_at_more_than_one_sample_ends_it(name, few):
 def test_what_looks_at_every_sample_alone_belongs_to_it(name, few):
     network = Around(ALONE[name], 32 if name == "joined channels" else 16).eval()
     model = convert(network)
-    (plan,) = (part.start for part in model.plan.parts)
+    (plan,) = (part.prologue for part in model.plan.parts)
     assert "second" in plan.nodes
     torch.testing.assert_close(model(images(5)), network(images(5)), rtol=1e-4, atol=1e-5)
 
@@ -111,7 +111,7 @@ def test_nothing_is_written_before_others_have_read_it(operation, largest, monke
 
 def test_a_single_layer_may_be_all(few):
     model = convert(Around(lambda x: x - x.mean(0)).eval())
-    assert model.plan.parts[0].start.nodes == ("first", "relu")
+    assert model.plan.parts[0].prologue.nodes == ("first", "relu")
     cuts = record_masks(model)
     model(images(5))
     assert cuts == [(1, 5)]
@@ -121,4 +121,4 @@ def test_without_large_maps_there_is_none():
     network = nn.Sequential(
         nn.Conv2d(3, 2, 3, 2), nn.ReLU(), nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3)
     )
-    assert convert(network, DA3Config(head=None)).plan.parts[0].start is None
+    assert convert(network, DA3Config(head=None)).plan.parts[0].prologue is None
