@@ -123,7 +123,7 @@ class MemoryConfig:
     Args:
         exact: Keep whatever the exact gradient needs. By default values are kept as 8-bit codes,
             whose error is at most 1/510 of the range of their group.
-        weights: How the frozen weights rest: ``"same"``, in their own type, or ``"bfloat16"``, in
+        weights: How frozen weights are stored: ``"same"``, in their own type, or ``"bfloat16"``, in
             half of float32's bytes. Each is copied to the activations' type when it is used, so
             computations are as exact as before, on a backbone that was rounded once. Biases,
             norms, heads, domains and what stays Python keep their types. A domain fits only the
@@ -172,7 +172,7 @@ class MemoryConfig:
 
     @property
     def stored_dtype(self) -> torch.dtype | None:
-        """The type that weights rest in; None: their own."""
+        """The type that weights are stored in; None: their own."""
         return torch.bfloat16 if self.weights == "bfloat16" else None
 
 
@@ -230,7 +230,7 @@ class DA3Config:
         """The same config with another budget; itself for None.
 
         Raises:
-            ConfigError: It is no budget.
+            ConfigError: It is not a budget.
         """
         if budget is None:
             return self
@@ -239,7 +239,7 @@ class DA3Config:
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for files and loggers; `from_dict` is the way back.
 
-        Without what is about a machine, and not about what is learned on it: the budget.
+        The budget is left out: it is about a machine, not about what is learned.
         """
         values = dataclasses.asdict(self)
         for name in MACHINE:

@@ -91,7 +91,7 @@ def forgetting(matrix: Tensor) -> Tensor:
     learnt, and where an evaluation is missing.
 
     Args:
-        matrix: Accuracies (D, D) as of `AccuracyMatrix.compute`.
+        matrix: Accuracies (D, D); see `AccuracyMatrix.compute`.
 
     Returns:
         Differences of fractions (D,).
@@ -109,7 +109,7 @@ def average_accuracy(matrix: Tensor) -> Tensor:
     """Mean accuracy over the domains learnt, after the last domain evaluated.
 
     Args:
-        matrix: Accuracies (D, D) as of `AccuracyMatrix.compute`.
+        matrix: Accuracies (D, D); see `AccuracyMatrix.compute`.
 
     Returns:
         A fraction (), NaN if nothing was evaluated.

@@ -1,8 +1,8 @@
 """A training step on a batch as steps on parts of it, whose gradients add up.
 
-Of every part but the last the gradients are taken at once, so that nothing of it is kept; they wait
-in the loss that is returned, whose backward hands them on beside those of the last part. Whoever
-gets that loss, Lightning say, may scale, log and differentiate it like any other, once.
+The gradients of every part but the last are taken at once, so that nothing else of it is kept. They
+wait in the loss that is returned, whose backward hands them on beside those of the last part. That
+loss may be scaled, logged and differentiated like any other, once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Step = Callable[[Any], Any]
 
 
 class Budgeted(Protocol):
-    """What is used here of a DA3Model."""
+    """The part of a DA3Model that is used here."""
 
     budget_policy: BudgetPolicy
     gate_loss_scale: float
@@ -68,7 +68,7 @@ def accumulated(
         loss.backward()
 
     Parts are as large as the model's budget allows, which its config must be given with
-    ``MemoryConfig(budget=..., split="accumulate")``. The gates' budget is that of every part.
+    ``MemoryConfig(budget=..., split="accumulate")``. The gates' budget holds for every part.
 
     Args:
         model: The `DA3Model` that the step calls once.
@@ -110,8 +110,8 @@ def accumulated(
 def _parts(policy: BudgetPolicy, batch: Any, count: int) -> Iterator[tuple[Any, int, bool]]:
     """The parts of the batch, their numbers of samples, and whether it is the last one.
 
-    Of a new kind of batch the first part is one sample: what the step gives the network is known
-    then, and with it how large the others may be.
+    The first part of a new kind of batch is one sample: it shows what the step gives the network,
+    and so how large the others may be.
     """
     kind, counts = _kind(batch, count), []
     if policy.part_of(kind) is None:

@@ -20,8 +20,8 @@ from lightning_da3.formatting import format_bytes
 from lightning_da3.memory import BatchPrediction, StepPrediction, StepPredictor, resized
 from lightning_da3.torch_private.trees import tree_leaves, tree_map_only
 
-# what a piece costs beside its samples (reading and laying out weights, launching), in FLOPs a
-# parameter: timing resnet50 and vit_b_16 in pieces of 1 to 16 samples on two cores found 150 to 400
+# what a microbatch costs beside its samples (reading and laying out weights, launching), in FLOPs a
+# parameter: timing resnet50 and vit_b_16 with 1 to 16 samples each on two cores found 150 to 400
 FLOPS_A_PARAMETER = 200
 WHOLE = None
 SLOWER = 0.03  # the share of a step's time that microbatches may add where there is no budget
@@ -36,11 +36,11 @@ class _Moments(NamedTuple):
     backward: tuple[int, str]
     optimizer: tuple[int, str]
     kept: int  # between forward and backward, outputs among it
-    saved: int  # by autograd, inside the network
+    saved: int  # what autograd holds inside the network
 
     @classmethod
     def of(cls, step: StepPrediction) -> _Moments:
-        """Those of a prediction."""
+        """The moments of a prediction."""
         middle, end = step.forward_end, step.backward_end
         first = last = middle
         while first > 0 and not step.names[first - 1]:
@@ -74,10 +74,10 @@ class Choice(NamedTuple):
     """How a step on a batch stays within a budget.
 
     Attributes:
-        split: Of the batch; None: it goes whole.
-        step: What it takes.
-        parts: Samples of every piece; empty if it goes whole.
-        kept: Stretches that keep what they could compute again.
+        split: The split of the batch; None: it goes whole.
+        step: What the step takes.
+        parts: The samples of every microbatch; empty if the batch goes whole.
+        kept: The regions that keep what they could compute again.
     """
 
     split: Microbatches | None
@@ -87,7 +87,7 @@ class Choice(NamedTuple):
 
     @property
     def again(self) -> int:
-        """So many pieces are computed again."""
+        """The number of microbatches that are computed again."""
         return 0 if self.split is None else self.split.again
 
 
@@ -95,11 +95,11 @@ class MicrobatchCosts:
     """What training steps on split batches cost, for every size of the batch.
 
     Args:
-        predictor: Of steps of the network.
-        predict: A step on a whole batch of so many samples.
-        parameters: Of the network.
-        gradient_bytes: Of what trains.
-        sample_bytes: Of one sample, as it enters the network.
+        predictor: Predicts steps of the network.
+        predict: Predicts a step on a whole batch of so many samples.
+        parameters: The number of the network's parameters.
+        gradient_bytes: The size of the gradients of what trains.
+        sample_bytes: The size of one sample, as it enters the network.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class MicrobatchCosts:
             _later(whole.loss, -again, "loss"),
             _later(whole.optimizer, 0, "optimizer"),
         ]
-        if len(counts) > 1:  # the gradients of later pieces wait for those of this one
+        if len(counts) > 1:  # gradients of later microbatches wait for those of this one
             earlier = max(0, stay - large.kept) + self.gradient_bytes
             moments.append(_later(large.backward, earlier, "backward"))
         if split.again:
@@ -168,7 +168,7 @@ class MicrobatchCosts:
         )
 
     def accumulated(self, samples: int) -> StepPrediction:
-        """A step whose gradients are added to those of others, of so many samples at most."""
+        """A step on at most `samples` samples, whose gradients are added to those of others."""
         step = self._at(samples)
         return dataclasses.replace(step, peak_bytes=step.peak_bytes + self.gradient_bytes)
 
@@ -187,7 +187,7 @@ class MicrobatchCosts:
         return Choice(WHOLE, step, kept=kept)
 
     def whole(self, args: Any, kwargs: Any) -> Choice:
-        """The batch as it is."""
+        """The choice of the whole batch."""
         return Choice(WHOLE, self._at(batch_size(args, kwargs) or 1))
 
     def lowest_peak(self, args: Any, kwargs: Any) -> Choice:
@@ -228,7 +228,7 @@ class MicrobatchCosts:
         """The most samples of a step that fits, its gradients beside those of steps before it.
 
         Raises:
-            ConfigError: Not even one sample does.
+            ConfigError: Not even one sample fits.
         """
 
         def fits(samples: int) -> bool:
@@ -255,7 +255,7 @@ class MicrobatchCosts:
         return MARGIN * self.peak(count, split).bytes <= budget_bytes
 
     def _least_again(self, count: int, samples: int, budget_bytes: int) -> Microbatches | None:
-        """With the fewest pieces that are computed again; None if even then it does not fit."""
+        """The split that fits with the fewest microbatches computed again; None if none does."""
         pieces = len(Microbatches(samples).counts(count))
         for again in range(pieces):
             split = Microbatches(samples, again)
@@ -281,7 +281,7 @@ class MicrobatchCosts:
 
 
 def _sizes(count: int) -> list[int]:
-    """Samples of the largest piece, for every number of pieces above one."""
+    """The samples of the largest microbatch, for every number of microbatches above one."""
     return sorted({-(-count // pieces) for pieces in range(2, count + 1)})
 
 

@@ -1,10 +1,10 @@
-"""A batch that goes through a network in pieces, and comes out whole.
+"""A batch that goes through a network in microbatches, and comes out whole.
 
-The backbone is held in eval and adapters normalise every sample by itself, so that pieces compute
-what the whole batch does. What an operation holds for a moment is then as large as one piece. What
-the backward needs stays, unless a piece runs without a graph and is computed again: autograd runs a
-later piece's backward before an earlier one's, so the first pieces are computed again last, when
-all others are gone.
+The backbone is held in eval and adapters normalise every sample by itself, so that microbatches
+compute what the whole batch does. What an operation holds for a moment is then one microbatch's.
+What the backward needs stays, unless a microbatch runs without a graph and is computed again.
+Autograd runs the backward of later ones first, so the first are computed again last, when all
+others are gone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Run = Callable[..., tuple[Any, Ledger]]
 
 @dataclass(frozen=True)
 class Microbatches:
-    """How a batch goes through a network in pieces.
+    """How a batch goes through a network in microbatches.
 
     Attributes:
         samples: The largest number of samples in a microbatch.
@@ -122,7 +122,7 @@ def _entries(x: Any, start: int, count: int) -> Any:
     return x.narrow(0, start, count) if isinstance(x, Tensor) else x[start : start + count]
 
 
-# --- pieces through a network ---------------------------------------------------------------------
+# --- microbatches through a network ---------------------------------------------------------------
 
 
 def run_microbatches(
@@ -133,14 +133,14 @@ def run_microbatches(
     again: int = 0,
     parameters: Sequence[Tensor] = (),
 ) -> tuple[Any, Ledger]:
-    """What ``run(*args, **kwargs)`` returns, from pieces of the batch.
+    """What ``run(*args, **kwargs)`` returns, from microbatches.
 
     Args:
         run: Gives an output, and by host what was executed.
         args: The positional arguments of `run`.
         kwargs: The keyword arguments of `run`.
-        counts: The number of samples in every piece.
-        again: How many pieces, counted from the first, are computed again in the backward.
+        counts: The number of samples in every microbatch.
+        again: How many microbatches, from the first, are computed again in the backward.
         parameters: The trainable tensors that `run` uses by itself.
 
     Raises:
@@ -154,7 +154,7 @@ def run_microbatches(
             output, ledger = run(*some, **named)
         outputs.append(output)
         ledgers.append(ledger)
-    del output  # beside the whole no piece's own stays
+    del output  # no microbatch's own stays beside the whole
     return _joined(outputs, counts), _joined_ledger(ledgers)
 
 
@@ -168,7 +168,7 @@ def check_apart(run: Run, args: Sequence[Any], kwargs: Mapping[str, Any], networ
         network: The network's name, for the error.
 
     Raises:
-        InputError: They do.
+        InputError: They act on each other.
     """
     pair = next(cut((args, kwargs), [2, (batch_size(args, kwargs) or 2) - 2]))
     whole, _ = run(*pair[0], **pair[1])
@@ -209,19 +209,19 @@ def _run_again(
 
 
 def _joined(outputs: list[Any], counts: Sequence[int]) -> Any:
-    """The output for the whole batch. Those of the pieces are let go one tensor after the other."""
+    """The output for the whole batch. Those of microbatches are freed tensor by tensor."""
     opened = [tree_flatten(output) for output in outputs]
     outputs.clear()
     columns = [list(column) for column in zip(*(leaves for leaves, _ in opened), strict=False)]
     structure, sizes = opened[0][1], {len(leaves) for leaves, _ in opened}
     if len(sizes) > 1 or any(spec != structure for _, spec in opened):
-        raise InputError(f"Outputs of pieces of the batch are not built alike.{_OTHER_WAY}")
+        raise InputError(f"Outputs of microbatches are not built alike.{_OTHER_WAY}")
     del opened
     return tree_unflatten([_one(column, counts) for column in columns], structure)
 
 
 def _one(column: list[Any], counts: Sequence[int]) -> Any:
-    """One tensor of the output, from those of the pieces. Empties `column`."""
+    """One tensor of the output, from those of the microbatches. Empties `column`."""
     if all(isinstance(x, Tensor) for x in column):
         rest = column[0].shape[1:]
         if [x.shape for x in column] == [(count, *rest) for count in counts]:
@@ -246,7 +246,7 @@ _OTHER_WAY = (
 
 
 def _joined_ledger(ledgers: Sequence[Ledger]) -> Ledger:
-    """What all pieces executed; hosts are called in the same order in each."""
+    """What all microbatches executed; hosts are called in the same order in each."""
     joined = []
     for entries in zip(*ledgers, strict=True):
         host, first = entries[0]

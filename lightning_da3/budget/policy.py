@@ -1,4 +1,4 @@
-"""How training batches go through a network: held to a budget, or as gently as costs no time.
+"""How training batches go through a network: in a budget, or at the lowest peak that costs no time.
 
 Decided before the first step on a new kind of batch, by prediction.
 """
@@ -31,7 +31,7 @@ class BudgetPolicy:
     """Decides how the training batches of one model go through it.
 
     Args:
-        memory: The model's choices.
+        memory: The model's `MemoryConfig`.
 
     Attributes:
         budget: The budget, as in `MemoryConfig`.
@@ -49,12 +49,12 @@ class BudgetPolicy:
         self.tell: Callable[[str], object] | None = None
         self._costs: dict[Any, MicrobatchCosts] = {}
         self._chosen: dict[Any, Choice] = {}
-        self._keeping: tuple[Names, list[Recomputed]] | None = None  # now
-        self._parts: dict[Any, int] = {}  # by kind of batch, most samples
-        self._part: int | None = None  # of what the network was given last
+        self._keeping: tuple[Names, list[Recomputed]] | None = None  # what keeps now
+        self._parts: dict[Any, int] = {}  # the most samples of a part, by kind of batch
+        self._part: int | None = None  # the same for what the network was given last
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what was predicted."""
+        """The state without what was predicted."""
         empty: dict[str, Any] = {
             "_costs": {},
             "_chosen": {},
@@ -72,7 +72,7 @@ class BudgetPolicy:
 
     @property
     def chosen(self) -> list[tuple[int, Microbatches | None]]:
-        """Sizes of the batches met so far, and how each goes through the network in pieces."""
+        """Sizes of the batches met so far, and how each goes through the network."""
         return [(key[-1], choice.split) for key, choice in self._chosen.items()]
 
     def microbatches_for(
@@ -103,8 +103,8 @@ class BudgetPolicy:
             return WHOLE
         if count is None:
             raise ConfigError(
-                "A budget cannot be held by pieces: the network takes no tensor with samples along "
-                "axis 0 first. If the training step's loss is a mean over samples, "
+                "A budget cannot be held by microbatches: the network takes no tensor with samples "
+                "along axis 0 first. If the training step's loss is a mean over samples, "
                 "MemoryConfig(split='accumulate') splits the step instead."
             )
         key = (_signature(args, kwargs, count), count)
@@ -154,7 +154,7 @@ class BudgetPolicy:
 
     @property
     def holds(self) -> bool:
-        """Whether there is anything to keep to."""
+        """Whether there is a budget or a split to keep to."""
         return self.budget is not None or self.split is not None
 
     @property
@@ -167,7 +167,7 @@ class BudgetPolicy:
         return self._parts.get(kind)
 
     def remember_part(self, kind: Any) -> None:
-        """What the network was given last is of such a batch."""
+        """Remember that what the network was given last is a part of such a batch."""
         self._parts[kind] = self._part or 1
         self._say(f"training steps on at most {self._parts[kind]} samples, whose gradients add up")
 
@@ -234,9 +234,9 @@ def how_split(
 
     Args:
         parts: Samples of every part of the batch; one or none: it is not split.
-        again: So many of them are computed again in the backward.
+        again: How many of them are computed again in the backward.
         accumulated: The parts are training steps of their own.
-        kept: So many of so many regions keep, where they could be computed again.
+        kept: How many regions keep, of how many that can be computed again.
     """
     if len(parts) < 2:
         room = ", and room to keep {} of {} regions that can be computed again".format(*kept)
@@ -249,7 +249,7 @@ def how_split(
 
 
 def without_budget(twin: Any) -> None:
-    """Let a copy compute whole batches, and by itself."""
+    """Let a copy compute whole batches, without a budget and without other ranks."""
     twin.budget_policy.hold(MemoryConfig())
     keep_only(twin, ())
     twin.gates_over_ranks = False

@@ -20,10 +20,10 @@ Names = tuple[str, ...]
 
 
 def keep_only(model: nn.Module, names: Collection[str]) -> list[Recomputed]:
-    """Of all regions of a DA3Model, let these and no others keep instead of computing again.
+    """Let these regions of a DA3Model, and no others, keep instead of computing again.
 
     Returns:
-        Those that keep.
+        The regions that keep.
     """
     kept = []
     for name, module in model.named_modules():
@@ -37,7 +37,7 @@ class NamedRegion(NamedTuple):
     """One region that is computed again.
 
     Attributes:
-        name: Of its module.
+        name: The name of its module.
         nodes: Names of what it consists of, as predictions say them.
     """
 
@@ -46,7 +46,7 @@ class NamedRegion(NamedTuple):
 
 
 def regions_of(plan: Plan) -> Iterator[NamedRegion]:
-    """Those of a DA3Model with this plan."""
+    """The regions of a DA3Model with this plan."""
     for part in plan.parts:
         for region in part.regions:
             nodes = frozenset(f"{part.prefix}{node}" for node in region.nodes)
@@ -59,13 +59,13 @@ def most_kept(
     """The regions that keep, most FLOPs saved for a byte first, as many as a peak allows.
 
     Args:
-        predictor: Of steps of a DA3Model.
-        args: Of the step.
-        kwargs: Likewise.
-        most_bytes: Highest predicted peak; a step that keeps the least must stay below.
+        predictor: Predicts steps of a DA3Model.
+        args: The step's arguments.
+        kwargs: The step's named arguments.
+        most_bytes: The highest predicted peak; a step that keeps the least must stay below.
 
     Returns:
-        Names of their modules, and the step.
+        The names of their modules, and the prediction of the step.
 
     Raises:
         DA3Error: The step cannot be predicted.
@@ -96,7 +96,7 @@ def most_kept(
 
 
 def _price(region: NamedRegion, least: StepPrediction, most: StepPrediction) -> float:
-    """Bytes for a FLOP that is not computed twice."""
+    """The bytes that one FLOP that is not computed twice costs."""
     again = sum(node.flops_forward for node in least.nodes if node.name in region.nodes)
     own = frozenset({region.name, *region.nodes})
     kept, before = (

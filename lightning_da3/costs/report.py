@@ -42,7 +42,7 @@ class StepCosts:
         budget_bytes: The budget that the step is held to, or None.
         parts: The samples of every part of the batch, if it is split to stay within the budget.
         again: How many of the parts are computed again in the backward.
-        accumulated: The parts are training steps whose gradients add up, not pieces of one.
+        accumulated: The parts are training steps whose gradients add up, not microbatches.
         kept: The modules of regions that keep what they could compute again, as there is room.
     """
 

@@ -25,10 +25,10 @@ class Row:
         name: The name of the node, of the host or of the region's source; unique in its kind.
         layer: What it calls, for people.
         keeps: What it keeps for the backward pass: ``"nothing"``, ``"bits"``, ``"codes"``,
-            ``"recomputed"``, ``"kept"`` or ``"head"``, as of `NodePlan`.
+            ``"recomputed"``, ``"kept"`` or ``"head"``; see `NodePlan`.
         saved_bytes: The bytes that it keeps for the backward pass.
         flops_forward: The FLOPs of its matrix products and convolutions.
-        flops_backward: The same of the backward pass, with what is computed again.
+        flops_backward: These FLOPs in the backward pass, with what is computed again.
         finetune_saved_bytes: What fine-tuning keeps there; None where its layers are not the same.
     """
 

@@ -69,7 +69,7 @@ class Facts:
         view: The result may share the memory of the first argument.
         copying: The method that does what a view does, and copies where there is no such view.
         in_place: The result is written into the first argument. Names such as ``add_`` say so.
-        gives_number: The result is no tensor but a size, a number of axes or the like.
+        gives_number: The result is not a tensor but a size, a number of axes or the like.
         has_modes: A layer of PyTorch may compute something else in train mode. Others' always may.
         pure: The result depends on nothing but the arguments.
         rank: The number of axes of input and output, the batch among them. 0: any.

@@ -60,7 +60,7 @@ _names(
     keeps="nothing",
 )
 
-# attributes of a tensor that are no tensors
+# attributes of a tensor that are not tensors
 NUMBERS = ("shape", "ndim", "dtype", "device")
 
 
@@ -158,7 +158,7 @@ def layer_of(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.M
         return None
     try:
         return build(*args, **kwargs)
-    except TypeError:  # arguments that the layer has no word for
+    except TypeError:  # arguments that the layer does not take
         return None
 
 
@@ -168,7 +168,7 @@ _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)  # the same as torch.conv1d and s
 def convolution_of(
     target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[ConvOfWeights, tuple[Any, ...]] | None:
-    """What computes ``F.conv2d(*args, **kwargs)``, if that is what it is, with which arguments.
+    """The module that computes a call like ``F.conv2d(*args, **kwargs)``, and its arguments.
 
     Args:
         target: A function.

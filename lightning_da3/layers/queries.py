@@ -85,7 +85,7 @@ def operation(node: fx.Node) -> str:
 
 
 def facts_of_call(node: fx.Node) -> Facts:
-    """What is known of the function or method that `node` calls. Nothing of other nodes."""
+    """What is known of the function or method that `node` calls; nothing for other nodes."""
     calls = node.op in ("call_function", "call_method")
     return facts_of_function(node.target) if calls else UNKNOWN
 
@@ -104,7 +104,7 @@ def is_in_place(node: fx.Node) -> bool:
 
 
 def attribute_is_number(name: Any) -> bool:
-    """Whether this attribute of a tensor is no tensor: its shape, say."""
+    """Whether this attribute of a tensor is not a tensor, such as its shape."""
     return name in NUMBERS
 
 

@@ -12,9 +12,9 @@ class NodeCost:
     Attributes:
         name: The name of the node, behind the path of its graph if that is not the whole network;
             or the path of the module. Empty for what belongs to none, such as the loss.
-        saved_bytes: Kept for the backward pass.
-        flops_forward: Of matrix products and convolutions, two a multiply-accumulate.
-        flops_backward: The same in the backward pass, with what is recomputed there.
+        saved_bytes: The bytes kept for the backward pass.
+        flops_forward: FLOPs of matrix products and convolutions, two a multiply-accumulate.
+        flops_backward: These FLOPs in the backward pass, with what is recomputed there.
     """
 
     name: str
@@ -28,12 +28,12 @@ class StepPrediction:
     """What one training step will cost.
 
     Attributes:
-        saved_activation_bytes: Kept for the backward pass, right after the forward one.
+        saved_activation_bytes: The bytes kept for the backward pass, right after the forward pass.
         peak_bytes: The largest total alive at one time, above the resting model.
         peak_node: The `NodeCost.name` of what runs at the peak.
         peak_phase: ``"forward"``, ``"backward"`` or ``"optimizer"``.
-        flops_forward: Of matrix products and convolutions, two a multiply-accumulate.
-        flops_backward: The same in the backward pass, with what is recomputed there.
+        flops_forward: FLOPs of matrix products and convolutions, two a multiply-accumulate.
+        flops_backward: These FLOPs in the backward pass, with what is recomputed there.
         nodes: What every node costs, in the order in which they first ran.
         timeline: Bytes alive above the resting model after every operation.
         forward_end: The index in `timeline` of the first operation after the forward pass.

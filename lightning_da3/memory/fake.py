@@ -73,7 +73,7 @@ def resized(x: Tensor, count: int) -> Tensor:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """PyTorch does not log what cannot run without values; errors say it."""
+    """In the block PyTorch does not log what cannot run without values; errors say it."""
     log = logging.getLogger(LOGGER)
     before, log.disabled = log.disabled, True
     try:

@@ -53,7 +53,7 @@ def measure_step(
         Peak bytes above the start of the step, and its median time.
 
     Raises:
-        ConfigError: If a count is negative or the kind of device is another.
+        ConfigError: A count is negative, or the device is neither a CPU nor a CUDA device.
     """
     for name, count in (("warmup", warmup), ("repeats", repeats)):
         if count < 0:
@@ -80,7 +80,7 @@ class PeakBytes:
         bytes: The peak, once the block ended.
 
     Raises:
-        ConfigError: If the kind of device is another.
+        ConfigError: The device is neither a CPU nor a CUDA device.
     """
 
     def __init__(self, device: torch.device | str | None = None) -> None:

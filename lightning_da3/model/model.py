@@ -149,7 +149,7 @@ class DA3Model(MultiDomain):
         return by_sample(output, count, [classes_of(h) for h in heads], axis, listed=listed)
 
     def _run_within_budget(self, args: Any, kwargs: Any) -> tuple[Any, Ledger]:
-        """As `_run`; a training step's batch in pieces, if it would not stay within the budget."""
+        """`_run`; a training step's batch goes in microbatches if it would exceed the budget."""
         policy = self.budget_policy
         trained = [p for p in self.parameters() if p.requires_grad]
         if not (trained and torch.is_grad_enabled()):

@@ -12,7 +12,7 @@ class PiecewiseLinear(nn.Module):
     """ReLU, ReLU6, Hardtanh or leaky ReLU that keeps one bit an element.
 
     Args:
-        slopes: Which.
+        slopes: The function.
         inplace: The input may be overwritten.
     """
 
@@ -21,7 +21,7 @@ class PiecewiseLinear(nn.Module):
         self.slopes, self.inplace = slopes, inplace
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape to the same."""
+        """Any shape to the same shape."""
         return piecewise_linear(x, self.slopes, self.inplace)
 
     def extra_repr(self) -> str:
@@ -41,7 +41,7 @@ class Sum(nn.Module):
         self.inplace = inplace
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Two of a shape to the same; what broadcasts is added as ever."""
+        """Two tensors of a shape to that shape; others broadcast into a new tensor."""
         if self.inplace and x.shape == y.shape and x.dtype == y.dtype:
             return x.add_(y)
         return x + y
@@ -51,7 +51,7 @@ class HardSigmoid(nn.Module):
     """``relu6(x + 3) / 6`` that keeps one bit an element."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape to the same."""
+        """Any shape to the same shape."""
         return hard_sigmoid(x)
 
 
@@ -68,7 +68,7 @@ class QuantizedGradActivation(nn.Module):
         self.smooth, self.inplace = smooth, inplace
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape to the same."""
+        """Any shape to the same shape."""
         return quantized_grad_activation(x, self.smooth, self.inplace)
 
     def extra_repr(self) -> str:

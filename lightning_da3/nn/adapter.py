@@ -1,7 +1,7 @@
 """The additive attention adapter with its gate, and the two places where a host meets it.
 
 Shapes: x (N, C, *in) enters the host, f (N, O, *out) leaves it; p (N, C, *grid) the cell means of
-x; m hidden channels. Of tokens, x (N, *in, C), the cells stand in one row: grid = (own + G,).
+x; m hidden channels. For tokens, x (N, *in, C), the cells stand in one row: grid = (own + G,).
 Source: Yang, Rakin, Fan, "DA3: Dynamic Additive Attention Adaption for Memory-Efficient On-Device
 Multi-Domain Learning", arXiv 2012.01362.
 """
@@ -29,7 +29,7 @@ OPEN_LOGIT = 2.0  # bias of a fresh gate: open, and steep enough to learn to clo
 
 
 class AdapterOutput(NamedTuple):
-    """What an adapter says of one host and one batch.
+    """An adapter's output for one host and one batch.
 
     Attributes:
         addend: What is added, (N, O, *grid).
@@ -43,7 +43,7 @@ class AdapterOutput(NamedTuple):
 
     @property
     def alone(self) -> AdapterOutput:
-        """The same, and nothing kept for others."""
+        """This output, with nothing kept for others."""
         return AdapterOutput(self.addend, self.gate)
 
 
@@ -60,8 +60,8 @@ class Adapter(nn.Module):
         in_channels: C.
         out_channels: O.
         hidden_channels: m.
-        kernel_size: Of the first convolution: 1 or 3.
-        axes: Of the grid.
+        kernel_size: The first convolution's window: 1 or 3.
+        axes: The number of axes of the grid.
         gated: Make a gate.
         exact: Keep p for the backward, not its 8-bit codes.
     """
@@ -124,10 +124,10 @@ class MixedAdapters(nn.Module):
     A sample that none speaks for is left as it is: its addend is zero and its gates are open.
 
     Args:
-        host: Its name, for errors.
-        adapters: Of that host, at least one.
+        host: The host's name, for errors.
+        adapters: That host's adapters, at least one.
         samples: Positions in the batch, for every adapter.
-        count: Samples of the batch.
+        count: The number of samples in the batch.
     """
 
     noisy = False  # its adapters know by themselves; nothing is computed again
@@ -172,7 +172,7 @@ class HostInput(nn.Module):
 
     Args:
         max_cells: Most cells of the coarse grid.
-        stride: Of the whole host, one number an axis; None for tokens.
+        stride: The stride of the whole host, one number an axis; None for tokens.
         prefix_tokens: Leading tokens that are cells by themselves.
     """
 
@@ -196,7 +196,7 @@ class HostInput(nn.Module):
         return x.flatten(1, -2).mean(1) if x.dim() > 2 else x
 
     def forward(self, x: Tensor) -> tuple[Tensor, AdapterOutput | None, Tensor | None]:
-        """x, what the adapter says of it, and codes of x itself if the adapter keeps such."""
+        """x, the adapter's output for it, and codes of x itself if the adapter keeps such."""
         if self.active is None:
             return x, None, None
         if self.stride is None:
@@ -228,7 +228,7 @@ class HostOutput(nn.Module):
         macs_per_output: Multiply-accumulates of the whole host for one output position.
         exact: Keep the gate's cell means as they are, not as 8-bit codes.
         max_cells: Most cells of the coarse grid, for tokens.
-        prefix_tokens: None for maps; for tokens, options many are cells by themselves.
+        prefix_tokens: Leading tokens that are cells by themselves; None for maps.
         inplace: `f` may be overwritten.
 
     Attributes:
@@ -255,7 +255,7 @@ class HostOutput(nn.Module):
         object.__setattr__(self, "conv", conv)
 
     def _means(self, f: Tensor, adapted: AdapterOutput) -> Means | None:
-        """Where cells are single pixels, of the input as of the output: f of the input's cells."""
+        """f of the input's cells, where cells are single pixels of the input and the output."""
         addend, kept = adapted.addend, adapted.kept
         if self.conv is None or kept is None or f.shape[2:] != addend.shape[2:]:
             return None
@@ -281,4 +281,4 @@ class HostOutput(nn.Module):
 
 
 def _again(conv: FrozenConv, rows: Rows | None, dtype: torch.dtype, kept: Tensor) -> Tensor:
-    return conv.forward(read_back(kept, rows).to(dtype))  # no hook has to know
+    return conv.forward(read_back(kept, rows).to(dtype))  # without hooks

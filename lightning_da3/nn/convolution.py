@@ -48,12 +48,12 @@ class FrozenConv(nn.Module):
     Args:
         conv: The convolution; its weight is copied.
         norm: The batch norm (with running statistics) that alone reads its output, if any.
-        name: Of the convolution in the user's network.
-        norm_name: Of the batch norm there.
-        stored_dtype: Type that the weight rests in; by default its own.
+        name: The convolution's name in the user's network.
+        norm_name: The batch norm's name there.
+        stored_dtype: The type that the weight is stored in; by default its own.
 
     Attributes:
-        symmetric_padding: On both sides of every axis, or None where the sides differ.
+        symmetric_padding: The padding on both sides of every axis; None where the sides differ.
         pads_zeros_alike: The kernel pads by itself: zeros, as many on both sides.
     """
 
@@ -119,7 +119,7 @@ class FrozenConv(nn.Module):
         )
 
     def input_gradient(self, grad: Tensor, size: torch.Size) -> Tensor:
-        """dL/dx, of this size, from dL/dy; of a layer that pads alike, without an activation."""
+        """dL/dx, of this size, from dL/dy, for a layer that pads both sides alike."""
         padding = self.symmetric_padding
         assert padding is not None
         return conv_input_gradient(
@@ -135,10 +135,10 @@ class ConvOfWeights(nn.Module):
     """A convolution of frozen weights that are passed to it, as ``F.conv2d(x, weight)``.
 
     Args:
-        stride: An int or one for every axis; likewise `dilation`.
-        padding: Likewise, or ``"same"`` or ``"valid"``.
-        dilation: Of the kernel.
-        groups: Of the channels.
+        stride: An int, or one for every axis.
+        padding: An int, one for every axis, ``"same"`` or ``"valid"``.
+        dilation: The kernel's dilation, an int or one for every axis.
+        groups: The number of groups of channels.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class FrozenConvTranspose(nn.Module):
     def __init__(self, conv: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) -> None:
         super().__init__()
         axes = conv.weight.dim() - 2
-        self.name = ""  # of the layer in the user's network
+        self.name = ""  # the layer's name in the user's network
         self.stride, self.padding = numbers(conv.stride, axes), numbers(conv.padding, axes)  # type: ignore[arg-type]
         self.output_padding = numbers(conv.output_padding, axes)
         self.dilation, self.groups = numbers(conv.dilation, axes), conv.groups

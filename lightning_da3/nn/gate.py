@@ -44,7 +44,7 @@ class Recorder(nn.Module):
         self.ledger = ledger
 
     def forward(self, gate: Tensor | None, macs: float | None) -> None:
-        """Take note of what a host's output said."""
+        """Note a host's gate and its multiply-accumulates."""
         if gate is not None and macs is not None:
             self.ledger.append((self.host, Executed(gate, macs)))
 
@@ -64,8 +64,8 @@ def annealed_target(target: float, progress: float) -> float:
     """The share to execute at this point of training: from 1 by a cosine, `target` from half on.
 
     Args:
-        target: In the end, in (0, 1].
-        progress: Of the training, in [0, 1].
+        target: The share in the end, in (0, 1].
+        progress: How far training is, in [0, 1].
     """
     done = 0.5 * (1.0 - math.cos(math.pi * min(1.0, 2.0 * progress)))
     return 1.0 - done * (1.0 - target)
@@ -80,7 +80,7 @@ def averaged_over_ranks(fraction: Tensor) -> Tensor:
     that DistributedDataParallel takes does the rest. A collective: every rank must call it.
 
     Args:
-        fraction: Of this rank's part of the batch, a scalar.
+        fraction: This rank's value, for its part of the batch; a scalar.
     """
     mean = fraction.detach().clone()
     dist.all_reduce(mean)
@@ -94,7 +94,7 @@ def budget_loss(executed: Sequence[Executed], target: float, *, over_ranks: bool
     learned anything, where closing them slowly (`annealed_target`) lets both learn.
 
     Args:
-        executed: Of every host.
+        executed: How much of every host ran.
         target: Share to execute, in (0, 1].
         over_ranks: The batch is one rank's part of a global batch (`averaged_over_ranks`).
 
@@ -128,7 +128,7 @@ def with_loss(output: Tensor, loss: Tensor, scale: float = 1.0) -> Tensor:
     Args:
         output: Any shape; must require a gradient.
         loss: Scalar.
-        scale: Of the loss: a loss scaler's factor, or 1/k under k-fold gradient accumulation.
+        scale: A factor of the loss: a loss scaler's, or 1/k under k-fold gradient accumulation.
 
     Returns:
         `output`, same shape.

@@ -38,17 +38,16 @@ def classes_of(head: nn.Module) -> int:
 
 
 def class_axis(head: nn.Module) -> int:
-    """Where they lie in its output."""
+    """The axis of the scores in a head's output."""
     return -1 if isinstance(head, nn.Linear) else 1
 
 
 class MixedHeads(nn.Module):
     """Stands for the heads of several domains, one of which reads each sample of a batch.
 
-    All scores are one tensor, as long as the longest head gives them. Missing ones are far below
-    any score, so that a softmax behind the heads is every domain's own; they are finite, as an
-    interpolation behind the heads may multiply them by zero. Who cuts the samples apart cuts them
-    off.
+    All scores are one tensor, as wide as the widest head's. Missing ones are far below any score,
+    so that a softmax behind the heads is every domain's own; they are finite, as an interpolation
+    behind the heads may multiply them by zero. Whoever separates the samples removes them.
 
     Args:
         heads: At least one.
@@ -103,5 +102,5 @@ class HeadSlot(nn.Module):
         """Features to scores."""
         head = self.original if self.active is None else self.active
         if isinstance(head, nn.Linear):
-            x = x.contiguous()  # of a class token, a view, all tokens would be kept
+            x = x.contiguous()  # a class token is a view: all tokens would be kept
         return cast(Tensor, head(x))

@@ -16,7 +16,7 @@ from lightning_da3.ops.linear import frozen_linear
 
 
 class FrozenLinear(nn.Linear):
-    """A frozen linear layer that keeps nothing for the backward. Its weight may rest."""
+    """A frozen linear layer that keeps nothing for the backward. Its weight may be in bfloat16."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name it has in PyTorch
         """(.., K) to (.., O)."""
@@ -24,15 +24,15 @@ class FrozenLinear(nn.Linear):
 
 
 class FrozenAttention(nn.MultiheadAttention):
-    """A frozen attention, quicker where a sequence attends to itself and nobody asks how.
+    """A frozen attention, quicker where a sequence attends to itself and weights are not asked for.
 
-    Called otherwise, it is PyTorch's own, and its weights must not rest.
+    Called otherwise, it is PyTorch's own, and its weights must not be stored in bfloat16.
     """
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As `torch.nn.MultiheadAttention`."""
+        """See `torch.nn.MultiheadAttention`."""
         alone = query is key is value and query.dim() == 3
         if not (alone and not args and _asks_nothing(**kwargs) and attends_plainly(self)):
             return super().forward(query, key, value, *args, **kwargs)

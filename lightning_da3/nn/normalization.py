@@ -14,7 +14,7 @@ BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 
 class BatchNormStatistics(NamedTuple):
-    """What batch norm in eval computes with, each (C,) but `eps`."""
+    """The tensors that batch norm in eval computes with, each (C,), and `eps`."""
 
     mean: Tensor
     var: Tensor
@@ -24,13 +24,13 @@ class BatchNormStatistics(NamedTuple):
 
     @classmethod
     def of(cls, norm: BatchNorm) -> BatchNormStatistics:
-        """Those of a batch norm with running statistics."""
+        """The statistics of a batch norm that has running ones."""
         mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
         return cls(mean, var, norm.weight, norm.bias, norm.eps)
 
     @classmethod
     def read(cls, state: Mapping[str, Tensor], name: str, eps: float) -> BatchNormStatistics:
-        """Those of the batch norm `name` in a state dict."""
+        """The statistics of the batch norm `name` in a state dict."""
         weight, bias = state.get(f"{name}.weight"), state.get(f"{name}.bias")
         return cls(state[f"{name}.running_mean"], state[f"{name}.running_var"], weight, bias, eps)
 
@@ -51,7 +51,7 @@ def fold(
     Args:
         weight: (O, ..).
         bias: (O,) or None.
-        norm: Of the batch norm behind, or None.
+        norm: The statistics of the batch norm behind it, or None.
 
     Returns:
         float64 (O, ..) and (O,).
@@ -68,9 +68,9 @@ class FrozenAffine(nn.Module):
     """A batch norm that could not be folded: ``y = x * scale + shift`` by channel.
 
     Args:
-        norm: With running statistics.
+        norm: A batch norm with running statistics.
         inplace: The input may be overwritten.
-        name: Of the batch norm in the user's network.
+        name: The batch norm's name in the user's network.
     """
 
     def __init__(self, norm: BatchNorm, inplace: bool = False, name: str = "") -> None:

@@ -8,7 +8,7 @@ from lightning_da3.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
 
 
 class MaxPool(nn.Module):
-    """Max pool that keeps one byte an output; arguments as `lightning_da3.ops.pooling.max_pool`."""
+    """Max pool that keeps at most a byte an output; see `lightning_da3.ops.pooling.max_pool`."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class MaxPool(nn.Module):
 
 
 class AvgPool(nn.Module):
-    """Average pool that keeps nothing; arguments as `lightning_da3.ops.pooling.avg_pool`."""
+    """Average pool that keeps nothing; see `lightning_da3.ops.pooling.avg_pool`."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The frozen start of a network, which goes through in pieces of the batch.
+"""The frozen prologue of a network, which takes a large batch in microbatches.
 
 Nothing before the first host is trained, so nothing of it is kept; but its maps are the largest of
 the network, and those of a whole batch would be the peak of a training step. Shapes: (N, ..) in and
@@ -15,21 +15,20 @@ from torch import Tensor, nn
 from lightning_da3.memory import Microbatched
 from lightning_da3.ops.bits import dense, has_no_values
 
-# no map is larger, if one sample allows: caches hold it, and memory of more than 32 MiB goes back
+# no map is larger, unless one sample's is: caches hold it, and memory above 32 MiB goes back
 # to the system whenever it is freed (glibc), so that every step would wait for new pages
 LARGEST_BYTES = 6 * 2**20
 
 
 class Prologue(Microbatched):
-    """Runs a piece of the network on as many samples at once as its largest map allows.
+    """Runs the prologue on as many samples at once as its largest map allows.
 
-    What builds a graph, another device than the CPU, and compilers get the whole batch.
+    The whole batch runs at once where a graph is built, off the CPU, and under compilers.
 
     Args:
-        piece: From samples (N, ..) and constants to a tuple of (N, ..); treats every sample by
-            itself.
-        axes: Of the samples, N among them.
-        growth: Elements of its largest value for every element of the samples.
+        piece: Maps samples (N, ..) and constants to a tuple of (N, ..), every sample by itself.
+        axes: The number of axes of the samples, N among them.
+        growth: Elements of the largest value for every element of the samples.
     """
 
     piece: nn.Module
@@ -57,7 +56,7 @@ class Prologue(Microbatched):
         return tuple(whole)
 
     def _samples(self, x: Any) -> int | None:
-        """As many as may go through at once; None: all."""
+        """The number of samples that may go through at once; None: all."""
         traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         if torch.compiler.is_compiling() or traced:
             return None
@@ -77,7 +76,7 @@ class Prologue(Microbatched):
         return torch.is_grad_enabled() and trains
 
     def _predicted(self, x: Tensor, samples: int, *constants: Any) -> tuple[Tensor, ...]:
-        """The same for tensors without values: from the third on, pieces take no more memory."""
+        """`forward` without values: from the third on, microbatches take no more memory."""
         assert self.account is not None
         rest = len(x) - samples
         second = min(rest, samples)
@@ -92,7 +91,7 @@ class Prologue(Microbatched):
 
 
 def _of_all(y: Tensor, count: int) -> Tensor:
-    """Memory for so many samples, each laid out as in `y`."""
+    """Memory for `count` samples, each laid out as in `y`."""
     like = dense(y)
     strides = (y.shape[1:].numel(), *like.stride()[1:])
     return like.new_empty_strided((count, *y.shape[1:]), strides)

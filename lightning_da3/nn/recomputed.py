@@ -1,4 +1,4 @@
-"""A frozen piece of the graph as one module that keeps next to nothing."""
+"""A recompute region of the graph as one module that keeps next to nothing."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lightning_da3.torch_private.trees import tree_leaves
 
 
 class Shortcut(Protocol):
-    """A piece in fewer operations."""
+    """A region in fewer operations."""
 
     def __call__(self, x: Tensor, /, *, exact: bool, codes: Tensor | None) -> Tensor:
-        """As the piece, of its first input alone."""
+        """What the region returns for its first input alone."""
 
 
 class ActivatedConv(NamedTuple):
@@ -43,9 +43,9 @@ class Excitation(NamedTuple):
     """``v * s(mean(v))`` of ``v = silu(x)`` or x.
 
     Attributes:
-        activation: The first layer, if any.
-        first: Of s, pointwise.
-        rest: Of s.
+        activation: The layer that computes v, if any.
+        first: The first layer of s, pointwise.
+        rest: The other layers of s.
     """
 
     activation: QuantizedGradActivation | None
@@ -64,7 +64,7 @@ class Excitation(NamedTuple):
 
 
 def _by_pytorch(layer: FrozenConv | Small, x: Tensor) -> Tensor:
-    """A layer of (N, C), in operations of PyTorch alone."""
+    """A layer's output for x (N, C), by PyTorch's operations alone."""
     if isinstance(layer, FrozenConv):
         return plain_linear(x, layer.weight.flatten(1), layer.bias)
     if isinstance(layer, PiecewiseLinear):
@@ -73,17 +73,17 @@ def _by_pytorch(layer: FrozenConv | Small, x: Tensor) -> Tensor:
 
 
 class Recomputed(nn.Module):
-    """Runs a piece of the network again in the backward instead of keeping what it needs.
+    """Runs a region of the network again in the backward instead of keeping what it needs.
 
-    Refers to the piece without owning it: its layers stay where the user's network has them.
+    Refers to the region without owning it: its layers stay where the user's network has them.
 
     Args:
-        piece: From one activation and constants to a tuple.
+        piece: The region, which maps one activation and constants to a tuple.
         exact: Keep the activation, not its 8-bit codes.
-        shortcut: The same in fewer operations, if there is such.
+        shortcut: The region in fewer operations, if there is such a form.
 
     Attributes:
-        kept: Run the piece once, and let its operations keep what they keep by themselves.
+        kept: Run the region once, and let its operations keep what they keep by themselves.
     """
 
     piece: nn.Module
@@ -100,7 +100,7 @@ class Recomputed(nn.Module):
         return {**vars(self), "kept": False}
 
     def forward(self, x: Any, *rest: Any, codes: Tensor | None = None) -> tuple[Any, ...]:
-        """What the piece returns; `codes` are those of x, where a host's input has made them."""
+        """What the region returns; `codes` are those of x, if a host's input has made them."""
         if self.kept or not (isinstance(x, Tensor) and all(map(_is_plain, rest))):
             return cast(tuple[Any, ...], self.piece(x, *rest))  # a list of tensors, say
         if self.shortcut is not None and not torch.compiler.is_compiling():

@@ -22,7 +22,7 @@ class Slopes(NamedTuple):
 
     Attributes:
         low: Where the slope becomes 1.
-        high: Where the slope ends to be 1.
+        high: Where the slope stops being 1.
         slope: Slope outside ``(low, high)``; if not 0, `low` must be 0 and `high` infinite.
     """
 
@@ -66,7 +66,7 @@ class _PiecewiseLinear(torch.autograd.Function):
             return slopes.evaluate(x, inplace)
         ctx.mark_dirty(x)
         slopes.evaluate(x, inplace)
-        return x  # the very argument: torch.compile wants to see that
+        return x  # the argument itself, as torch.compile needs it
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -80,7 +80,7 @@ def piecewise_linear(x: Tensor, slopes: Slopes = RELU, inplace: bool = False) ->
 
     Args:
         x: Any shape.
-        slopes: Which; ReLU by default.
+        slopes: The function; ReLU by default.
         inplace: Write the result into `x`.
 
     Returns:
@@ -93,7 +93,7 @@ def piecewise_linear(x: Tensor, slopes: Slopes = RELU, inplace: bool = False) ->
     return result
 
 
-_SIXTH = torch.tensor(1.0 / 6.0, dtype=torch.float32).item()  # as PyTorch's, in every type
+_SIXTH = torch.tensor(1.0 / 6.0, dtype=torch.float32).item()  # float32 in every type, as in PyTorch
 
 
 class _HardSigmoid(torch.autograd.Function):

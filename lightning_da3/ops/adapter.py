@@ -3,10 +3,9 @@
 Shapes: p (N, C, *grid) of G cells, m hidden channels, O outputs; ``h = conv(p)`` (N, m, *grid),
 ``r = relu(norm(h))``, ``s = w . r + b`` (N * G, 1), ``u = sigmoid(s) r``, addend ``V u + v`` and
 gate ``1[s + noise > 0]``.
-Kept: the 8-bit codes of p (p itself if exact) for the gradient of the convolution's weight, and h,
-of few channels; everything behind h is computed again in the backward. The norm leaves nothing of
-h but ``n = (h - mean) * rstd``, which is bounded: kept are n in float16 and rstd (N, 1), h itself
-if exact.
+Kept: the 8-bit codes of p for the gradient of the convolution's weight; of the few channels of h
+``n = (h - mean) * rstd``, which is bounded, in float16, and rstd (N, 1). If exact, p and h
+themselves. Everything behind h is computed again in the backward.
 """
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ def adapt(
         noise: Added to s before the decision, (N, G, 1), or None.
         weights: The adapter's parameters.
         options: See `AdapterOptions`.
-        kept: Of p, if `keep` has made it.
+        kept: What `keep` made of p; None: it is made here.
 
     Returns:
         The addend (N, O, *grid) and the gate (N, 1, *grid), zeros and ones, or None.

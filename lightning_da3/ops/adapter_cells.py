@@ -1,6 +1,6 @@
 """What an adapter computes on its cells, and the gradients, without autograd.
 
-Shapes: see `lightning_da3.ops.adapter`, whose letters these are.
+Shapes and letters: see `lightning_da3.ops.adapter`.
 """
 
 from __future__ import annotations
@@ -84,15 +84,15 @@ def gradients(
     Args:
         kept: The codes of p, p itself if `exact`, or None if no weight of the convolution trains.
         hidden: n in float16, or h.
-        rstd: The norm's, (N, 1); None if `hidden` is h.
-        noise: As `respond` takes it.
-        weights: Those of `Weights`.
+        rstd: The norm's 1 / standard deviation, (N, 1); None if `hidden` is h.
+        noise: Added to s before the decision, (N, G, 1), or None.
+        weights: The fields of `Weights`.
         grad_addend: dL/d addend, or None.
         grad_gate: dL/d gate, or None.
         eps: The epsilon of the group norm.
         exact: `kept` is p itself.
-        last: As in `lightning_da3.ops.codes.Rows`.
-        group: As in `lightning_da3.ops.codes.Rows`.
+        last: See `lightning_da3.ops.codes.Rows`.
+        group: See `lightning_da3.ops.codes.Rows`.
         size: The size of p.
         p_dtype: The type of p.
         wants_p: The gradient of p is wanted.
@@ -109,7 +109,7 @@ def gradients(
     else:
         rows = _rows(grad_addend).to(dtype)
         grads[5], grads[6] = torch.mm(rows.t(), soft * cells), rows.sum(0)
-        grad_cells = torch.mm(rows, w.value)  # of u, so far
+        grad_cells = torch.mm(rows, w.value)  # dL/du
         grad_logits = sigmoid_backward((grad_cells * cells).sum(1, keepdim=True), soft)
         grad_cells.mul_(soft)
     if grad_gate is not None:  # straight through: as if it were the sigmoid
@@ -164,7 +164,7 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, hidden: Tensor, eps: float) -> Norm:
-        """Of h, (N, m, *grid)."""
+        """The norm of h, (N, m, *grid)."""
         x = hidden.contiguous(memory_format=_layout(hidden))
         n, m = x.shape[:2]
         normal, mean, rstd = torch.native_group_norm(
@@ -178,7 +178,7 @@ class Norm(NamedTuple):
 
     @classmethod
     def again(cls, n: Tensor, rstd: Tensor) -> Norm:
-        """From what `halved` made of it; the mean of h is lost, and nothing reads that."""
+        """The norm from what `halved` returned; the mean of h is lost, and nothing reads it."""
         n = n.to(rstd.dtype)
         x = n / rstd.view(-1, *[1] * (n.dim() - 1))
         return cls(x, _rows(n), torch.zeros_like(rstd), rstd)

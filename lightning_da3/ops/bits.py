@@ -37,13 +37,13 @@ def _is_dense(x: Tensor) -> bool:
 
 
 def lies_channels_last(x: Tensor) -> bool:
-    """Of a map of two or three axes, and not contiguous as well."""
+    """Whether `x`, a map of two or three axes, is channels_last and not contiguous as well."""
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     return layout is not None and not x.is_contiguous() and x.is_contiguous(memory_format=layout)
 
 
 def has_no_values(x: Tensor) -> bool:
-    """Whether `x` only stands for a tensor of its shape, and is not about to be compiled."""
+    """Whether `x` is fake, a shape without values, and nothing is being compiled."""
     return not torch.compiler.is_compiling() and is_fake(x)
 
 
@@ -90,7 +90,7 @@ def unpack(bits: Tensor, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
     Args:
         bits: What `pack_between` returned.
         size: Shape of the packed tensor.
-        stride: Its strides.
+        stride: Strides of the packed tensor.
 
     Returns:
         uint8 of shape `size`, in the same memory order.
@@ -116,7 +116,7 @@ def _use_numpy(x: Tensor) -> bool:
 
 def _pack_numpy(x: Tensor, low: float, high: float) -> Tensor:
     elements = flat(x.detach())
-    bits = torch.empty((elements.numel() + 7) // 8, dtype=torch.uint8)  # PyTorch knows of it: kept
+    bits = torch.empty((elements.numel() + 7) // 8, dtype=torch.uint8)  # kept: PyTorch's own memory
     packed = bits.numpy()
     for start in range(0, elements.numel(), AT_ONCE):
         part = elements[start : start + AT_ONCE]
@@ -153,5 +153,5 @@ def pack_pairs(codes: Tensor) -> Tensor:
 
 
 def unpack_pairs(pairs: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """What `pack_pairs` packed, of shape `size` with these dense strides."""
+    """The codes that `pack_pairs` packed, of shape `size` with these dense strides."""
     return torch.cat((pairs & 15, pairs >> 4)).as_strided(size, stride)

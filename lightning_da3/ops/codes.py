@@ -21,8 +21,8 @@ from lightning_da3.ops.bits import dense, flat, has_no_values
 from lightning_da3.torch_private.kernels import DECODE_ROWS, ENCODE_ROWS
 
 GROUP = 256  # elements that share one range
-# elements of a token, or of a channel's cells, that share a range with no other's: one may be far
-# from the next; and what is too short to have ranges of its own
+# the most elements of a range inside one token or one channel's cells, which may lie far from the
+# next one's; and the fewest that get ranges of their own
 ROW, LEAST_ROW = 64, 48
 EXTRA = 8  # bytes of a group's step and lowest value
 
@@ -71,7 +71,7 @@ def _by_fbgemm(rows: Tensor) -> bool:
 
 
 def to_bytes(x: Tensor) -> Tensor:
-    """uint8 of ``0 <= x < 256``, cut off behind the point, in the layout of `x`."""
+    """uint8 of ``0 <= x < 256``, rounded down, in the layout of `x`."""
     return x.to(torch.int16).to(torch.uint8)  # on CPU both casts are vectorised, the direct one not
 
 
@@ -82,14 +82,14 @@ def decode(
     dtype: torch.dtype,
     groups: int = GROUP,
 ) -> Tensor:
-    """What `encode` coded.
+    """The tensor that `encode` coded.
 
     Args:
         codes: What `encode` returned.
         size: Shape of the coded tensor.
-        stride: Strides of `dense` of it.
+        stride: Strides of its dense form (see `dense`).
         dtype: Type of the result.
-        groups: As `encode` was given.
+        groups: The `groups` that `encode` was given.
 
     Returns:
         A new tensor of this shape, these strides and this type.
@@ -127,10 +127,10 @@ _known_divisor = functools.cache(_first_divisor)
 
 
 def sample_group(x: Tensor) -> int:
-    """Elements of a group such that none reaches into two samples of (N, ..), if at all possible.
+    """The elements of a group, such that none reaches into two samples of (N, ..), if possible.
 
-    So the codes of a sample do not depend on the rest of its batch. Nor into two rows of at least
-    `LEAST_ROW` elements, if possible.
+    So the codes of a sample do not depend on the rest of its batch. If possible, no group reaches
+    into two rows of at least `LEAST_ROW` elements either.
     """
     row = max(
         (n for n, step in zip(x.shape[1:], x.stride()[1:], strict=True) if step == 1), default=1
@@ -147,9 +147,9 @@ class Code(NamedTuple):
     """How one activation is coded, by `encode` in groups of `sample_group`.
 
     Attributes:
-        size: Of the activation.
-        stride: Of `dense` of it.
-        dtype: Of the activation.
+        size: The activation's shape.
+        stride: The strides of its dense form (see `dense`).
+        dtype: The activation's type.
         group: Elements that share a range.
     """
 
@@ -173,12 +173,12 @@ class Code(NamedTuple):
 
 
 def kept_of(x: Tensor, exact: bool, codes: Tensor | None = None) -> tuple[Tensor, Code | None]:
-    """What is kept of `x`, and how it is coded: codes of it, or if `exact` `x` itself, and None.
+    """What is kept of `x`: its codes and how they are made; if `exact`, `x` itself and None.
 
     Args:
         x: An activation.
         exact: Keep `x`.
-        codes: Of `x`, where somebody has made them.
+        codes: The codes of `x`, if they exist already.
     """
     if exact:
         return x, None
@@ -195,8 +195,8 @@ class Rows(NamedTuple):
     Attributes:
         last: Channels lie last in memory, and groups within one position.
         group: Elements that share a range; none reaches into two samples.
-        size: Of the cells.
-        dtype: Of the cells.
+        size: The cells' shape.
+        dtype: The cells' type.
     """
 
     last: bool
@@ -221,12 +221,12 @@ class Rows(NamedTuple):
         return _encode_rows(x.float().view(-1, self.group))  # no group is shorter
 
     def decode(self, codes: Tensor) -> Tensor:
-        """What `encode` coded."""
+        """The cells that `encode` coded."""
         n, c, *grid = self.size
         x = _decode_rows(codes.view(-1, self.group + EXTRA)).to(self.dtype)
         return x.view(n, *grid, c).movedim(-1, 1) if self.last else x.view(self.size)
 
 
 def read_back(kept: Tensor, how: Code | Rows | None) -> Tensor:
-    """What was kept as `how` says; None: as it is."""
+    """The values of what is kept: decoded by `how`; None: as they are."""
     return kept if how is None else how.decode(kept)

@@ -1,9 +1,8 @@
 """Convolutions with frozen weights.
 
 Shapes: x (N, C, *in), weight (O, C/groups, *kernel), y (N, O, *out), one to three spatial axes.
-Kept: nothing; the input gradient is a transposed convolution with the
-weight, which lives in the model. Plain PyTorch keeps the whole input, although only a weight
-gradient would need it.
+Kept: nothing. The input gradient is a transposed convolution with the weight, which lives in the
+model. Plain PyTorch keeps the whole input, although only a weight gradient would need it.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def conv(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """The convolution alone, as fast as PyTorch can; arguments as `frozen_conv`."""
+    """The convolution by PyTorch's fastest operation; arguments as in `frozen_conv`."""
     if is_opaque(weight):
         return opaque_convolution(
             x, weight, bias, stride, padding, dilation, groups, lowered(x, x.dtype)
@@ -84,12 +83,12 @@ def conv_input_gradient(
 
     Args:
         grad: dL/dy, (N, O, *out).
-        weight: (O, C/groups, *kernel), maybe resting in bfloat16.
+        weight: (O, C/groups, *kernel), maybe stored in bfloat16.
         size: Shape of x, (N, C, *in).
-        stride: Of the convolution, one number an axis; likewise the others.
-        padding: Zeros on both sides.
-        dilation: Of the kernel.
-        groups: Of the channels.
+        stride: The convolution's stride, one number an axis.
+        padding: Zeros on both sides, one number an axis.
+        dilation: The kernel's dilation, one number an axis.
+        groups: The number of groups of channels.
 
     Returns:
         dL/dx, (N, C, *in).
@@ -176,10 +175,10 @@ def frozen_conv(
         x: (N, C, *in).
         weight: (O, C/groups, *kernel).
         bias: (O,) or None.
-        stride: One number an axis; likewise the next two.
-        padding: Zeros on both sides.
-        dilation: Of the kernel.
-        groups: Of the channels.
+        stride: The convolution's stride, one number an axis.
+        padding: Zeros on both sides, one number an axis.
+        dilation: The kernel's dilation, one number an axis.
+        groups: The number of groups of channels.
 
     Returns:
         (N, O, *out).
@@ -240,11 +239,11 @@ def frozen_conv_transpose(
         x: (N, C, *in).
         weight: (C, O/groups, *kernel).
         bias: (O,) or None.
-        stride: One number an axis; likewise the others.
-        padding: Of the convolution that this one transposes.
+        stride: The distance of windows in the output, one number an axis.
+        padding: The padding of the convolution that this one transposes.
         output_padding: Added to one side of the output.
-        groups: Of the channels.
-        dilation: Of the kernel.
+        groups: The number of groups of channels.
+        dilation: The kernel's dilation, one number an axis.
 
     Returns:
         (N, O, *out).
@@ -264,7 +263,7 @@ def pad_mode(x: Tensor, padding: Sequence[int], mode: str) -> Tensor:
     Args:
         x: (N, C, *in).
         padding: As `torch.nn.functional.pad` takes it: last axis first, two numbers an axis.
-        mode: Of the padding.
+        mode: The padding's mode.
 
     Returns:
         (N, C, *in + padding).

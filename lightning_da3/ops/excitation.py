@@ -26,9 +26,9 @@ class Branch(NamedTuple):
     """The small network.
 
     Attributes:
-        weight: Of its first layer, (H, C); frozen, maybe resting in bfloat16.
-        bias: (H,) or None.
-        rest: Behind it, (N, H) to (N, C), in operations that autograd differentiates.
+        weight: The first layer's weight, (H, C); frozen, maybe stored in bfloat16.
+        bias: The first layer's bias, (H,) or None.
+        rest: What follows, (N, H) to (N, C), in operations that autograd differentiates.
     """
 
     weight: Tensor
@@ -104,10 +104,10 @@ def excited(
 
     Args:
         x: (N, C, *in); the activation alone may overwrite it, and only where there is no graph.
-        activation: The backward of its function reads its input. None: v is x.
-        branch: s.
+        activation: f, whose backward reads its input. None: v is x.
+        branch: The small network s.
         exact: Keep `x`, not its codes.
-        codes: Of `x`, where somebody has made them.
+        codes: The codes of `x`, if they exist already.
 
     Returns:
         (N, C, *in).

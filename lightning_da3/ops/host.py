@@ -28,7 +28,7 @@ def coarse_grid(size: Sequence[int], max_cells: int) -> tuple[int, ...]:
     """The grid of a map: every axis divided by the least factor that leaves `max_cells` cells.
 
     Args:
-        size: Of the map, one number an axis.
+        size: The map's size, one number an axis.
         max_cells: Most cells of the whole grid.
 
     Returns:
@@ -115,7 +115,7 @@ class _Read(torch.autograd.Function):
 
 
 def writable(grad: Tensor | None, size: torch.Size, like: Tensor) -> Tensor:
-    """`grad` if its elements have memory of their own, else such a copy; zeros for None."""
+    """`grad` if its elements have memory of their own, else a copy; zeros for None."""
     if grad is None:
         return like.new_zeros(size)
     expanded = any(s == 0 and n > 1 for s, n in zip(grad.stride(), grad.shape, strict=True))
@@ -123,7 +123,7 @@ def writable(grad: Tensor | None, size: torch.Size, like: Tensor) -> Tensor:
 
 
 def add_pool_gradient_(grad: Tensor, grad_pooled: Tensor) -> None:
-    """Add to dL/dx (N, C, *in) what dL/dp (N, C, *grid) says of it."""
+    """Add to dL/dx (N, C, *in) what comes from dL/dp (N, C, *grid)."""
     size, grid = grad.shape[2:], grad_pooled.shape[2:]
     if divides(size, grid):
         pixels = math.prod([n // c for n, c in zip(size, grid, strict=True)])
@@ -164,8 +164,8 @@ class Means(NamedTuple):
     """What the cell means of f are made from in the backward.
 
     Attributes:
-        kept: Saved; never written to.
-        read: From `kept` to (N, O, *grid); must not hold `kept` itself.
+        kept: The saved tensor; never written to.
+        read: Makes the means (N, O, *grid) from `kept`; must not hold `kept` itself.
     """
 
     kept: Tensor
@@ -270,7 +270,7 @@ def write(
         addend: (N, O, *grid).
         gate: (N, 1, *grid) of zeros and ones, or None for an open gate.
         exact: Keep the cell means as they are, not as 8-bit codes.
-        means: What they follow from, if that is kept anyway.
+        means: What the cell means follow from, if that is kept anyway.
 
     Returns:
         y, (N, O, *out), in the memory of `f`.

@@ -1,4 +1,4 @@
-"""Products with frozen matrices, which may rest in bfloat16 and are copied for one use at a time.
+"""Products with frozen matrices; those stored in bfloat16 are copied for one use at a time.
 
 Shapes: x (.., K), weight (O, K), y (.., O). Kept: nothing but the weight, which lives in the model.
 PyTorch's own product keeps no more of a weight that is not copied, but its BLAS may be half as fast
@@ -21,7 +21,7 @@ _HAS_ONEDNN: bool = (
 
 
 def is_fast(x: Tensor, matrix: Tensor) -> bool:
-    """Whether oneDNN's matrix product serves: it computes in the type that both have."""
+    """Whether oneDNN's matrix product can be used, which computes in the type of both."""
     return bool(
         _HAS_ONEDNN
         and x.dtype == matrix.dtype == torch.float32
@@ -34,7 +34,7 @@ def is_fast(x: Tensor, matrix: Tensor) -> bool:
 
 
 def product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x matrix^T + bias`` without a graph, for what `is_fast` says so of."""
+    """``x matrix^T + bias`` without a graph, where `is_fast` is true."""
     return LINEAR_POINTWISE(x, matrix, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
@@ -44,7 +44,7 @@ def plain_linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def cast_weight(weight: Tensor, x: Tensor) -> Tensor:
-    """A weight in the type of what it meets: one that rests in bfloat16 is copied, others are not.
+    """A weight in the type of `x`: one stored in bfloat16 is copied, others are not.
 
     Args:
         weight: Frozen, of any shape.
@@ -54,11 +54,11 @@ def cast_weight(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def cast_weight_backward(weight: Tensor, grad: Tensor) -> Tensor:
-    """A weight in the type of the gradient that it meets in a backward.
+    """A weight in the type of the gradient that it is multiplied with in a backward.
 
     Args:
         weight: Frozen, of any shape.
-        grad: What it is multiplied with; autocast may have lowered the output alone.
+        grad: The gradient; autocast may have lowered the output alone.
     """
     if torch.compiler.is_compiling() and weight.dtype != grad.dtype:
         weight = weight.clone()  # or the forward's copy would count as this one, and be kept
@@ -93,7 +93,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
     Args:
         x: (.., K).
-        weight: (O, K), maybe resting in bfloat16.
+        weight: (O, K), maybe stored in bfloat16.
         bias: (O,) or None.
 
     Returns:

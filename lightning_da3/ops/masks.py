@@ -1,9 +1,9 @@
-"""What a piece of a network decided, for the second time that it is computed.
+"""What a region of a network decided, for the second time that it is computed.
 
 A ReLU decides for every element whether its gradient passes, a Hardswish where its slope jumps.
 Computed again from codes, an element near that point may fall on the other side, and all of its
-gradient with it: a far greater error than that of the codes. So the decisions of such a piece are
-kept: one bit an element.
+gradient with it: a far greater error than that of the codes. So a region's decisions are kept: one
+bit an element.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def recorded(decide: Callable[[], Tensor]) -> Tensor | None:
     """The decision of the operation that runs now, or None where nothing is computed twice.
 
     Args:
-        decide: Makes it, in the first run.
+        decide: Makes the decision, in the first run.
     """
     if _run.waiting is not None:
         return next(_run.waiting)
@@ -65,21 +65,20 @@ def recorded(decide: Callable[[], Tensor]) -> Tensor | None:
 
 
 def computed_twice() -> bool:
-    """Whether what runs now belongs to a piece whose decisions matter."""
+    """Whether what runs now belongs to a region whose decisions matter."""
     return _run.noted is not None or _run.waiting is not None
 
 
 def settled(x: Tensor, low: float, high: float) -> Tensor:
-    """`x`; in a second run with every element where it was in the first.
+    """`x`; in a second run, with every element on its side of the bounds in the first.
 
     Args:
         x: Any shape.
-        low: An element was below, between, or above these two. One that lay above is never found
-            below when it comes back.
-        high: See `low`; may be infinite.
+        low: The lower bound. An element from above `high` must not come back below `low`.
+        high: The upper bound; may be infinite.
 
     Returns:
-        What has the gradient of `x`, and its values but for those that had changed sides.
+        A tensor with the gradient of `x`, and its values except those that had changed sides.
     """
     bits = recorded(lambda: pack_between(dense(x), low, high))
     if bits is None or _run.waiting is None:

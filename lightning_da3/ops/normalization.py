@@ -28,7 +28,7 @@ class _FrozenAffine(torch.autograd.Function):
             return _evaluate(x, scale, shift, inplace)
         ctx.mark_dirty(x)
         _evaluate(x, scale, shift, inplace)
-        return x  # the very argument: torch.compile wants to see that
+        return x  # the argument itself, as torch.compile needs it
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -1,7 +1,7 @@
 """An adapter's forward and backward as one op each that a compiler does not look into.
 
-Of what lies between, the compiler would keep more than eager mode does, and copies of weights in
-the layouts that it prefers. Shapes and what is kept: see `lightning_da3.ops.adapter`.
+Inside, the compiler would keep more than eager mode does, and copies of weights in the layouts that
+it prefers. Shapes and what is kept: see `lightning_da3.ops.adapter`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,7 @@ def _all_of_it(
     exact: bool,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Addend, hidden map, and if there are such, rstd and gate.
-
-    `dtype` is the convolution's.
-    """
+    """Addend, hidden map, and if there are any, rstd and gate; `dtype` is the convolution's."""
     w, options = Weights(*weights), AdapterOptions(eps, gated, exact)
     with torch.no_grad(), torch.autocast(p.device.type, enabled=False):
         hidden = squeezed(p.to(dtype), w.squeeze.to(dtype))
@@ -41,7 +38,7 @@ def _all_of_it(
 
 
 def _all_gradients(*arguments: Any) -> list[Tensor]:
-    """Those of p and all weights; empty where there is none."""
+    """The gradients of p and all weights; empty where there is none."""
     found = gradients(*arguments)
     empty = torch.empty(0, device=arguments[1].device)
     return [
@@ -90,5 +87,5 @@ def opaque_adapt(
 
 
 def opaque_gradients(*arguments: Any) -> list[Tensor | None]:
-    """As `lightning_da3.ops.adapter_cells.gradients`."""
+    """See `lightning_da3.ops.adapter_cells.gradients`."""
     return [None if g.numel() == 0 else g for g in _gradients_op(*arguments)]

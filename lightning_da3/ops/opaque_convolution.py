@@ -57,7 +57,7 @@ def _convolution(
 
 
 def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
-    """Of y; told from axes longer than 1 alone, as the compiler may not know other strides."""
+    """The layout of y, from axes longer than 1: the compiler may not know other strides."""
     last = lies_channels_last(x) or lies_channels_last(weight)
     return torch.channels_last if last else torch.contiguous_format
 
@@ -90,14 +90,14 @@ def opaque_convolution(
 
     Args:
         x: (N, C, *in).
-        weight: Of another type than `x`, maybe; its copy is gone afterwards.
+        weight: Its type may differ from that of `x`; its copy is freed afterwards.
         bias: (O,) or None.
-        stride: One number an axis; likewise the next two.
-        padding: Zeros on both sides.
-        dilation: Of the kernel.
-        groups: Of the channels.
-        dtype: Of the result.
-        output_padding: Of a transposed convolution, None for another.
+        stride: The convolution's stride, one number an axis.
+        padding: Zeros on both sides, one number an axis.
+        dilation: The kernel's dilation, one number an axis.
+        groups: The number of groups of channels.
+        dtype: The result's type.
+        output_padding: The output padding of a transposed convolution; None for others.
 
     Returns:
         (N, O, *out), with the channels last in memory if those of `x` or `weight` are.

@@ -71,7 +71,7 @@ def _max_pool(axes: int) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _shape_only(like: Tensor, size: Sequence[int]) -> Tensor:
-    """Stands for a tensor of shape `size` whose values nobody reads; takes one element."""
+    """A stand-in of one element for a tensor of shape `size` whose values nobody reads."""
     return like.new_empty(1).expand(size)
 
 
@@ -144,10 +144,10 @@ def max_pool(
 
     Args:
         x: (N, C, *in) or (C, *in).
-        kernel: Window, one number an axis (at most 256 positions in all); likewise the next three.
-        stride: Between windows.
-        padding: On both sides.
-        dilation: Inside the window.
+        kernel: The window's size, one number an axis; at most 256 positions in all.
+        stride: The distance of windows, one number an axis.
+        padding: The padding on both sides, one number an axis.
+        dilation: The distance of positions in a window, one number an axis.
         ceil_mode: Round the output size up.
 
     Returns:
@@ -200,11 +200,11 @@ def avg_pool(
 
     Args:
         x: (N, C, *in) or (C, *in).
-        kernel: Window, one number an axis; likewise the next two.
-        stride: Between windows.
-        padding: Zeros on both sides.
+        kernel: The window's size, one number an axis.
+        stride: The distance of windows, one number an axis.
+        padding: Zeros on both sides, one number an axis.
         ceil_mode: Round the output size up.
-        count_include_pad: Count the zeros.
+        count_include_pad: Count the padding's zeros.
         divisor_override: Divide by this instead (two and three axes).
 
     Returns:
@@ -231,7 +231,7 @@ def avg_pool(
 
 
 class _Mean(torch.autograd.Function):
-    """Over the last axes; the gradient is one number a channel, and is not written out."""
+    """The mean over the last axes; its gradient, one number a channel, is not written out."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axes: int) -> Tensor:

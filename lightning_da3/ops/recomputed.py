@@ -1,8 +1,8 @@
-"""A piece of a network that keeps its input, in 8 bits, and is computed again in the backward.
+"""A region of a network that keeps its input, in 8 bits, and is computed again in the backward.
 
 Shapes: any. Kept: codes of the activations it reads (1/4 of float32; see
 `lightning_da3.ops.codes`) and what it decided (see `lightning_da3.ops.masks`), or those
-activations themselves if exact; constants that the piece reads as well.
+activations themselves if exact; and constants that it reads.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 class _Kept:
-    """Stands for a tensor that went through `save_for_backward`."""
+    """A stand-in for a tensor that went through `save_for_backward`."""
 
 
 def _leaf(kept: Tensor, code: Code | None, need: bool) -> Tensor:
@@ -130,7 +130,7 @@ class _Random:
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """Draw what was drawn then; afterwards nothing has been drawn."""
+        """In the block the same numbers are drawn; afterwards the generators are as before it."""
         with torch.random.fork_rng(self.devices):
             torch.set_rng_state(self.states[0])
             for device, state in zip(self.devices, self.states[1:], strict=True):
@@ -139,7 +139,7 @@ class _Random:
 
 
 def autocast_of(device: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """Makes contexts with what autocasting does now on devices of this type."""
+    """Makes contexts in which autocast on devices of this type does what it does now."""
     if not torch.is_autocast_enabled(device):
         return contextlib.nullcontext
     dtype = torch.get_autocast_dtype(device)
@@ -191,7 +191,7 @@ class _Activated(torch.autograd.Function):
 
 
 def as_before(x: Tensor, smooth: Smooth, noted: Sequence[Tensor]) -> Tensor:
-    """The input of `smooth`, computed again, as what was noted of the first one says."""
+    """The input of `smooth`, computed again, with the decisions noted of the first one."""
     if not noted:
         return x
     with replay_masks(noted):
@@ -225,16 +225,16 @@ def activated(
     exact: bool = False,
     codes: Tensor | None = None,
 ) -> Tensor:
-    """``silu(conv(x))`` as `recomputed` does it, for fewer operations.
+    """``silu(conv(x))`` as `recomputed` does it, in fewer operations.
 
-    Its own backward needs no graph, and not the activation's value.
+    Its own backward needs neither a graph nor the activation's value.
 
     Args:
         x: (N, C, *in); not overwritten.
         linear: The convolution.
-        activation: Behind it; the backward of its function reads its input, and does not jump.
+        activation: The layer behind it; its backward reads its input, its derivative has no jumps.
         exact: Keep `x`, not its codes.
-        codes: Of `x`, where somebody has made them.
+        codes: The codes of `x`, if they exist already.
 
     Returns:
         (N, O, *out).
@@ -249,10 +249,10 @@ def activated(
 def _compiled(
     piece: Piece, x: Tensor, *rest: Any, exact: bool, codes: Tensor | None
 ) -> tuple[Any, ...]:
-    """In words that a compiler understands: it keeps what a checkpoint reads.
+    """`recomputed` for a compiler, which keeps what a checkpoint reads.
 
-    The piece stands there twice, but what comes from the codes matters for the backward alone, so
-    that the compiler leaves it out of the forward.
+    The piece is called twice, but what comes from the codes matters for the backward alone, so that
+    the compiler leaves it out of the forward.
     """
     if exact:
         return checkpoint(piece, x, *rest, use_reentrant=False)
@@ -292,7 +292,7 @@ def recomputed(
         exact: Keep activations themselves, not their 8-bit codes.
         parameters: Trainable tensors that `piece` uses by itself.
         random: `piece` draws random numbers, which must be the same again.
-        codes: Of `x`, by `encode` in groups of `sample_group`, if something else keeps such.
+        codes: Codes of `x` by `encode` in groups of `sample_group`, if something else keeps them.
 
     Returns:
         What `piece` returns.

@@ -47,9 +47,9 @@ def grid_sample(
     Args:
         x: (N, C, H, W) or (N, C, D, H, W).
         grid: (N, H', W', 2) or (N, D', H', W', 3).
-        mode: As PyTorch's; only bilinear sampling keeps less.
-        padding_mode: As PyTorch's; reflection keeps what it keeps there.
-        align_corners: As PyTorch's.
+        mode: As in PyTorch; only bilinear sampling keeps less.
+        padding_mode: As in PyTorch; reflection keeps what PyTorch keeps.
+        align_corners: As in PyTorch.
 
     Returns:
         (N, C, H', W') or (N, C, D', H', W').

@@ -41,7 +41,7 @@ class Smooth:
     Functions are those of a module, or partials of them, so that what holds one can be pickled.
 
     Attributes:
-        name: For messages.
+        name: The function's name, for messages.
         value: ``y = value(x)``, a new tensor.
         backward: ``dL/dx = backward(dL/dy, x, y)``, a new tensor, in float32 or float64; reads x
             alone, or y alone.
@@ -66,7 +66,7 @@ class Smooth:
         return self.backward(torch.ones_like(x), x, y)
 
     def evaluate(self, x: Tensor, inplace: bool) -> Tensor:
-        """The function of `x`, or of what `x` was."""
+        """The function of `x`, in its memory if `inplace`."""
         if not inplace:
             return self.value(x)
         return x.copy_(self.value(x)) if self.write is None else self.write(x)
@@ -82,10 +82,10 @@ class Smooth:
 
 
 def quantized_grad_activation(x: Tensor, smooth: Smooth, inplace: bool = False) -> Tensor:
-    """`smooth` of `x`, exact, with a gradient that sees its derivative through codes.
+    """`smooth` of `x`, exact; the gradient is computed with codes of the derivative.
 
-    The derivative is off by at most ``smooth.step / 2`` from PyTorch's own, which takes
-    those of sigmoid and tanh from the result, as rounded to its type.
+    The derivative is off by at most ``smooth.step / 2`` from PyTorch's own, which takes those of
+    sigmoid and tanh from the result, as rounded to its type.
 
     Args:
         x: Any shape, of a floating type.
@@ -117,7 +117,7 @@ class _Coded(torch.autograd.Function):
             return y
         ctx.mark_dirty(x)
         x.copy_(y)
-        return x  # the very argument: torch.compile wants to see that
+        return x  # the argument itself, as torch.compile needs it
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -128,7 +128,7 @@ class _Coded(torch.autograd.Function):
 
 
 def widened(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """In float32 at least: half precision is coarser than the codes."""
+    """`x` in float32 at least: half precision is coarser than the codes."""
     return x.to(torch.promote_types(dtype or x.dtype, torch.float32))
 
 
@@ -188,7 +188,7 @@ def _into(value: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
     return partial(value, inplace=True)
 
 
-_ALPHA, _SCALE = 1.6732632423543772, 1.0507009873554805  # of SELU
+_ALPHA, _SCALE = 1.6732632423543772, 1.0507009873554805  # SELU's constants
 _GELU = {  # extremes of the derivative; of erf: Phi(t) + t phi(t), t = sqrt(2)
     "none": (-0.12890414518515483, 1.1289041451851548),
     "tanh": (-0.12899306865877194, 1.1289930686587719),
@@ -259,4 +259,4 @@ SMOOTH: dict[str, Smooth] = {
         softplus(),
     )
 }
-"""By name, with PyTorch's default arguments; for others see `gelu`, `elu`, `celu`, `softplus`."""
+"""Functions by name, with PyTorch's defaults; for others see `gelu`, `elu`, `celu`, `softplus`."""

@@ -1,7 +1,7 @@
 """Softmax that keeps codes of its result.
 
 Shapes: x, y: any. Kept: y in 8 bits, off by at most 1/510 of the range of its group; the value is
-exact. Plain PyTorch keeps y. (Codes of x would be worse: masks are far below what else there is.)
+exact. Plain PyTorch keeps y. (Codes of x would be worse: masked values are far below the others.)
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
 
     Args:
         x: Any shape, of a floating type.
-        dim: Along which the result sums to 1.
-        dtype: Of the result.
+        dim: The axis along which the result sums to 1.
+        dtype: The result's type; None: that of `x`.
 
     Returns:
         Same shape. Keeps 8 bits an element if a gradient is needed.

@@ -33,7 +33,7 @@ class TokenGrid(NamedTuple):
 
     Attributes:
         own: Leading tokens that are cells by themselves.
-        size: How the others lie.
+        size: The axes along which the others lie.
         grid: Cells along every axis of `size`.
     """
 
@@ -43,7 +43,7 @@ class TokenGrid(NamedTuple):
 
     @classmethod
     def of(cls, size: Sequence[int], own: int, max_cells: int) -> TokenGrid:
-        """Of tokens with these axes between N and C; n * n in a row are taken as a square."""
+        """The grid of tokens with these axes between N and C; n * n in a row are a square."""
         size = tuple(size)
         if len(size) > 1:
             return cls(0, size, coarse_grid(size, max_cells))
@@ -118,7 +118,7 @@ def read_tokens(x: Tensor, place: TokenGrid, apart: bool = False) -> tuple[Tenso
 
     Args:
         x: (N, *in, C).
-        place: Of its tokens.
+        place: The cells of its tokens.
         apart: p has memory of its own: it may be kept while x is overwritten.
 
     Returns:
@@ -191,7 +191,7 @@ def write_tokens(
         f: (N, *in, O).
         addend: (N, O, own + G).
         gate: (N, 1, own + G) of zeros and ones, or None for an open gate.
-        place: Of the tokens.
+        place: The cells of its tokens.
         exact: Keep the cell means as they are, not as 8-bit codes.
 
     Returns:

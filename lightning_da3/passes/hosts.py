@@ -30,7 +30,7 @@ def attach_hosts_(part: Part, plan: PartPlan, config: DA3Config) -> None:
 def _attach(
     gm: fx.GraphModule, host: HostPlan, nodes: dict[str, fx.Node], config: DA3Config
 ) -> fx.Node:
-    """The node whose value is the host's, with what was added."""
+    """The node whose value is the host's output, with what was added."""
     key, cells, tokens = host_key(host.name), config.adapter.max_cells, host.stride is None
     gm.add_submodule(f"{INPUTS}.{key}", HostInput(cells, host.stride, host.prefix_tokens))
     gm.add_submodule(

@@ -1,4 +1,4 @@
-"""A traced network and its plan to a rewritten network. Decides nothing.
+"""Makes the rewritten network from a traced one and its plan. Decides nothing.
 
 Every pass takes all traced graphs, which it edits in place, and the plan. Nodes keep their names
 throughout, which is how the plan speaks of them.
@@ -54,7 +54,7 @@ def rewrite(traced: Traced, plan: Plan, config: DA3Config) -> nn.Module:
 
     Args:
         traced: A traced network; edited in place.
-        plan: Made for this very network.
+        plan: The plan of this network.
         config: The user's choices.
 
     Returns:

@@ -22,8 +22,8 @@ def copied(
     """A graph of copies, from `inputs` to a tuple of what others read; and every node's copy.
 
     Args:
-        inside: In the order of the graph.
-        inputs: All that they read beside each other.
+        inside: The nodes, in the order of the graph.
+        inputs: All nodes that they read beside each other.
     """
     piece = fx.Graph()
     copies = {i: piece.placeholder(i.name) for i in inputs}
@@ -45,10 +45,10 @@ def call_instead_(
 
     Args:
         gm: Edited in place.
-        place: Where the module will be in it.
-        module: From the values of `inputs` to a tuple, as `copied` gives it.
-        inside: In the order of the graph.
-        inputs: Those behind the first node are moved in front of it.
+        place: The module's dotted name in it.
+        module: Maps the values of `inputs` to a tuple, as the graph of `copied` does.
+        inside: The nodes, in the order of the graph.
+        inputs: What they read; those behind the first node are moved in front of it.
         options: Named arguments of the call.
     """
     graph, exits, first = gm.graph, exits_of(inside), next(iter(inside))

@@ -1,6 +1,6 @@
 """``x.view(..)`` becomes ``x.reshape(..)``: frozen convolutions give channels_last maps.
 
-Of these not every view exists that a contiguous map has.
+Such maps do not have every view that contiguous ones have.
 """
 
 from __future__ import annotations

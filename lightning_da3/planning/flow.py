@@ -62,7 +62,7 @@ class Flow:
         return self.behind_any([first], last)
 
     def behind_any(self, first: Iterable[fx.Node], last: Iterable[fx.Node]) -> Nodes:
-        """The same for ways from any of `first`."""
+        """All nodes, numbers too, on a way from any of `first` to any of `last`."""
         first, last = set(first), list(last)
         start = min(self.position[node] for node in first) + 1
         end = max(self.position[node] for node in last) + 1

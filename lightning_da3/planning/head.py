@@ -21,7 +21,7 @@ def find_head(traced: Traced, head: str | None) -> str | None:
             the output, as in detectors.
 
     Raises:
-        ConversionError: It is not there.
+        ConversionError: No such layer is in the network.
     """
     if head is None:
         return None

@@ -70,19 +70,18 @@ class HostFinder:
             alone = (is_depthwise(conv) and first is last) or self._embeds_patches(node)
             kind = lone if alone else found
             kind.append((self.flow.position[x], self.reduction[node], self._conv(first, last)))
-        # one that mixes channels nowhere, or reads raw pixels, has little to adapt: only for want
-        # of others
+        # what mixes no channels, or reads raw pixels, has little to adapt: taken if nothing else is
         for _, reduction, host in sorted(found or lone, key=lambda item: item[0]):
             yield reduction, host
 
     def _embeds_patches(self, node: fx.Node) -> bool:
-        """A convolution of the network's input whose windows lie side by side."""
+        """Whether it is a convolution of the network's input with windows side by side."""
         conv: Any = module_of(self.gm, node)
         raw = self.flow.inputs(node)[0].op == "placeholder" and not self.part.path
         return raw and max(conv.stride) > 1 and conv.kernel_size == conv.stride
 
     def any_layers(self) -> Iterator[HostPlan]:
-        """For a network with neither: every layer that mixes channels."""
+        """The hosts of a network with neither: every layer that mixes channels."""
         for node in self.flow.activations:
             layer = module_of(self.gm, node)
             if str(node.target) == self.head:

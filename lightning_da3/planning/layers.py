@@ -27,22 +27,22 @@ def overwrites(gm: fx.GraphModule, node: fx.Node, step: NodePlan | None) -> bool
 
 
 def has_statistics(layer: nn.Module | None) -> bool:
-    """A batch norm that computes with running statistics in eval."""
+    """Whether it is a batch norm that computes with running statistics in eval."""
     return type(layer) in BATCH_NORMS and layer.running_mean is not None  # type: ignore[union-attr]
 
 
 def is_spatial(layer: nn.Module | None) -> bool:
-    """A convolution whose window is larger than one pixel."""
+    """Whether it is a convolution whose window is larger than one pixel."""
     return _is_conv(layer) and math.prod(layer.kernel_size) > 1
 
 
 def is_pointwise(layer: nn.Module | None) -> bool:
-    """A convolution of single pixels over all channels."""
+    """Whether it is a convolution of single pixels over all channels."""
     return _is_conv(layer) and math.prod(layer.kernel_size) == layer.groups == 1
 
 
 def is_depthwise(layer: nn.Module | None) -> bool:
-    """A convolution that mixes no channels."""
+    """Whether it is a convolution that mixes no channels."""
     return _is_conv(layer) and 1 < layer.groups == layer.in_channels
 
 

@@ -41,7 +41,7 @@ def plan_nodes(
         head: Module name of the classifier.
         folds: Convolution by batch norm node.
         trained: Names of nodes that something trainable is upstream of.
-        exact: Only what gives the exact gradient.
+        exact: Take only what gives the exact gradient.
     """
     fresh: set[str] = set()  # nodes whose result is new memory that nothing else refers to
     for node in gm.graph.nodes:
@@ -119,7 +119,7 @@ def _is_conv_of_constants(node: fx.Node) -> bool:
 
 
 def _is_constant(node: Any) -> bool:
-    """Computed from the network's own tensors alone."""
+    """Whether it is computed from the network's own tensors alone."""
     waiting, seen = [node], set()
     while waiting:
         node = waiting.pop()
@@ -133,7 +133,7 @@ def _is_constant(node: Any) -> bool:
 
 
 def _overwrites(replacement: Replacement, free: bool) -> bool:
-    """In place where the user asked for it, or where nobody could tell."""
+    """Whether to write in place: where the user did, or where nobody could tell."""
     return replacement.inplace is not None and (replacement.inplace or free)
 
 

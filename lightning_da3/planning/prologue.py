@@ -1,4 +1,4 @@
-"""What comes before the first host, and treats every sample of a batch by itself."""
+"""The prologue: what comes before the first host and treats every sample by itself."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def find_prologue(
     nodes: tuple[NodePlan, ...],
     hosts: tuple[HostPlan, ...],
 ) -> ProloguePlan | None:
-    """The nodes that may run on pieces of the batch, or None if no map is worth it.
+    """The nodes that may run in microbatches, or None if no map is worth it.
 
     Args:
         gm: A traced network.
-        flow: Of it.
-        shapes: Of one sample's values.
+        flow: The flow of data in it.
+        shapes: The shapes of one sample's values.
         nodes: What becomes of every node.
-        hosts: Of the network.
+        hosts: The network's hosts.
     """
     x = next((n for n in flow.activations if n.op == "placeholder" and n in shapes), None)
     if x is None or len(shapes[x]) < 2:
@@ -64,7 +64,7 @@ def find_prologue(
 def _share_memory(
     gm: fx.GraphModule, planned: dict[str, NodePlan], inside: dict[fx.Node, None]
 ) -> bool:
-    """Whether others read two values that lie in one memory; results of pieces have their own."""
+    """Whether others read two values that lie in one memory; microbatches' results do not."""
     memory: dict[fx.Node, fx.Node] = {}
     for node in inside:
         first = node.args[0] if node.args else None

@@ -2,7 +2,7 @@
 
 An operation that keeps its operands (a smooth activation, a norm, a product, attention) keeps them
 for one derivative. Going back from it, through whatever is cheap to compute, leads to a value that
-is smaller, or that other such operations can start from as well: that one is kept instead of all.
+is smaller, or from which other such operations can be computed as well: it is kept instead of all.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class RegionFinder:
 
     Args:
         gm: The traced graph.
-        flow: Of it.
+        flow: The flow of data in it.
         size: Elements of every node's value.
         tensors: Nodes whose value is one tensor; empty if nothing is known.
         nodes: What becomes of every node.
-        hosts: Of the graph.
+        hosts: The graph's hosts.
         inputs: Placeholders whose value may be trained already.
         head: Module name of the classifier.
         exact: Values are kept as they are, not as codes.
@@ -64,7 +64,7 @@ class RegionFinder:
     ) -> None:
         self.gm, self.flow, self.size, self.head, self.exact = gm, flow, size, head, exact
         read = [node for node in flow.nodes if node.op == "placeholder" and node.users]
-        self.doors = read if inputs else []  # of an island
+        self.doors = read if inputs else []  # what an island reads
         self.tensors = tensors or {node for node in flow.nodes if self._gives_one_tensor(node)}
         self.plan = {node.name: node for node in nodes}
         self.written = {host.last for host in hosts}
@@ -76,7 +76,7 @@ class RegionFinder:
         self.before = dominators(self.trained, self._sources)
 
     def _gives_one_tensor(self, node: fx.Node) -> bool:
-        """Without shapes: layers do, unless they return tuples; inputs may be anything."""
+        """Whether it does, if shapes are unknown: layers do, unless they return tuples."""
         if module_of(self.gm, node) is not None:
             return not _is_unpacked(node)
         facts = facts_of_call(node)
@@ -91,7 +91,7 @@ class RegionFinder:
         return [region.plan for region in regions]
 
     def _island(self) -> _Region | None:
-        """All that keeps anything, from all that an island reads, if that is far less."""
+        """A region of all that keeps anything, from all an island reads, if that is far less."""
         keepers = [node for node in self.trained if self._keeps(node)]
         if not self.doors or not keepers:
             return None

@@ -18,9 +18,9 @@ def plot_accuracy_matrix(matrix: Tensor, domains: Sequence[str]) -> Figure:
     """Accuracy on every domain, after each domain was learned.
 
     Args:
-        matrix: (D, D) of fractions: rows after a domain, columns on a domain, NaN stays blank; as
-            of `lightning_da3.metrics.AccuracyMatrix.compute`.
-        domains: Their D names.
+        matrix: (D, D) of fractions: rows after a domain, columns on a domain, NaN stays blank; see
+            `lightning_da3.metrics.AccuracyMatrix.compute`.
+        domains: The D domains' names.
 
     Raises:
         ConfigError: The shapes do not fit.

@@ -34,8 +34,8 @@ def plot_gate_maps(
     One row an image: the image, the mean over all hosts, and some hosts from early to late.
 
     Args:
-        images: (N, 3, H, W) or (N, 1, H, W) of any range; each is stretched to its own.
-        maps: As of `DA3Model.gate_maps` for these images: (N, 1, *grid) of zeros and ones by host.
+        images: (N, 3, H, W) or (N, 1, H, W) of any range; each is scaled to [0, 1].
+        maps: By host (N, 1, *grid) of zeros and ones; see `DA3Model.gate_maps`.
         max_images: Most rows.
         max_hosts: Most hosts, spread over the network.
 

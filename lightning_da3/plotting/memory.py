@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# of Okabe and Ito: told apart by colour-blind people, and in grey
+# Okabe and Ito's colours: told apart by colour-blind people, and in grey
 BEFORE = "#D55E00"
 AFTER = "#0072B2"
-WORTH_A_ROW = 1e-4  # of the largest row; a scalar kept somewhere would stretch the axis for nothing
+WORTH_A_ROW = 1e-4  # of the largest row; a scalar kept somewhere would widen the axis for nothing
 
 
 def plot_memory(
@@ -34,7 +34,7 @@ def plot_memory(
 
     Args:
         before: `SavedActivations.by_module` of the network as it was.
-        after: The same of the converted network; its layers are found by their names in `before`.
+        after: The same bytes of the converted network; its layers are found by names in `before`.
         head: Name in `before` of the classifier that the domain replaced, such as ``plan.head``.
         max_rows: Most rows of the picture.
 
@@ -70,9 +70,9 @@ def memory_rows(
     """The bytes that `plot_memory` draws, by group of layers: (before, after).
 
     Args:
-        before: As in `plot_memory`.
-        after: Likewise.
-        head: Likewise.
+        before: See `plot_memory`.
+        after: See `plot_memory`.
+        head: See `plot_memory`.
         max_rows: Most groups. What fits no layer of `before` is one more, ``other``.
     """
     layers = list(before)
@@ -103,9 +103,9 @@ def _group(name: str, groups: Mapping[str, str], head: str | None) -> str:
     """The group of the layer that `name` stands for, or of its nearest neighbour, or ``other``.
 
     Args:
-        name: Of a module in the converted network.
-        groups: By flat layer name.
-        head: Name of the classifier before.
+        name: A module's name in the converted network.
+        groups: The groups by flat layer name.
+        head: The classifier's name in the network as it was.
     """
     place = place_of(name)
     part = flat(head) if place.kind == "head" and head is not None else place.name
@@ -160,15 +160,15 @@ def plot_step(
 ) -> Figure:
     """Memory over one training step: what operations hold above the resting model.
 
-    The forward and the backward pass are each stretched to one width, whatever their number of
-    operations, as the steps have different ones. What was measured is dashed.
+    The forward and the backward pass are each drawn with one width, as the steps have different
+    numbers of operations. What was measured is dashed.
 
     Args:
-        ours: Of a converted network.
-        finetune: Of the network as it was; None leaves it out.
-        measured_peak_bytes: Of a real step of the converted network; None leaves it out.
-        measured_saved_bytes: What such a step kept for its backward pass; likewise.
-        title: Of the picture.
+        ours: The prediction for a converted network.
+        finetune: The prediction for the network as it was; None leaves it out.
+        measured_peak_bytes: The peak of a real step of the converted network; None leaves it out.
+        measured_saved_bytes: What such a step kept for its backward pass; None leaves it out.
+        title: The picture's title.
     """
     figure = new_figure(9.0, 4.8)
     axes = figure.add_subplot()

@@ -22,7 +22,7 @@ class Place(NamedTuple):
 
     Attributes:
         kind: ``"layer"``, ``"host"`` (its adapter and gate), ``"head"``, or ``""``: none.
-        name: Of that part, as `flat` writes it.
+        name: That part's name, as `flat` writes it.
         outside: Name of the module that holds the converted network, with a dot behind, or empty.
     """
 
