@@ -346,17 +346,6 @@ def test_values_are_no_part_of_what_the_command_builds():
         next(network.parameters()).numpy()
 
 
-def test_the_command_that_holds_predictions_against_real_steps(monkeypatch, capsys):
-    known_before = pytest.importorskip("known_before")
-    monkeypatch.setattr(
-        "sys.argv", "known_before --models resnet18 --image-size 64 --batch-size 8".split()
-    )
-    assert known_before.main() == 0
-    assert capsys.readouterr().out.count("pass") == 3
-    monkeypatch.setattr(known_before, "PEAK_WITHIN", -1)
-    assert known_before.main() == 1
-
-
 def test_the_command_holds_to_a_budget(capsys):
     arguments = ["plan", "mobilenet_v2", "--image-size", "96", "--batch-size", "32"]
     assert main([*arguments, "--format", "json"]) == 0

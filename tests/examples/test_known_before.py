@@ -1,0 +1,13 @@
+"""Predictions beside real steps: the script that compares them."""
+
+
+def test_the_command_that_holds_predictions_against_real_steps(monkeypatch, capsys):
+    import known_before
+
+    monkeypatch.setattr(
+        "sys.argv", "known_before --models resnet18 --image-size 64 --batch-size 8".split()
+    )
+    assert known_before.main() == 0
+    assert capsys.readouterr().out.count("pass") == 3
+    monkeypatch.setattr(known_before, "PEAK_WITHIN", -1)
+    assert known_before.main() == 1
