@@ -16,8 +16,8 @@ from lightning_da3 import (
     MemoryConfig,
     accumulated,
 )
+from lightning_da3.budget.costs import MARGIN
 from lightning_da3.budget.microbatches import Microbatches
-from lightning_da3.budget.policy import MARGIN
 from lightning_da3.memory import (
     measure_step,
 )

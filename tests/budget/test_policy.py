@@ -18,8 +18,9 @@ from lightning_da3 import (
     MemoryConfig,
     step_costs,
 )
+from lightning_da3.budget.costs import MARGIN, microbatch_costs
 from lightning_da3.budget.microbatches import Microbatches
-from lightning_da3.budget.policy import MARGIN, microbatch_costs, without_budget
+from lightning_da3.budget.policy import without_budget
 from lightning_da3.budget.regions import most_kept, regions_of
 from lightning_da3.formatting import format_bytes
 from lightning_da3.memory import (
@@ -153,7 +154,7 @@ def test_a_plan_names_what_is_kept():
     model = converted(Tokens(), budget="1GiB")
     costs = step_costs(model, 4, 64)
     regions = len(model.plan.regions)
-    assert f"and room to keep {regions} of {regions} regions_of" in str(costs)
+    assert f"and room to keep {regions} of {regions} regions" in str(costs)
     assert len(costs.to_dict()["kept"]) == regions
     assert not [row for row in costs.rows if row.keeps == "recomputed"]
     assert costs.ours.saved_activation_bytes == sum(row.saved_bytes for row in costs.rows)

@@ -28,7 +28,7 @@ def test_the_rows_add_up():
     assert tuned == costs.finetune.saved_activation_bytes
     assert tuned == predict_step(Net(), torch.empty(4, 3, 64, 64)).saved_activation_bytes
     by_name = {row.name: row for row in costs.rows}
-    assert by_name["stem_0"].finetune_saved_bytes == 4 * 3 * 64 * 64 * 4
+    assert by_name["stem.0"].finetune_saved_bytes == 4 * 3 * 64 * 64 * 4
     kinds = {row.keeps for row in costs.rows if row.saved_bytes}
     assert {"bits", "codes"} <= kinds <= KINDS
 

@@ -2,13 +2,11 @@
 
 import contextlib
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lightning_da3 import AdapterConfig, DA3Config, convert
-from lightning_da3.nn import prologue as start
 from lightning_da3.nn.prologue import Prologue
 
 STEM = "backbone.stem.0"
@@ -66,18 +64,6 @@ def record_masks(model):
 
 def starts(model):
     return [module for module in model.modules() if isinstance(module, Prologue)]
-
-
-@pytest.fixture
-def few(monkeypatch):
-    """Two samples of 64 x 64 pixels at once."""
-    monkeypatch.setattr(start, "LARGEST_BYTES", 2 * 16 * 32 * 32 * 4)
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(1)
-    return domain_of(Net().eval())
 
 
 def images(count, size=64):

@@ -11,13 +11,25 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from lightning_da3 import DA3Config, convert
 from lightning_da3.memory import StepPredictor, measure_step, saved_activation_bytes
-from lightning_da3.nn import prologue as start
+from lightning_da3.nn import prologue
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Two samples of 64 x 64 pixels at once."""
+    monkeypatch.setattr(prologue, "LARGEST_BYTES", 2 * 16 * 32 * 32 * 4)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(1)
+    return domain_of(Net().eval())
 
 
 def whole(monkeypatch, function):
     """What it gives where nothing is cut."""
     with monkeypatch.context() as patch:
-        patch.setattr(start, "LARGEST_BYTES", 2**50)
+        patch.setattr(prologue, "LARGEST_BYTES", 2**50)
         return function()
 
 
@@ -118,7 +130,7 @@ def test_a_compiler_gets_the_whole_batch(model, few, monkeypatch):
 
 def test_the_start_of_a_large_batch_needs_no_more_than_that_of_a_small_one(model, monkeypatch):
     largest = 16 * 32 * 32 * 4  # bytes of one sample
-    monkeypatch.setattr(start, "LARGEST_BYTES", 4 * largest)
+    monkeypatch.setattr(prologue, "LARGEST_BYTES", 4 * largest)
 
     def peak(count):
         x = images(count)

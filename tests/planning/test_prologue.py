@@ -3,11 +3,23 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.prologues import Own, hooked, images, record_masks, starts
+from helpers.prologues import Net, Own, domain_of, hooked, images, record_masks, starts
 from torch import nn
 
 from lightning_da3 import DA3Config, convert
-from lightning_da3.nn import prologue as start
+from lightning_da3.nn import prologue
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Two samples of 64 x 64 pixels at once."""
+    monkeypatch.setattr(prologue, "LARGEST_BYTES", 2 * 16 * 32 * 32 * 4)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(1)
+    return domain_of(Net().eval())
 
 
 def test_a_start_ends_where_the_first_host_begins(model):
@@ -16,7 +28,7 @@ def test_a_start_ends_where_the_first_host_begins(model):
     assert {"sub", "stem_0", "stem_2", "down", "max_pool2d", "cat"} <= {*plan.nodes}
     assert not {"last", "hosts_0", "skip", "fc"} & {*plan.nodes}
     assert plan.growth == 16 * 32 * 32 / (3 * 64 * 64)
-    assert "sub to cat: a large batch in pieces" in str(model.plan)
+    assert "prologue sub to cat: a large batch in microbatches" in str(model.plan)
     assert len(starts(model)) == 1
 
 
@@ -102,7 +114,7 @@ def rectified(x):
 @pytest.mark.parametrize("operation", [overwritten, scaled, written_elsewhere, rectified])
 @pytest.mark.parametrize("largest", [1, 2**50])
 def test_nothing_is_written_before_others_have_read_it(operation, largest, monkeypatch):
-    monkeypatch.setattr(start, "LARGEST_BYTES", largest)
+    monkeypatch.setattr(prologue, "LARGEST_BYTES", largest)
     network = Around(operation).eval()
     model = convert(network)
     assert starts(model)
