@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 """`examples/known_before.py` holds predictions against real steps."""
 
 import pytest
@@ -8,16 +7,6 @@ def test_the_command_that_holds_predictions_against_real_steps(monkeypatch, caps
     known_before = pytest.importorskip("known_before")
     monkeypatch.setattr(
         "sys.argv", "known_before --models resnet18 --image-size 96 --batch-size 8".split()
-=======
-"""Predictions beside real steps: the script that compares them."""
-
-
-def test_the_command_that_holds_predictions_against_real_steps(monkeypatch, capsys):
-    import known_before
-
-    monkeypatch.setattr(
-        "sys.argv", "known_before --models resnet18 --image-size 64 --batch-size 8".split()
->>>>>>> h_docs
     )
     assert known_before.main() == 0
     assert capsys.readouterr().out.count("pass") == 3
