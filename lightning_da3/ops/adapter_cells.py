@@ -181,6 +181,7 @@ class Norm(NamedTuple):
         """The norm from what `halved` returned; the mean of h is lost, and nothing reads it."""
         n = n.to(rstd.dtype)
         x = n / rstd.view(-1, *[1] * (n.dim() - 1))
+        x = x.contiguous(memory_format=_layout(x))  # before torch 2.13 the kernel takes no other
         return cls(x, _rows(n), torch.zeros_like(rstd), rstd)
 
     def backward(self, grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -80,6 +80,8 @@ class _Islands:
 def _graph(module: nn.Module, *, whole: bool) -> fx.GraphModule:
     graph = traced_graph(module, whole=whole)
     normalize_(graph, module)
+    for node in graph.nodes:
+        node.type = None  # an annotation may be a string, with which a graph cannot be pickled
     gm = fx.GraphModule(module, graph, class_name=type(module).__name__)
     _keep_attributes_(gm, module)
     return gm

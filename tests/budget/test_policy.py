@@ -181,7 +181,7 @@ def test_budgets_matter_only_while_training():
 
 
 def test_copies_and_pickles_keep_the_budget():
-    model = converted(Net(), budget="500KiB")
+    model = converted(Plain(), budget="500KiB")
     model(images(16, 64))
     assert model.budget_policy.chosen
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

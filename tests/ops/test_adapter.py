@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers.ops import FLOAT, kept_bytes, leaf, randn
 
 from lightning_da3.ops.adapter import adapt
-from lightning_da3.ops.adapter_cells import AdapterOptions, Weights
+from lightning_da3.ops.adapter_cells import AdapterOptions, Norm, Weights
 from lightning_da3.ops.codes import Rows
 
 
@@ -175,3 +175,12 @@ def test_the_adapter_without_a_trained_convolution():
     got = torch.autograd.grad(adapt(p, None, weights, how)[0].sum(), p)
     want = torch.autograd.grad(plain_adapter(p, None, weights)[0].sum(), p)
     assert (got[0] - want[0]).norm() <= 1e-3 * want[0].norm()
+
+
+@pytest.mark.parametrize("size", [(2, 4, 10), (2, 4, 3, 5)], ids=["tokens", "maps"])
+def test_a_norm_kept_in_half_precision_gives_the_gradients_of_the_norm(size):
+    hidden, grad = randn(*size, dtype=torch.float32), randn(*size, dtype=torch.float32, seed=1)
+    scale, whole = randn(size[1], dtype=torch.float32, seed=2), Norm.of(hidden, 1e-5)
+    again = Norm.again(*whole.halved()).backward(grad, scale)
+    for one, other in zip(again, whole.backward(grad, scale), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
