@@ -50,9 +50,9 @@ DENSE = Asked(10, 5, ("deeplab", "fcn", "lraspp", "rcnn", "fcos", "ssd"))
 VIDEO = Asked(10, 5, ("mvit", "r3d", "mc3", "r2plus1d", "s3d", "swin3d"))
 TOKENS = Asked(12, 8, ("convnext", "vit", "swin", "maxvit"))
 SMOOTH = Asked(20, 15, ("mobilenet_v3", "efficientnet", "regnet_y"))
-WITH_NORM = Asked(37, 37, ("_bn", "mobilenet_v2", "mnasnet", "shufflenet", "regnet_x", "densenet"))
-OTHERS_WITH_NORM = Asked(37, 37, ("resne", "googlenet", "inception"))
-WITHOUT = Asked(20, 20, ("alexnet", "vgg", "squeezenet"))
+WITH_NORM = Asked(37, 15, ("_bn", "mobilenet_v2", "mnasnet", "shufflenet", "regnet_x", "densenet"))
+OTHERS_WITH_NORM = Asked(37, 15, ("resne", "googlenet", "inception"))
+WITHOUT = Asked(19, 15, ("alexnet", "vgg", "squeezenet"))
 KINDS = (PYTHON, DENSE, VIDEO, TOKENS, SMOOTH, WITH_NORM, OTHERS_WITH_NORM, WITHOUT)
 LEAST_COSINE, MOST_ERROR, MOST_ERROR_64 = 0.999, 1e-4, 1e-9
 
