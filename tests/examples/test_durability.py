@@ -26,7 +26,7 @@ def test_durability_counts_what_goes_wrong(tmp_path, monkeypatch, capfd):
     from trials import Scale
 
     from lightning_da3.files import domain_file as checkpointing
-    from lightning_da3.model import model as domains
+    from lightning_da3.model import multi_domain as domains
 
     scale = Scale(damaged=13, races=20)
     with monkeypatch.context() as patch:
