@@ -132,7 +132,7 @@ def _glyphs(fonts: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     glyphs, labels = [], []
     for name in fonts:
-        font = ImageFont.truetype(folder / f"{name}.ttf", 2 * _GLYPH_SIZE)
+        font = ImageFont.truetype(str(folder / f"{name}.ttf"), 2 * _GLYPH_SIZE)
         for label, letters in enumerate(CHARACTERS):
             for letter in letters:
                 glyphs.append(_glyph(letter, font))
