@@ -1,4 +1,4 @@
-"""What a CUDA device must do as a CPU does, in less than three minutes: ``python tests/on_cuda.py``.
+"""What a CUDA device must do as a CPU does, in less than three minutes: `python tests/on_cuda.py`.
 
 Every network of the zoos and one of every family takes a training step on both devices: outputs
 and gradients must agree, and what is kept must be as much. Then bfloat16, and a budget. Run by hand

@@ -17,7 +17,7 @@ from lightning_da3.ops.bits import dense, has_no_values
 
 # no map is larger, unless one sample's is: caches hold it, and memory above 32 MiB goes back
 # to the system whenever it is freed (glibc), so that every step would wait for new pages
-LARGEST_BYTES = 6 * 2**20
+LARGEST_BYTES = 12 * 2**20
 
 
 class Prologue(Microbatched):
@@ -64,7 +64,8 @@ class Prologue(Microbatched):
             return None
         itemsize = x.itemsize if x.is_floating_point() else torch.get_default_dtype().itemsize
         largest = self.growth * itemsize * x.numel() / len(x)
-        samples = max(1, int(LARGEST_BYTES // max(1.0, largest)))
+        fitting = max(1, int(LARGEST_BYTES // max(1.0, largest)))
+        samples = 1 << (fitting.bit_length() - 1)  # a power of two, as batches mostly are
         if self.account is not None:
             self.account.met(samples, len(x))
         elif has_no_values(x):
