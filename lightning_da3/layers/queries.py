@@ -11,6 +11,7 @@ from lightning_da3.errors import ConfigError
 from lightning_da3.layers.facts import TABLE, UNKNOWN, Facts, Replacement, name_of
 from lightning_da3.layers.functions import NUMBERS, facts_of_function
 from lightning_da3.layers.modules import BATCH_NORMS, CONVS
+from lightning_da3.torch_private.modules import BACKWARD_HOOKS, FORWARD_HOOKS, hooks_of
 
 # --- layers ---------------------------------------------------------------------------------------
 
@@ -54,8 +55,7 @@ def replacement_for(layer: nn.Module, exact: bool = False) -> Replacement | None
 
 def has_hooks(layer: nn.Module) -> bool:
     """Whether the user's hooks hang on `layer`, which nothing else would run."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(layer, name) for name in hooks)
+    return any(hooks_of(layer, (*FORWARD_HOOKS, *BACKWARD_HOOKS)))
 
 
 def has_frozen_form(layer: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from lightning_da3.layers import has_frozen_form
+from lightning_da3.torch_private.modules import FORWARD_HOOKS, HOOKS_WITH_KWARGS, hooks_of
 from lightning_da3.tracing.checks import check_convertible
 from lightning_da3.tracing.copying import frozen_copy
 from lightning_da3.tracing.graphs import Part, Traced
@@ -92,9 +93,9 @@ def _keep_attributes_(gm: fx.GraphModule, module: nn.Module) -> None:
     for name, value in vars(module).items():
         if not name.startswith("_") and name not in vars(gm):
             vars(gm)[name] = value
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs",
-                  "_forward_pre_hooks_with_kwargs"):  # fmt: skip
-        getattr(gm, hooks).update(getattr(module, hooks))
+    kinds = (*FORWARD_HOOKS, *HOOKS_WITH_KWARGS)
+    for ours, theirs in zip(hooks_of(gm, kinds), hooks_of(module, kinds), strict=True):
+        ours.update(theirs)
 
 
 def _single(layer: nn.Module) -> fx.GraphModule:
