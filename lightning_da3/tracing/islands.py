@@ -7,6 +7,8 @@ in their places, down to single layers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import fx, nn
 
 from lightning_da3.layers import has_frozen_form
@@ -20,11 +22,13 @@ from lightning_da3.tracing.tracer import Tracer, traced_graph
 LAYER = "layer"  # name of the one layer in the graph of a single layer
 
 
-def trace(model: nn.Module) -> Traced:
+def trace(model: nn.Module, python: Mapping[str, str] | None = None) -> Traced:
     """A frozen copy of `model` in eval, as one graph or as islands of graphs.
 
     Args:
         model: Any module; left unchanged.
+        python: Modules that must stay Python, and why, by their paths. So do those that hold them;
+            what they hold is traced.
 
     Raises:
         ConversionError: The model cannot be copied, is quantized, or has layers without weights.
@@ -32,7 +36,7 @@ def trace(model: nn.Module) -> Traced:
     check_convertible(model)
     twin = frozen_copy(model)
     network = type(twin).__name__
-    islands = _Islands()
+    islands = _Islands(twin, python or {})
     root = islands.convert(twin, "")
     return Traced(root, tuple(islands.parts), islands.python, network)
 
@@ -40,7 +44,8 @@ def trace(model: nn.Module) -> Traced:
 class _Islands:
     """Finds the largest parts of a model that can be traced."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, kept: Mapping[str, str]) -> None:
+        self.kept = {id(model.get_submodule(path)): (path, why) for path, why in kept.items()}
         self.parts: list[Part] = []
         self.python: dict[str, str] = {}
         self.done: dict[int, nn.Module] = {}  # a module may be registered in two places
@@ -55,13 +60,18 @@ class _Islands:
 
     def _convert(self, module: nn.Module, path: str) -> nn.Module:
         holder = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        reason = self._must_stay(module)
         if path and not holder and Tracer().is_leaf_module(module, path):
+            if reason is not None and id(module) in self.kept:
+                self.python[path] = f"{type(module).__name__}: {reason}"
+                return module
             if not has_frozen_form(module):
                 return module
             gm = _single(module)
             self.parts.append(Part(path, gm, single=True))
             return gm
-        reason = None if path == "" else _called_by_name(module)
+        if reason is None and path:
+            reason = _called_by_name(module)
         if reason is None:
             try:
                 gm = _graph(module, whole=path == "")
@@ -76,6 +86,14 @@ class _Islands:
             prefix = f"{path}.{name}" if path else name
             setattr(module, name, self.convert(child, prefix))
         return module
+
+    def _must_stay(self, module: nn.Module) -> str | None:
+        """Why the caller wants `module` to stay Python, if that is so."""
+        for inside in module.modules() if self.kept else ():
+            if id(inside) in self.kept:
+                path, why = self.kept[id(inside)]
+                return why if inside is module else f"it holds {path}, which stays Python"
+        return None
 
 
 def _graph(module: nn.Module, *, whole: bool) -> fx.GraphModule:
