@@ -22,6 +22,7 @@ _SMALL: dict[int, tuple[tuple[int, ...], ...]] = {
     2: ((64, 48), (112, 96)),
     3: ((8, 48, 32), (16, 64, 48)),
 }
+_CROP = (112, 96)
 _TOKENS = 24
 
 
@@ -39,21 +40,38 @@ class Known:
     guesses: Sequence[Sequence[Tensor]] = ()
     words: int = 2
 
-    def batches(self, samples: int) -> Iterator[Batch]:
-        """Arguments to try, with at most so many samples."""
+    @property
+    def choices(self) -> int:
+        """How many arguments there are to try, most likely first."""
+        return len(self.guesses) if self.examples is None else 1 + self._may_be_cropped
+
+    def batch(self, index: int, samples: int) -> Batch:
+        """One of the arguments to try, with at most so many samples."""
         if self.examples is not None:
             cut = first_samples(self.examples, samples)
-            yield from (*_cropped(cut), cut)
-            return
+            return _cropped(cut) if self._may_be_cropped and index == 0 else cut
         generator = torch.Generator().manual_seed(0)
-        for shapes in self.guesses:
-            sized = [(samples, *x.shape[1:]) for x in shapes]
-            yield tuple(
-                torch.randn(size, generator=generator).to(x.dtype)
-                if x.is_floating_point()
-                else torch.randint(self.words, size, generator=generator, dtype=x.dtype)
-                for size, x in zip(sized, shapes, strict=True)
-            )
+        sized = [(x, (samples, *x.shape[1:])) for x in self.guesses[index]]
+        return tuple(
+            torch.randn(size, generator=generator).to(x.dtype)
+            if x.is_floating_point()
+            else torch.randint(self.words, size, generator=generator, dtype=x.dtype)
+            for x, size in sized
+        )
+
+    @property
+    def _may_be_cropped(self) -> bool:
+        """Whether a large image is the only argument."""
+        images = [x for x in tree_leaves(self.examples) if isinstance(x, Tensor)]
+        if len(images) != 1 or images[0].dim() != 4 or not images[0].is_floating_point():
+            return False
+        return all(n > 2 * m for n, m in zip(images[0].shape[2:], _CROP, strict=True))
+
+
+def _cropped(batch: Batch) -> Batch:
+    """A small piece of the image."""
+    rows, columns = _CROP
+    return tuple(tree_map_only(Tensor, lambda x: x[..., :rows, :columns], batch))
 
 
 def words_of(network: nn.Module) -> int:
@@ -99,16 +117,6 @@ def _resized(x: Tensor) -> Tensor:
         return x.transpose(-1, -2).contiguous()
     axis = -2 if x.dim() > 3 or x.is_floating_point() else -1
     return torch.cat([x, x.narrow(axis, 0, (x.shape[axis] + 1) // 2)], axis)
-
-
-def _cropped(batch: Batch) -> Iterator[Batch]:
-    """A small piece of an image, if that is the only argument."""
-    images = [x for x in tree_leaves(batch) if isinstance(x, Tensor)]
-    if len(images) != 1 or images[0].dim() != 4 or not images[0].is_floating_point():
-        return
-    rows, columns = _SMALL[2][1]
-    if images[0].shape[-2] > 2 * rows and images[0].shape[-1] > 2 * columns:
-        yield tuple(tree_map_only(Tensor, lambda x: x[..., :rows, :columns], batch))
 
 
 def guessed(traced: Traced) -> list[Sequence[Tensor]]:

@@ -21,11 +21,12 @@ from lightning_da3.verifying.comparing import Comparison, Tolerance, compare
 from lightning_da3.verifying.running import Conditions, Outcome, run
 from lightning_da3.verifying.shadows import shadow
 
-# of one sample, forward and backward. A processor's core does some 30 GFLOPs a second
-THOROUGH_FLOPS = 4e9
-BRIEF_FLOPS = 1e11
+# FLOPs of one sample, forward. A processor's core does some 30e9 a second
+THOROUGH_FLOPS = 2e9
+GRADIENT_FLOPS = 1e10
+MOST_FLOPS = 5e10
 THOROUGH_PARAMETERS = 1e8
-BRIEF_PARAMETERS = 3e8
+MOST_PARAMETERS = 3e8
 
 
 @dataclass(frozen=True)
@@ -65,73 +66,69 @@ def expected_of(
     """Run the user's network.
 
     Args:
-        network: Left unchanged: a copy runs.
+        network: Left unchanged: copies run.
         known: Of its arguments.
         thorough: In float64, in every mode and on another batch; None: if that is quick, else
-            briefly: one sample, one pass, as it is.
+            briefly: one sample, as it is.
 
     Returns:
         What it computes; None, if that takes long; or what it raised on the last of the inputs.
     """
     parameters = sum(p.numel() for p in network.parameters())
-    if not thorough and parameters > BRIEF_PARAMETERS:
+    if not thorough and parameters > MOST_PARAMETERS:
         return None
-    found: Expected | Exception = ValueError("nobody says what it takes")
-    if thorough or parameters <= THOROUGH_PARAMETERS:
-        found = _thoroughly(network, known, math.inf if thorough else THOROUGH_FLOPS)
-    if not thorough and isinstance(found, Exception):
-        found = _briefly(network, known, BRIEF_FLOPS)
-    return None if isinstance(found, TooMuch) else found
+    index, error = _fitting(network, known, math.inf if thorough else THOROUGH_FLOPS)
+    if error is not None and not isinstance(error, TooMuch):
+        return error
+    if thorough or (error is None and parameters <= THOROUGH_PARAMETERS):
+        return _thoroughly(network, known.batch(index, samples=2))
+    return _briefly(network, known.batch(index, samples=1))
 
 
-def _thoroughly(network: nn.Module, known: Known, most: float) -> Expected | Exception:
+def _fitting(network: nn.Module, known: Known, most: float) -> tuple[int, Exception | None]:
+    """The number of the first arguments that the network takes, and what it raised at last."""
+    error: Exception | None = ValueError("nobody says what it takes")
+    for index in range(known.choices):
+        copied = shadow(network)  # a forward that fails may leave something behind
+        conditions = Conditions("", _for(copied, known.batch(index, samples=1)))
+        with _Counted(most):
+            error = run(copied, conditions).error
+        if error is None or isinstance(error, TooMuch):
+            return index, error
+    return 0, error
+
+
+def _thoroughly(network: nn.Module, batch: Batch) -> Expected | Exception:
     """Every pass, in float64; as it is where the network's own code names other types."""
     for dtype in (torch.double, None):
-        found = _first(shadow(network, dtype), known, _EVAL, 2, most)
-        if isinstance(found, TooMuch):
-            return found
-        if not isinstance(found, Exception):
-            copied, conditions, outcome = found
-            return Expected(((conditions, outcome), *_more(copied, conditions.inputs)), dtype)
-    return found
+        copied = shadow(network, dtype)
+        first = Conditions("eval, with gradients", _for(copied, batch), gradients=True)
+        outcome = run(copied, first)
+        if outcome.error is None:
+            return Expected(((first, outcome), *_more(copied, first.inputs)), dtype)
+    assert outcome.error is not None
+    return outcome.error
 
 
-def _briefly(network: nn.Module, known: Known, most: float) -> Expected | Exception:
-    found = _first(shadow(network), known, _ONCE, 1, most)
-    return found if isinstance(found, Exception) else Expected((found[1:],), None)
-
-
-_EVAL = Conditions("eval", (), gradients=True)
-_ONCE = Conditions("one sample", (), gradients=True, training=True)
-
-
-def _first(
-    network: nn.Module,
-    known: Known,
-    conditions: Conditions,
-    samples: int,
-    most: float,
-) -> tuple[nn.Module, Conditions, Outcome] | Exception:
-    """The first pass, on the first batch that the network takes, and who made it."""
-    failed: Exception = ValueError("nobody says what it takes")
-    for batch in known.batches(samples):
-        copied = shadow(network)  # a forward that fails may leave something behind
-        conditions = dataclasses.replace(conditions, inputs=_fitting(batch, network))
-        with _Counted(most * samples):
-            outcome = run(copied, conditions)
-        error = outcome.error or outcome.no_gradients
-        if outcome.error is None and not isinstance(error, TooMuch):
-            return copied, conditions, outcome
-        failed = error or failed
-        if isinstance(error, TooMuch):
-            break
-    return failed
+def _briefly(network: nn.Module, batch: Batch) -> Expected | Exception | None:
+    """What does not take long: outputs, and maybe gradients."""
+    copied = shadow(network)
+    once = Conditions("one sample", _for(copied, batch), training=True)
+    with _Counted(MOST_FLOPS) as counted:
+        outcome = run(copied, once)
+    if outcome.error is not None:
+        return None if isinstance(outcome.error, TooMuch) else outcome.error
+    passes = [(once, outcome)]
+    if counted.flops <= GRADIENT_FLOPS:
+        again = dataclasses.replace(once, name="one sample, with gradients", gradients=True)
+        passes.append((again, run(copied, again)))
+    return Expected(tuple(passes), None)
 
 
 def _more(network: nn.Module, batch: Batch) -> Iterator[tuple[Conditions, Outcome]]:
     """The other passes that the network can make."""
     again = Conditions("eval, again, without gradients", batch)
-    training = Conditions("train mode", batch, gradients=True, training=True)
+    training = Conditions("train mode, with gradients", batch, gradients=True, training=True)
     yield again, run(network, again)
     for other in other_batches(batch):
         conditions, copied = Conditions("eval, another batch", other), shadow(network)
@@ -143,7 +140,7 @@ def _more(network: nn.Module, batch: Batch) -> Iterator[tuple[Conditions, Outcom
     yield training, run(network, training)
 
 
-def _fitting(batch: Batch, network: nn.Module) -> Batch:
+def _for(network: nn.Module, batch: Batch) -> Batch:
     """The batch on the network's device, in float64 if that is the network's type."""
     like = next((t for t in tensors_of(network) if t.is_floating_point()), torch.empty(0))
 
