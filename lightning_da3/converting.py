@@ -115,7 +115,7 @@ class _Builder:
     ) -> None:
         self.backbone, self.config, self.inputs = backbone, config, inputs
         self.mode = fake_mode_of(backbone)  # without values there is nothing to tell it by
-        self.original = Original(backbone)
+        self.original: Original | None = None
         self.known = Known(inputs)
         self.marks: dict[str | None, str] = {}  # by the head
 
@@ -129,6 +129,7 @@ class _Builder:
             layers = architecture(self.backbone, decided.head)
             rewritten = rewrite(traced, decided, self.config)
         mark = self._fingerprint(decided.head)
+        self.original = self.original or Original(self.backbone)
         return DA3Model(rewritten, decided, self.config, mark, layers, self.original)
 
     def _fingerprint(self, head: str | None) -> str:

@@ -18,6 +18,7 @@ from lightning_da3.memory.names import mutable
 from lightning_da3.nn.frozen import numbers
 from lightning_da3.planning.layers import layer_called
 from lightning_da3.torch_private.fake import FakeTensorMode
+from lightning_da3.torch_private.modules import NORM_LAYERS
 from lightning_da3.tracing.graphs import module_of
 
 Shapes = dict[fx.Node, tuple[int, ...]]
@@ -29,6 +30,9 @@ SIDES: dict[int, tuple[tuple[int, ...], ...]] = {
     3: ((16, 112, 112), (16, 224, 224), (32, 224, 224), (16, 16, 16), (32, 32, 32)),
 }
 _TOKENS = 64
+
+
+_SHAPE_KEEPERS = (NORM_LAYERS, nn.LayerNorm, nn.GroupNorm)
 
 
 class _Recorder(fx.Interpreter):
@@ -49,6 +53,8 @@ class _Recorder(fx.Interpreter):
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer = self.fetch_attr(target)
+        if isinstance(layer, _SHAPE_KEEPERS) and isinstance(args[0], Tensor):
+            return args[0]  # PyTorch composes these of many operations on fake tensors
         if not (isinstance(layer, nn.RNNBase) and args[0].dim() == 3):
             return super().call_module(target, args, kwargs)
         axis = 1 if layer.batch_first else 0  # one step: fake ones are no quicker than real ones

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,11 +47,11 @@ class Expected:
             model: Left unchanged: a copy runs.
         """
         copied, memory = shadow(model, self.dtype), model.config.memory
-        tolerance = Tolerance.of(model.dtype, memory.stored_dtype, exact=memory.exact)
+        stored, wide = memory.stored_dtype or model.dtype, self.dtype == torch.double
+        tolerance = Tolerance.of(stored, wide=wide, exact=memory.exact)
         for conditions, theirs in self.passes:
-            if conditions.training and model.plan.python:
-                continue  # what stays Python follows the mode, and may return something else
-            copied.train(conditions.training)
+            # what stays Python follows the mode, and may return something else
+            copied.train(conditions.training and not model.plan.python)
             yield from compare(conditions, run(copied, conditions), theirs, tolerance)
 
 
@@ -77,66 +76,70 @@ def expected_of(
     parameters = sum(p.numel() for p in network.parameters())
     if not thorough and parameters > MOST_PARAMETERS:
         return None
-    index, error = _fitting(network, known, math.inf if thorough else THOROUGH_FLOPS)
+    index, tried = _fitting(network, known, math.inf if thorough else THOROUGH_FLOPS)
+    error = tried.error
     if error is not None and not isinstance(error, TooMuch):
         return error
     if thorough or (error is None and parameters <= THOROUGH_PARAMETERS):
-        return _thoroughly(network, known.batch(index, samples=2))
-    return _briefly(network, known.batch(index, samples=1))
+        return _thoroughly(network, known.batch(index, samples=2), tried.drew)
+    return _briefly(network, known.batch(index, samples=1), tried.drew)
 
 
-def _fitting(network: nn.Module, known: Known, most: float) -> tuple[int, Exception | None]:
-    """The number of the first arguments that the network takes, and what it raised at last."""
-    error: Exception | None = ValueError("nobody says what it takes")
+def _fitting(network: nn.Module, known: Known, most: float) -> tuple[int, Outcome]:
+    """The number of the first arguments that the network takes, and what it did at last."""
+    outcome = Outcome(error=ValueError("nobody says what it takes"))
     for index in range(known.choices):
         copied = shadow(network)  # a forward that fails may leave something behind
         conditions = Conditions("", _for(copied, known.batch(index, samples=1)))
         with _Counted(most):
-            error = run(copied, conditions).error
-        if error is None or isinstance(error, TooMuch):
-            return index, error
-    return 0, error
+            outcome = run(copied, conditions)
+        if outcome.error is None or isinstance(outcome.error, TooMuch):
+            return index, outcome
+    return 0, outcome
 
 
-def _thoroughly(network: nn.Module, batch: Batch) -> Expected | Exception:
+def _thoroughly(network: nn.Module, batch: Batch, draws: bool) -> Expected | Exception:
     """Every pass, in float64; as it is where the network's own code names other types."""
     for dtype in (torch.double, None):
         copied = shadow(network, dtype)
-        first = Conditions("eval, with gradients", _for(copied, batch), gradients=True)
+        inputs = _for(copied, batch)
+        first = Conditions("eval, with gradients", inputs, gradients=True, draws=draws)
         outcome = run(copied, first)
         if outcome.error is None:
-            return Expected(((first, outcome), *_more(copied, first.inputs)), dtype)
+            return Expected(((first, outcome), *_more(copied, first)), dtype)
     assert outcome.error is not None
     return outcome.error
 
 
-def _briefly(network: nn.Module, batch: Batch) -> Expected | Exception | None:
+def _briefly(network: nn.Module, batch: Batch, draws: bool) -> Expected | Exception | None:
     """What does not take long: outputs, and maybe gradients."""
     copied = shadow(network)
-    once = Conditions("one sample", _for(copied, batch), training=True)
+    once = Conditions("one sample", _for(copied, batch), training=True, draws=draws)
     with _Counted(MOST_FLOPS) as counted:
         outcome = run(copied, once)
     if outcome.error is not None:
         return None if isinstance(outcome.error, TooMuch) else outcome.error
     passes = [(once, outcome)]
     if counted.flops <= GRADIENT_FLOPS:
-        again = dataclasses.replace(once, name="one sample, with gradients", gradients=True)
+        again = replace(once, name="one sample, with gradients", gradients=True)
         passes.append((again, run(copied, again)))
     return Expected(tuple(passes), None)
 
 
-def _more(network: nn.Module, batch: Batch) -> Iterator[tuple[Conditions, Outcome]]:
-    """The other passes that the network can make."""
-    again = Conditions("eval, again, without gradients", batch)
-    training = Conditions("train mode, with gradients", batch, gradients=True, training=True)
+def _more(network: nn.Module, first: Conditions) -> Iterator[tuple[Conditions, Outcome]]:
+    """The other passes that the network can make, after the first."""
+    plain = replace(first, gradients=False)
+    again = replace(plain, name="eval, again, without gradients")
     yield again, run(network, again)
-    for other in other_batches(batch):
-        conditions, copied = Conditions("eval, another batch", other), shadow(network)
+    for other in other_batches(first.inputs):
+        conditions = replace(plain, name="eval, another batch", inputs=other)
+        copied = shadow(network)
         outcome = run(copied, conditions)
         if outcome.error is None:
             network = copied
             yield conditions, outcome
             break
+    training = replace(first, name="train mode, with gradients", training=True)
     yield training, run(network, training)
 
 
@@ -166,7 +169,8 @@ class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.flops += flops(func, args, kwargs or {}, result)
-        if self.flops > self.most:
+        taken = flops(func, args, kwargs or {}, result)
+        self.flops += taken
+        if taken and self.flops > self.most:
             raise TooMuch
         return result

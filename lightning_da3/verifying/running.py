@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_da3.torch_private.trees import tree_leaves, tree_map_only
-from lightning_da3.verifying.randomness import same_randomness
+from lightning_da3.verifying.randomness import DrawsInOrder, same_randomness
 
 _DEEPEST = 8  # objects in objects
 
@@ -25,12 +25,14 @@ class Conditions:
         inputs: The network's arguments.
         gradients: A backward pass follows.
         training: The converted network is in train mode; the original never is.
+        draws: It draws random numbers.
     """
 
     name: str
     inputs: tuple[Any, ...]
     gradients: bool = False
     training: bool = False
+    draws: bool = False
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Outcome:
         outputs: The tensors that it returned, in order.
         gradients: Of its floating-point inputs; of what embeddings returned, if it has none.
         changed: It wrote into its arguments.
+        drew: It drew random numbers.
         error: What it raised; None: it returned.
         no_gradients: What the backward pass raised.
     """
@@ -48,6 +51,7 @@ class Outcome:
     outputs: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
     changed: bool = False
+    drew: bool = False
     error: Exception | None = None
     no_gradients: Exception | None = None
 
@@ -73,12 +77,16 @@ def run(network: nn.Module, conditions: Conditions) -> Outcome:
     outcome = Outcome()
     arguments = tree_map_only(Tensor, given, conditions.inputs)
     embeddings = _Embedded(network) if conditions.gradients and not sources else nullcontext([])
-    with same_randomness(seed=0), embeddings as embedded:
+    layouts = DrawsInOrder() if conditions.draws else nullcontext()
+    with same_randomness(seed=0), layouts, embeddings as embedded:
+        before = torch.random.get_rng_state()
         try:
             with torch.enable_grad() if conditions.gradients else torch.no_grad():
                 output = network(*arguments)
         except Exception as error:  # noqa: BLE001  # the user's own forward: anything can come
             outcome.error = error
+        outcome.drew = not torch.equal(before, torch.random.get_rng_state())
+        if outcome.error is not None:
             return outcome
         found = list(tensors_in(output))
         outcome.outputs = [x.detach().clone() for x in found]

@@ -6,9 +6,12 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lightning_da3.memory.fake import tensors_of
+from lightning_da3.torch_private.modules import FORWARD_HOOKS, HOOKS_WITH_KWARGS, hooks_of
+
+_KINDS = (*FORWARD_HOOKS, *HOOKS_WITH_KWARGS)
 
 
 def shadow(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -31,4 +34,9 @@ def shadow(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     for value in left:  # what a forward left behind belongs to a graph, and refuses to be copied
         if isinstance(value, Tensor) and value.grad_fn is not None:
             memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(network, memo).eval()
+    copied = copy.deepcopy(network, memo).eval()
+    for module, twin in zip(network.modules(), copied.modules(), strict=True):
+        if isinstance(module, fx.GraphModule):  # whose copies have none of its hooks
+            for ours, theirs in zip(hooks_of(twin, _KINDS), hooks_of(module, _KINDS), strict=True):
+                ours.update(theirs)
+    return copied

@@ -66,8 +66,8 @@ def _expected(network: nn.Module, known: Known, thorough: bool | None) -> Expect
         raise ConversionError(f"The example inputs do not fit the network: {found}") from found
     if thorough:
         raise ConfigError(
-            f"What {type(network).__name__} takes is not known, so it cannot be verified. Give "
-            "`example_inputs`: a tensor or a tuple of its arguments."
+            f"What {type(network).__name__} takes is not known, so it cannot be verified "
+            f"({found}). Give `example_inputs`: a tensor or a tuple of its arguments."
         ) from found
     return None
 
@@ -84,8 +84,8 @@ def _narrowed(network: nn.Module, build: Build, expected: Expected, wrong: Compa
     def right(python: frozenset[str]) -> bool:
         try:
             model = build(dict.fromkeys(sorted(python), reason))
-        except DA3Error:  # nothing to adapt is left
-            return False
+        except DA3Error:  # too little is left to adapt; but that is what the network was
+            return True
         found = _first_wrong(expected, model) is None
         if found:
             built[python] = model
@@ -93,7 +93,7 @@ def _narrowed(network: nn.Module, build: Build, expected: Expected, wrong: Compa
 
     for candidates in (holders(network), modules(network)):
         blamed = narrowed([*candidates], right)
-        if blamed is not None:
+        if blamed is not None and frozenset(blamed) in built:
             names = ", ".join(path or "the network itself" for path in blamed)
             warnings.warn(
                 f"{type(network).__name__}: {names} stays Python, and so takes more memory. Turned "
@@ -104,6 +104,7 @@ def _narrowed(network: nn.Module, build: Build, expected: Expected, wrong: Compa
             )
             return built[frozenset(blamed)]
     raise ConversionError(
-        f"The converted network does not reproduce {type(network).__name__}, whatever of it stays "
-        f"Python: {wrong}. (`convert(..., verify=False)` does not compare.)"
+        f"The converted network does not reproduce the backbone {type(network).__name__}, "
+        f"whatever of it stays Python: {wrong}. Does it compute the same each time, if generators "
+        "are seeded? (`convert(..., verify=False)` does not compare.)"
     )
