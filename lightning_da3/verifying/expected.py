@@ -54,6 +54,12 @@ class Expected:
             copied.train(conditions.training and not model.plan.python)
             yield from compare(conditions, run(copied, conditions), theirs, tolerance)
 
+    def until(self, wrong: Comparison) -> Expected:
+        """Only the passes up to the one in which something differed."""
+        names = [conditions.name for conditions, _ in self.passes]
+        last = next(i for i, name in enumerate(names) if wrong.name.endswith(f", {name}"))
+        return replace(self, passes=self.passes[: last + 1])
+
 
 class TooMuch(Exception):  # noqa: N818  # it ends a run, nobody sees it
     """A run takes more FLOPs than it may."""

@@ -43,7 +43,16 @@ def verified(
         wrong = None if expected is None else _first_wrong(expected, model)
     if expected is None or wrong is None:
         return model
-    return _narrowed(network, build, expected, wrong)
+    found = _narrowed(network, build, expected, wrong)
+    if found is None:
+        codes = wrong.name.startswith("gradients") and not model.config.memory.exact
+        exact = "`MemoryConfig(exact=True)` computes gradients without codes. " if codes else ""
+        raise ConversionError(
+            f"The converted network does not reproduce the backbone {type(network).__name__}, "
+            f"whatever of it stays Python: {wrong}. {exact}Does it compute the same each time, if "
+            "generators are seeded? (`convert(..., verify=False)` does not compare.)"
+        )
+    return found
 
 
 def comparisons(network: nn.Module, model: DA3Model, known: Known) -> list[Comparison]:
@@ -76,10 +85,26 @@ def _first_wrong(expected: Expected, model: DA3Model) -> Comparison | None:
     return next((c for c in expected.compare(model) if not c.ok), None)
 
 
-def _narrowed(network: nn.Module, build: Build, expected: Expected, wrong: Comparison) -> DA3Model:
+def _narrowed(
+    network: nn.Module, build: Build, expected: Expected, wrong: Comparison
+) -> DA3Model | None:
     """The conversion in which the modules that are to blame stay Python."""
+    for passes in (expected.until(wrong), expected):  # at first no more than shows the difference
+        for candidates in (holders(network), modules(network)):
+            found = _blamed(build, passes, [*candidates], wrong)
+            if found is not None and _first_wrong(expected, found[1]) is None:
+                names = ", ".join(path or "the network itself" for path in found[0])
+                _warn(f"{type(network).__name__}: {names}", wrong)
+                return found[1]
+    return None
+
+
+def _blamed(
+    build: Build, expected: Expected, candidates: list[str], wrong: Comparison
+) -> tuple[tuple[str, ...], DA3Model] | None:
+    """The few candidates that must stay Python, and the network in which they do."""
     reason = f"converted, it computed something else: {wrong}"
-    built: dict[frozenset[str], DA3Model] = {}
+    last: dict[frozenset[str], DA3Model] = {}
 
     def right(python: frozenset[str]) -> bool:
         try:
@@ -88,23 +113,19 @@ def _narrowed(network: nn.Module, build: Build, expected: Expected, wrong: Compa
             return True
         found = _first_wrong(expected, model) is None
         if found:
-            built[python] = model
+            last.clear()
+            last[python] = model
         return found
 
-    for candidates in (holders(network), modules(network)):
-        blamed = narrowed([*candidates], right)
-        if blamed is not None and frozenset(blamed) in built:
-            names = ", ".join(path or "the network itself" for path in blamed)
-            warnings.warn(
-                f"{type(network).__name__}: {names} stays Python, and so takes more memory. Turned "
-                f"into a graph, it computed something else ({wrong}). `print(model.plan)` says "
-                "more; `lightning-da3 verify` compares.",
-                ConversionWarning,
-                stacklevel=4,
-            )
-            return built[frozenset(blamed)]
-    raise ConversionError(
-        f"The converted network does not reproduce the backbone {type(network).__name__}, "
-        f"whatever of it stays Python: {wrong}. Does it compute the same each time, if generators "
-        "are seeded? (`convert(..., verify=False)` does not compare.)"
+    paths = narrowed(candidates, right)
+    model = None if paths is None else last.get(frozenset(paths))
+    return None if paths is None or model is None else (paths, model)
+
+
+def _warn(who: str, wrong: Comparison) -> None:
+    warnings.warn(
+        f"{who} stays Python, and so takes more memory. Turned into a graph, it computed something "
+        f"else ({wrong}). `print(model.plan)` says more; `lightning-da3 verify` compares.",
+        ConversionWarning,
+        stacklevel=5,
     )

@@ -117,3 +117,16 @@ def test_a_conversion_that_raises_where_the_network_does_not(monkeypatch):
     faulty(monkeypatch, raises_)
     with pytest.warns(ConversionWarning, match="it raises ValueError: not today"):
         convert(Net(), CONFIG)
+
+
+def test_gradients_that_no_module_can_mend_are_an_error_that_names_the_exact_mode(monkeypatch):
+    own = rewriting.rewrite
+
+    def wrong(traced, plan, config):
+        root = own(traced, plan, config)
+        root.register_forward_hook(lambda module, args, y: y + 0.5 * (y - y.detach()))
+        return root
+
+    monkeypatch.setattr("lightning_da3.converting.rewrite", wrong)
+    with pytest.raises(ConversionError, match=r"exact=True\)` computes gradients without codes"):
+        convert(Net(), CONFIG)
