@@ -54,7 +54,7 @@ def convert(
         inputs = (inputs,)
     mode = fake_mode_of(backbone)  # without values there is nothing to tell the backbone by
     with mode or nullcontext():
-        traced = trace(backbone)
+        traced = trace(backbone, inputs)
         decided = make_plan(traced, config, inputs)
         state = backbone_state(backbone.state_dict(), decided.head)
         mark = NO_FINGERPRINT if mode else fingerprint(state)

@@ -10,7 +10,7 @@ from torch import fx
 
 from lightning_da3.errors import ConfigError
 from lightning_da3.model.model import DA3Model
-from lightning_da3.planning.shapes import SIDES, guesses
+from lightning_da3.tracing.guessing import SIDES, guesses
 
 
 def inputs_for(

@@ -11,7 +11,12 @@ from lightning_da3.errors import ConfigError
 from lightning_da3.layers.facts import TABLE, UNKNOWN, Facts, Replacement, name_of
 from lightning_da3.layers.functions import NUMBERS, facts_of_function
 from lightning_da3.layers.modules import BATCH_NORMS, CONVS
-from lightning_da3.torch_private.modules import BACKWARD_HOOKS, FORWARD_HOOKS, hooks_of
+from lightning_da3.torch_private.modules import (
+    BACKWARD_HOOKS,
+    DROPOUT_LAYERS,
+    FORWARD_HOOKS,
+    hooks_of,
+)
 
 # --- layers ---------------------------------------------------------------------------------------
 
@@ -101,6 +106,27 @@ def is_in_place(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and (
         facts_of_call(node).in_place or writes(node.target)
     )
+
+
+# their results are their input itself, where there is nothing to do
+_AT_TIMES_THE_SAME = (
+    "contiguous to float half double bfloat16 type type_as cpu cuda expand_as broadcast_to ravel "
+    "atleast_1d atleast_2d atleast_3d as_strided unfold view_as_real view_as_complex real imag "
+    "getattr dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout data "
+    "requires_grad_ swapaxes_ squeeze_ unsqueeze_ identity checkpoint reshape_as resolve_conj"
+).split()
+
+
+def may_share(node: fx.Node, layer: nn.Module | None = None) -> bool:
+    """Whether a node's value may lie in the memory of its first argument.
+
+    Args:
+        node: Any node.
+        layer: What it calls, if that is a module.
+    """
+    if layer is not None:
+        return isinstance(layer, (nn.Identity, nn.Flatten, nn.Unflatten, DROPOUT_LAYERS))
+    return facts_of_call(node).view or operation(node) in _AT_TIMES_THE_SAME
 
 
 def attribute_is_number(name: Any) -> bool:

@@ -37,7 +37,7 @@ def find_head(traced: Traced, head: str | None) -> str | None:
                 f"head. It has {candidates[-8:]} (the last ones)."
             )
         return head
-    if traced.python:
+    if "" in traced.python:
         return None
     gm = traced.parts[0].gm
     return _walk_to_head(gm, output_node(gm.graph).args[0])

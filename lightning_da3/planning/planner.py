@@ -163,7 +163,7 @@ def _writable(hosts: tuple[HostPlan, ...], gm: fx.GraphModule) -> tuple[HostPlan
 
 
 def _input_channels(traced: Traced) -> tuple[int, int] | None:
-    if len(traced.parts) != 1 or traced.parts[0].path:
+    if not traced.parts or traced.parts[0].path:
         return None
     gm = traced.parts[0].gm
     first = next((node for node in gm.graph.nodes if node.op == "placeholder"), None)

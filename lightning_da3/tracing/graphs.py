@@ -54,9 +54,14 @@ class Traced:
 
 def module_of(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """The module that `node` calls, or None for any other kind of node."""
+    return module_in(gm, node)
+
+
+def module_in(root: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The module of `root` that `node` calls, or None for any other kind of node."""
     if node.op != "call_module":
         return None
-    return gm.get_submodule(str(node.target))
+    return root.get_submodule(str(node.target))
 
 
 def output_node(graph: fx.Graph) -> Any:

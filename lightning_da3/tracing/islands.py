@@ -7,6 +7,9 @@ in their places, down to single layers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from torch import fx, nn
 
 from lightning_da3.layers import has_frozen_form
@@ -15,16 +18,25 @@ from lightning_da3.tracing.checks import check_convertible
 from lightning_da3.tracing.copying import frozen_copy
 from lightning_da3.tracing.graphs import Part, Traced
 from lightning_da3.tracing.normalizing import normalize_
-from lightning_da3.tracing.tracer import Tracer, traced_graph
+from lightning_da3.tracing.attempts import Session, traced_graph
+from lightning_da3.tracing.probes import PROBED
+from lightning_da3.tracing.tracer import Tracer, first_line
+from lightning_da3.tracing.watching import states_kept
 
 LAYER = "layer"  # name of the one layer in the graph of a single layer
 
 
-def trace(model: nn.Module) -> Traced:
+def trace(
+    model: nn.Module,
+    inputs: Sequence[Any] | None = None,
+    python: Mapping[str, str] | None = None,
+) -> Traced:
     """A frozen copy of `model` in eval, as one graph or as islands of graphs.
 
     Args:
         model: Any module; left unchanged.
+        inputs: Its arguments, if they are known. Only shapes and types count.
+        python: Why modules must stay Python, by their paths.
 
     Raises:
         ConversionError: The model cannot be copied, is quantized, or has layers without weights.
@@ -32,28 +44,36 @@ def trace(model: nn.Module) -> Traced:
     check_convertible(model)
     twin = frozen_copy(model)
     network = type(twin).__name__
-    islands = _Islands()
-    root = islands.convert(twin, "")
+    islands = _Islands(Session(inputs, dict(python or {})))
+    with states_kept():
+        root = islands.convert(twin, "")
     return Traced(root, tuple(islands.parts), islands.python, network)
 
 
 class _Islands:
     """Finds the largest parts of a model that can be traced."""
 
-    def __init__(self) -> None:
+    def __init__(self, session: Session) -> None:
+        self.session = session
         self.parts: list[Part] = []
         self.python: dict[str, str] = {}
         self.done: dict[int, nn.Module] = {}  # a module may be registered in two places
 
-    def convert(self, module: nn.Module, path: str) -> nn.Module:
-        """`module`, a graph of it, or itself with graphs inside."""
+    def convert(self, module: nn.Module, path: str, *, called: bool = False) -> nn.Module:
+        """`module`, a graph of it, or itself with graphs inside.
+
+        Args:
+            module: Of the model.
+            path: Where it is.
+            called: A graph calls it, and nothing else.
+        """
         if id(module) in self.done:
             return self.done[id(module)]
-        result = self._convert(module, path)
+        result = self._convert(module, path, called)
         self.done[id(module)] = result
         return result
 
-    def _convert(self, module: nn.Module, path: str) -> nn.Module:
+    def _convert(self, module: nn.Module, path: str, called: bool) -> nn.Module:
         holder = isinstance(module, (nn.ModuleList, nn.ModuleDict))
         if path and not holder and Tracer().is_leaf_module(module, path):
             if not has_frozen_form(module):
@@ -61,31 +81,40 @@ class _Islands:
             gm = _single(module)
             self.parts.append(Part(path, gm, single=True))
             return gm
-        reason = None if path == "" else _called_by_name(module)
+        reason = self.session.python.get(path)
+        if reason is None and path and not called:
+            reason = _called_by_name(module)
+            reason = reason and f"{type(module).__name__}: {reason}"
         if reason is None:
             try:
-                gm = _graph(module, whole=path == "")
+                return self._graph(module, path)
             except Exception as error:  # noqa: BLE001  # the user's own forward: anything can come
-                reason = str(error).split("\n")[0]
-            else:
-                self.parts.append(Part(path, gm))
-                return gm
+                reason = f"{type(module).__name__}: {first_line(error)}"
         if not holder:
-            self.python[path] = f"{type(module).__name__}: {reason}"
+            self.python[path] = reason
         for name, child in module.named_children():
             prefix = f"{path}.{name}" if path else name
             setattr(module, name, self.convert(child, prefix))
         return module
 
-
-def _graph(module: nn.Module, *, whole: bool) -> fx.GraphModule:
-    graph = traced_graph(module, whole=whole)
-    normalize_(graph, module)
-    for node in graph.nodes:
-        node.type = None  # an annotation may be a string, with which a graph cannot be pickled
-    gm = fx.GraphModule(module, graph, class_name=type(module).__name__)
-    _keep_attributes_(gm, module)
-    return gm
+    def _graph(self, module: nn.Module, path: str) -> fx.GraphModule:
+        found = traced_graph(module, self.session, path)
+        normalize_(found.graph, module)
+        prefix = f"{path}." if path else ""
+        self.python.update({prefix + name: why for name, why in found.functions.items()})
+        self.session.python.update({prefix + name: why for name, why in found.python.items()})
+        index = len(self.parts)
+        for name, child in found.opaque.items():
+            owner, _, attribute = name.rpartition(".")
+            converted = self.convert(child, prefix + name, called=True)
+            setattr(module.get_submodule(owner), attribute, converted)
+        for node in found.graph.nodes:
+            node.type = None  # an annotation may be a string, with which no graph can be pickled
+            node.meta.pop(PROBED, None)
+        gm = fx.GraphModule(module, found.graph, class_name=type(module).__name__)
+        _keep_attributes_(gm, module)
+        self.parts.insert(index, Part(path, gm))
+        return gm
 
 
 def _keep_attributes_(gm: fx.GraphModule, module: nn.Module) -> None:
