@@ -21,6 +21,7 @@ from lightning_da3.ops.codes import Code, decode, encode, kept_of, read_back, sa
 from lightning_da3.ops.masks import record_masks, replay_masks
 from lightning_da3.ops.smooth import Smooth, widened
 from lightning_da3.torch_private.autograd import is_view, storage_key, without_base
+from lightning_da3.torch_private.trees import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 Piece = Callable[..., tuple[Any, ...]]
 
@@ -44,7 +45,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.autocast = autocast_of(x.device.type)
         ctx.codes = [
-            Code.of(t) if (i == 0 or need) and not how.exact else None
+            Code.of(t) if (i == 0 or need) and not how.exact and t.is_floating_point() else None
             for i, (t, need) in enumerate(zip(activations, needed, strict=True))
         ]
         ctx.others = [_Kept if isinstance(t, Tensor) else t for t in activations]
@@ -60,7 +61,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.noted = len(noted)
         ctx.save_for_backward(*parameters, *noted, *kept)
         ctx.mark_non_differentiable(
-            *[y for y in outputs if isinstance(y, Tensor) and not y.is_floating_point()]
+            *[y for y in outputs if isinstance(y, Tensor) and not _may_be_differentiated(y)]
         )
         return outputs
 
@@ -98,6 +99,31 @@ class _Recomputed(torch.autograd.Function):
             else [None] * len(sources)
         )
         return None, None, None, *[None if t is None else next(found) for t in leaves]
+
+
+def _may_be_differentiated(y: Tensor) -> bool:
+    return y.is_floating_point() or y.is_complex()
+
+
+class _Flat:
+    """A piece that returns tensors and numbers alone, in the place of tuples and lists of them."""
+
+    def __init__(self, piece: Piece) -> None:
+        self.piece = piece
+        self.spec: TreeSpec | None = None  # of what the piece returned; None: nothing is nested
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        outputs = self.piece(*inputs)
+        if all(isinstance(y, Tensor) for y in outputs):
+            return outputs
+        leaves, self.spec = tree_flatten(outputs)
+        return tuple(leaves)
+
+    def nested(self, leaves: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What the piece returns, of these leaves."""
+        if self.spec is None:
+            return leaves
+        return tree_unflatten(leaves, self.spec)  # type: ignore[no-any-return]
 
 
 class _Kept:
@@ -254,7 +280,7 @@ def _compiled(
     The piece is called twice, but what comes from the codes matters for the backward alone, so that
     the compiler leaves it out of the forward.
     """
-    if exact:
+    if exact or not x.is_floating_point():
         return checkpoint(piece, x, *rest, use_reentrant=False)
     with torch.no_grad():
         outputs = piece(x, *rest)
@@ -267,11 +293,13 @@ def _compiled(
         again = decode(codes, size, stride, dtype, group)
         return piece(_Instead.apply(again, x), *rest)
 
-    carriers = checkpoint(from_codes, codes, x, use_reentrant=False)
-    return tuple(
+    carriers = tree_leaves(checkpoint(from_codes, codes, x, use_reentrant=False))
+    leaves, spec = tree_flatten(outputs)
+    leaves = [
         _Instead.apply(y, carrier) if isinstance(carrier, Tensor) and carrier.requires_grad else y
-        for y, carrier in zip(outputs, carriers, strict=True)
-    )
+        for y, carrier in zip(leaves, carriers, strict=True)
+    ]
+    return tree_unflatten(leaves, spec)  # type: ignore[no-any-return]
 
 
 def recomputed(
@@ -304,5 +332,5 @@ def recomputed(
     if torch.compiler.is_compiling():
         return _compiled(piece, x, *rest, exact=exact, codes=codes)
     how = _Options(exact, random, len(parameters))
-    result: tuple[Any, ...] = _Recomputed.apply(piece, how, codes, *parameters, x, *rest)
-    return result
+    flat = _Flat(piece)
+    return flat.nested(_Recomputed.apply(flat, how, codes, *parameters, x, *rest))
