@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lightning_da3.ops.backward import once_differentiable
 from lightning_da3.ops.bits import dense, has_no_values
 from lightning_da3.ops.codes import Code, decode, encode, kept_of, read_back, sample_group
 from lightning_da3.ops.masks import record_masks, replay_masks
@@ -66,39 +67,48 @@ class _Recomputed(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        parameters = list(itertools.islice(saved, ctx.how.parameters))
+        saved, needed, count = iter(ctx.saved_tensors), ctx.needs_input_grad[3:], ctx.how.parameters
+        parameters = list(itertools.islice(saved, count))
         noted = list(itertools.islice(saved, ctx.noted))
         activations = [
             _leaf(next(saved), code, need) if other is _Kept else other
-            for other, code, need in zip(
-                ctx.others,
-                ctx.codes,
-                ctx.needs_input_grad[3 + ctx.how.parameters :],
-                strict=True,
-            )
+            for other, code, need in zip(ctx.others, ctx.codes, needed[count:], strict=True)
         ]
+        inputs = zip((*parameters, *activations), needed, strict=True)
+        leaves = [t for t, need in inputs if need]
         again = contextlib.nullcontext() if ctx.random is None else ctx.random.again()
         decisions = contextlib.nullcontext() if ctx.how.exact else replay_masks(noted)
-        with torch.enable_grad(), ctx.autocast(), again, decisions:
-            outputs = ctx.piece(*activations)
-        wanted = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None]
-        wanted = [(y, g) for y, g in wanted if y.requires_grad]
-        leaves = [
-            t if isinstance(t, Tensor) and t.requires_grad else None
-            for t in (*parameters, *activations)
-        ]
-        sources = [t for t in leaves if t is not None]
-        found = iter(
-            torch.autograd.grad(
-                [y for y, _ in wanted], sources, [g for _, g in wanted], allow_unused=True
-            )
-            if wanted and sources
-            else [None] * len(sources)
-        )
-        return None, None, None, *[None if t is None else next(found) for t in leaves]
+        with _trained(leaves):
+            with torch.enable_grad(), ctx.autocast(), again, decisions:
+                outputs = ctx.piece(*activations)
+            found = iter(_gradients(outputs, leaves, grads))
+        return None, None, None, *[next(found) if need else None for need in needed]
+
+
+def _gradients(
+    outputs: Sequence[Any], leaves: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
+    wanted = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None]
+    wanted = [(y, g) for y, g in wanted if y.requires_grad]
+    if not (wanted and leaves):
+        return [None] * len(leaves)
+    values, cotangents = zip(*wanted, strict=True)
+    return torch.autograd.grad(values, leaves, cotangents, allow_unused=True)
+
+
+@contextlib.contextmanager
+def _trained(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, parameters require a gradient, as in the forward: their domain may have changed."""
+    resting = [p for p in parameters if not p.requires_grad]
+    try:
+        for p in resting:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p in resting:
+            p.requires_grad_(False)
 
 
 def _may_be_differentiated(y: Tensor) -> bool:
@@ -206,7 +216,7 @@ class _Activated(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, *noted = ctx.saved_tensors
         with ctx.autocast():
