@@ -80,10 +80,9 @@ class _Recomputed(torch.autograd.Function):
         leaves = [t for t, need in inputs if need]
         again = contextlib.nullcontext() if ctx.random is None else ctx.random.again()
         decisions = contextlib.nullcontext() if ctx.how.exact else replay_masks(noted)
-        with _trained(leaves):
-            with torch.enable_grad(), ctx.autocast(), again, decisions:
-                outputs = ctx.piece(*activations)
-            found = iter(_gradients(outputs, leaves, grads))
+        with torch.enable_grad(), ctx.autocast(), again, decisions:
+            outputs = ctx.piece(*activations)
+        found = iter(_gradients(outputs, leaves, grads))
         return None, None, None, *[next(found) if need else None for need in needed]
 
 
@@ -96,19 +95,6 @@ def _gradients(
         return [None] * len(leaves)
     values, cotangents = zip(*wanted, strict=True)
     return torch.autograd.grad(values, leaves, cotangents, allow_unused=True)
-
-
-@contextlib.contextmanager
-def _trained(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, parameters require a gradient, as in the forward: their domain may have changed."""
-    resting = [p for p in parameters if not p.requires_grad]
-    try:
-        for p in resting:
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p in resting:
-            p.requires_grad_(False)
 
 
 def _may_be_differentiated(y: Tensor) -> bool:
