@@ -45,7 +45,9 @@ _names(
     "swapdims narrow select squeeze unsqueeze expand detach unsafe_chunk",
     **_VIEW,
 )
-_names("tensor_split diagonal real", view=True)
+_names("tensor_split hsplit vsplit diagonal real imag as_strided expand_as", view=True)
+# where nothing is to be done, the argument itself
+_names("contiguous to float half double bfloat16 type type_as", **_VIEW)
 
 _names(
     "size dim ndimension numel len stride is_floating_point element_size",
@@ -54,10 +56,20 @@ _names(
 )
 
 _names(
-    "stack hstack vstack contiguous clone getattr repeat mean sum to float half double bfloat16 "
-    "type pad floordiv mod eq ne lt le gt ge _assert roll flip interpolate upsample pixel_shuffle "
-    "pixel_unshuffle unfold fold constant_pad_nd one_hot ones_like zeros_like linear index_select",
+    "stack hstack vstack clone getattr repeat mean sum pad floordiv mod eq ne lt le gt ge _assert "
+    "roll flip interpolate upsample pixel_shuffle pixel_unshuffle unfold fold constant_pad_nd "
+    "one_hot ones_like zeros_like linear index_select",
     keeps="nothing",
+)
+
+_names(
+    "linalg_eig linalg_eigh linalg_eigvals linalg_eigvalsh linalg_svd linalg_svdvals linalg_qr "
+    "linalg_inv linalg_pinv linalg_det linalg_slogdet linalg_cholesky linalg_solve linalg_lstsq "
+    "linalg_lu linalg_solve_triangular svd qr inverse pinverse det logdet slogdet cholesky "
+    "cholesky_inverse cholesky_solve lu_solve triangular_solve topk sort msort argsort kthvalue "
+    "median nanmedian mode max min amax amin aminmax argmax argmin cummax cummin "
+    "sign sgn angle frac round floor ceil trunc",
+    sensitive=True,
 )
 
 # attributes of a tensor that are not tensors

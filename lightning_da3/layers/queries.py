@@ -141,15 +141,9 @@ def copying_name(function: Any) -> str:
 
 # functions of these depend on nothing but their arguments, unless their name says otherwise
 _PURE = ("torch", "_operator", "operator", "math", "torchvision", "timm", "einops", "builtins")
-_RANDOM = ("dropout", "rand", "bernoulli", "multinomial")
 
 
 def is_pure(function: Any) -> bool:
     """Whether what a function computes depends on nothing but its arguments and chance."""
     home = str(getattr(function, "__module__", "") or "")
     return facts_of_function(function).pure or home.split(".")[0] in _PURE
-
-
-def is_random(function: Any) -> bool:
-    """Whether a function's name says that chance takes part."""
-    return any(word in name_of(function) for word in _RANDOM)

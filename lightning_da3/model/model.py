@@ -33,6 +33,7 @@ from lightning_da3.model.nearest import (
     read_hosts,
 )
 from lightning_da3.model.original import Original
+from lightning_da3.model.pending import trains_later_
 from lightning_da3.nn.adapter import Adapter
 from lightning_da3.nn.gate import (
     Executed,
@@ -123,7 +124,10 @@ class DA3Model(MultiDomain):
         executed = self._executed(ledger)
         output = laid_out(output, (args, kwargs))
         if executed and self.config.gate and self.training and torch.is_grad_enabled():
-            return carrying(output, self.gate_loss(executed), self.gate_loss_scale)
+            output = carrying(output, self.gate_loss(executed), self.gate_loss_scale)
+        if self._active is not None and torch.is_grad_enabled():
+            name, domain = self._active, self.domain(self._active)
+            trains_later_(output, domain, lambda: self._active == name)
         return output
 
     def _run_mixed(self, domains: Domains, args: Any, kwargs: Any) -> list[Any]:

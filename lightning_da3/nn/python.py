@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class PythonFunction(nn.Module):
@@ -20,9 +20,16 @@ class PythonFunction(nn.Module):
         self.function = function
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the function returns."""
-        return self.function(*args, **kwargs)
+        """What the function returns. Maps lie in memory as the user's layers would leave them."""
+        return self.function(
+            *map(_contiguous, args), **{k: _contiguous(v) for k, v in kwargs.items()}
+        )
 
     def extra_repr(self) -> str:
         """The function's name."""
         return str(getattr(self.function, "__qualname__", self.function))
+
+
+def _contiguous(x: Any) -> Any:
+    """``x.contiguous()`` is x itself to who writes into it, but our convolutions' maps are not."""
+    return x.contiguous() if isinstance(x, Tensor) and x.dim() > 3 else x

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_da3.ops.backward import once_differentiable
 from lightning_da3.ops.linear import cast_weight, cast_weight_backward, is_fast, product
 from lightning_da3.ops.opaque_convolution import is_opaque, lowered, opaque_convolution
 
@@ -39,7 +40,7 @@ class _FrozenConv(torch.autograd.Function):
         return conv(x, weight, bias, *geometry)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         grad_x = conv_input_gradient(grad, weight, ctx.size, *ctx.geometry)
@@ -198,7 +199,7 @@ class _FrozenConvTranspose(torch.autograd.Function):
         return _conv_transpose(x, weight, bias, *geometry)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         stride, padding, _, groups, dilation = ctx.geometry
@@ -281,7 +282,7 @@ class _Pad(torch.autograd.Function):
         return F.pad(x, padding, mode)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():  # the transpose of a linear map, taken at any point
             point = torch.empty(ctx.size, dtype=grad.dtype, device=grad.device, requires_grad=True)

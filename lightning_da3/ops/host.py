@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_da3.ops.backward import once_differentiable
 from lightning_da3.ops.codes import Rows
 from lightning_da3.torch_private.kernels import (
     ADAPTIVE_AVG_POOL_BACKWARD,
@@ -103,7 +104,7 @@ class _Read(torch.autograd.Function):
         return x.view_as(x), pool(x, grid)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(
         ctx: Any, grad: Tensor | None, grad_pooled: Tensor | None
     ) -> tuple[Tensor | None, None]:
@@ -211,7 +212,7 @@ class _Write(torch.autograd.Function):
         return f
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sums = cell_sums(grad, ctx.grid)  # (N, O, *grid)
         if not ctx.gated:

@@ -105,7 +105,15 @@ def _plan_part(draft: _Draft, least: float, config: DA3Config) -> PartPlan:
     if exact and draft.shapes:
         cells = config.adapter.max_cells
         spans = SpanFinder(
-            draft.flow, size, draft.shapes, nodes, regions, hosts, finder.pure(), cells
+            draft.flow,
+            size,
+            draft.shapes,
+            nodes,
+            regions,
+            hosts,
+            finder.pure(),
+            finder.writers,
+            cells,
         ).find()
         inside = {name for span in spans for name in span.nodes}
         regions = (*spans, *[s for s in regions if not inside & set(s.nodes)])

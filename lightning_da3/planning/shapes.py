@@ -22,6 +22,7 @@ from lightning_da3.tracing.guessing import first_sample, guesses
 
 Shapes = dict[fx.Node, tuple[int, ...]]
 
+
 class _Recorder(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)

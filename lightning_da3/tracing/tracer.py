@@ -147,7 +147,9 @@ class Tracer(fx.Tracer):
         nodes, stack = len(self.graph.nodes), self.module_stack.copy()
         aliases = self.aliases.copy()
         try:
-            return super().call_module(m, lambda *a, **k: self.look_into(m, forward, a, k), args, kwargs)
+            return super().call_module(
+                m, lambda *a, **k: self.look_into(m, forward, a, k), args, kwargs
+            )
         except Exception as error:  # noqa: BLE001  # the user's own forward: anything can come
             self._refine(error)
             self.python[path] = f"{type(m).__name__}: {first_line(error)}"
@@ -264,9 +266,7 @@ class Tracer(fx.Tracer):
             self.cannot("it decides on the size of its input")
         if node.meta[VARIES]:
             at_root = not self._in_module() and node.meta[VARIES] == SIZE
-            if not at_root or frames.leafable(
-                self._frames(), self.leaves, self._forwards
-            ):
+            if not at_root or frames.leafable(self._frames(), self.leaves, self._forwards):
                 self.cannot(f"it decides on the {node.meta[VARIES]} of its input")
         if not isinstance(first, (int, float, str, type(None))) and not node.meta[VARIES]:
             return first  # a dtype, say, that does not vary
@@ -297,8 +297,10 @@ class Tracer(fx.Tracer):
             if self._probing or (plain and not _has_value(args, kwargs)):
                 return function(*args, **kwargs)
             if plain:
-                return self._noted(function, args) if function is len else self.create_proxy(
-                    "call_function", function, args, kwargs
+                return (
+                    self._noted(function, args)
+                    if function is len
+                    else self.create_proxy("call_function", function, args, kwargs)
                 )
             proxy = self.create_proxy("call_module", self._home(function), args, kwargs)
             return self._structured(proxy)
@@ -393,3 +395,4 @@ def must_be(value: Any, decided: Any, place: str) -> None:
 
 register(must_be_default, keeps="nothing", pure=True)
 register(must_be, keeps="nothing", pure=True)
+register(PythonFunction, random=True)

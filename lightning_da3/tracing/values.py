@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from lightning_da3.tracing.probes import PROBED
 
+
 class Value(fx.Proxy):
     """A proxy that knows what it is on the probes, if its node does.
 
