@@ -64,7 +64,12 @@ def make_plan(traced: Traced, config: DA3Config, examples: Sequence[Any] | None 
     if not found:
         raise ConversionError(_nothing_message(traced))
     least = _least_reduction(config.adapter.min_stride, max(found))
-    parts = tuple(_plan_part(draft, least, config) for draft in drafts)
+    training = [
+        draft.part.path
+        for draft in drafts
+        if draft.head or any(reduction >= least for reduction, _ in draft.candidates)
+    ]
+    parts = tuple(_plan_part(draft, least, config, training) for draft in drafts)
     python = tuple(traced.python.items())
     return Plan(traced.network, parts, head, _input_channels(traced), python)
 
@@ -89,11 +94,23 @@ def _targets(gm: fx.GraphModule) -> list[str]:
     return [str(node.target) for node in gm.graph.nodes if node.op == "call_module"]
 
 
-def _plan_part(draft: _Draft, least: float, config: DA3Config) -> PartPlan:
+def _calls_one_of(part: Part, node: fx.Node, paths: Sequence[str]) -> bool:
+    """Whether a node calls one of these modules, or one that holds one of them."""
+    if node.op != "call_module":
+        return False
+    called = part.user_name(str(node.target))
+    return any(path == called or path.startswith(f"{called}.") for path in paths)
+
+
+def _plan_part(
+    draft: _Draft, least: float, config: DA3Config, training: Sequence[str]
+) -> PartPlan:
     gm, exact = draft.part.gm, config.memory.exact
     hosts = tuple(host for reduction, host in draft.candidates if reduction >= least)
     # what an island reads may come from one that is trained
     inputs = [n for n in draft.flow.activations if n.op == "placeholder" and draft.part.path]
+    inside = [path for path in training if path != draft.part.path]  # graphs that this one calls
+    inputs += [n for n in draft.flow.activations if _calls_one_of(draft.part, n, inside)]
     trained = trained_through(gm, hosts, inputs)
     places = find_places(gm)
     nodes = tuple(plan_nodes(gm, places, draft.head, draft.folds, trained, exact))

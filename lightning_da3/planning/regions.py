@@ -72,7 +72,8 @@ class RegionFinder:
     ) -> None:
         self.gm, self.flow, self.size, self.head, self.exact = gm, flow, size, head, exact
         read = [node for node in flow.nodes if node.op == "placeholder" and node.users]
-        self.doors = read if inputs else []  # what an island reads
+        island = any(node.op == "placeholder" for node in inputs)
+        self.doors = read if island else []  # what an island reads
         self.tensors = tensors or {node for node in flow.nodes if self._gives_one_tensor(node)}
         self.plan = {node.name: node for node in nodes}
         self.writers = find_writers(gm, self.plan)

@@ -19,6 +19,7 @@ from lightning_da3.nn.frozen import numbers
 from lightning_da3.planning.layers import layer_called
 from lightning_da3.torch_private.fake import FakeTensorMode
 from lightning_da3.tracing.guessing import first_sample, guesses
+from lightning_da3.tracing.probes import call_layer
 
 Shapes = dict[fx.Node, tuple[int, ...]]
 
@@ -40,14 +41,7 @@ class _Recorder(fx.Interpreter):
         return result
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        layer = self.fetch_attr(target)
-        if not (isinstance(layer, nn.RNNBase) and args[0].dim() == 3):
-            return super().call_module(target, args, kwargs)
-        axis = 1 if layer.batch_first else 0  # one step: fake ones are no quicker than real ones
-        size = [-1, -1, -1]
-        size[axis] = args[0].shape[axis]
-        y, state = layer(args[0].narrow(axis, 0, 1), *args[1:], **kwargs)
-        return y.expand(size), state
+        return call_layer(self.fetch_attr(target), args, kwargs)
 
 
 def find_shapes(gm: fx.GraphModule, examples: Sequence[Any] | None = None) -> Shapes:

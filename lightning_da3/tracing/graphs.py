@@ -43,12 +43,14 @@ class Traced:
             GraphModules inside.
         parts: The graphs, in the order in which modules are registered.
         python: Why a module stays Python, by its path.
+        functions: Why a function is one node, by the path of the module that calls it.
         network: The name of the model's class.
     """
 
     root: nn.Module
     parts: tuple[Part, ...]
     python: dict[str, str] = field(default_factory=dict)
+    functions: dict[str, str] = field(default_factory=dict)
     network: str = ""
 
 

@@ -47,7 +47,7 @@ def trace(
     islands = _Islands(Session(inputs, dict(python or {})))
     with states_kept():
         root = islands.convert(twin, "")
-    return Traced(root, tuple(islands.parts), islands.python, network)
+    return Traced(root, tuple(islands.parts), islands.python, islands.functions, network)
 
 
 class _Islands:
@@ -57,6 +57,7 @@ class _Islands:
         self.session = session
         self.parts: list[Part] = []
         self.python: dict[str, str] = {}
+        self.functions: dict[str, str] = {}
         self.done: dict[int, nn.Module] = {}  # a module may be registered in two places
 
     def convert(self, module: nn.Module, path: str, *, called: bool = False) -> nn.Module:
@@ -101,7 +102,7 @@ class _Islands:
         found = traced_graph(module, self.session, path)
         normalize_(found.graph, module)
         prefix = f"{path}." if path else ""
-        self.python.update({prefix + name: why for name, why in found.functions.items()})
+        self.functions.update({prefix + name: why for name, why in found.functions.items()})
         self.session.python.update({prefix + name: why for name, why in found.python.items()})
         index = len(self.parts)
         for name, child in found.opaque.items():

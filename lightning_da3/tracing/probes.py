@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_da3.layers import facts_of_call
+from lightning_da3.layers import facts_of, facts_of_call
 from lightning_da3.memory.fake import quiet
 from lightning_da3.memory.names import mutable
 from lightning_da3.torch_private.autograd import storage_key, version_of
@@ -131,13 +131,27 @@ def _call(node: fx.Node, root: nn.Module, args: Any, kwargs: Any) -> Any:
     if node.op == "call_function":
         function: Callable[..., Any] = node.target  # type: ignore[assignment]
         return function(*args, **kwargs)
-    layer = root.get_submodule(str(node.target))
-    if not (isinstance(layer, nn.RNNBase) and isinstance(args[0], Tensor) and args[0].dim() == 3):
+    return call_layer(root.get_submodule(str(node.target)), args, kwargs)
+
+
+def call_layer(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """What a layer gives for values without values, in short where that is known.
+
+    Fake tensors take norms apart, and run every step of recurrent layers.
+    """
+    x = args[0] if args else None
+    if not isinstance(x, Tensor) or kwargs or len(args) > 1:
         return layer.forward(*args, **kwargs)
-    axis = 1 if layer.batch_first else 0  # one step: fake ones are no quicker than real ones
+    if facts_of(layer).elementwise or type(layer) is nn.LayerNorm:
+        return x.view_as(x) if getattr(layer, "inplace", False) else torch.empty_like(x)
+    if type(layer) is nn.Linear and x.shape[-1:] == (layer.in_features,):
+        return x.new_empty(*x.shape[:-1], layer.out_features)
+    if not (isinstance(layer, nn.RNNBase) and x.dim() == 3):
+        return layer.forward(x)
+    axis = 1 if layer.batch_first else 0
     size = [-1, -1, -1]
-    size[axis] = args[0].shape[axis]
-    y, state = layer.forward(args[0].narrow(axis, 0, 1), *args[1:], **kwargs)
+    size[axis] = x.shape[axis]
+    y, state = layer.forward(x.narrow(axis, 0, 1))
     return y.expand(size), state
 
 

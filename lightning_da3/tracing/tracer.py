@@ -79,6 +79,7 @@ class Tracer(fx.Tracer):
         self.functions: dict[Any, str] = {}
         self.aliases = Aliases(whole=whole)
         self._modes: Modes | None = None
+        self._erased: set[fx.Node] = set()
         self._forwards = frames.forwards_of_functions()
 
     # --- what torch.fx asks -----------------------------------------------------------------------
@@ -106,31 +107,44 @@ class Tracer(fx.Tracer):
                 if frame.f_code in self._forwards:
                     name = self._forwards[frame.f_code]
                     self.cannot(f"it applies {name}, whose backward is its own")
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        if node.op == "get_attr":  # created for arguments, too
+            if self.probes is not None:
+                self.probes.run(node, self.root)
+            self.aliases.add(node, self.root, changed=False)
+        return node
 
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **named: Any
     ) -> Any:
         """An argument that is what it is by default stays in the signature, and is checked."""
         proxy = super().create_proxy(kind, target, args, kwargs, *others, **named)
-        before = self._versions(proxy.node)
-        if self.probes is not None:
-            self.probes.run(proxy.node, self.root)
-        problem = self.aliases.add(proxy.node, self.root, before != self._versions(proxy.node))
-        if problem:
-            self.cannot(problem)
+        if kind != "get_attr":
+            self._examine(proxy.node)
         if kind != "placeholder" or target not in self.defaults or not args:
             return proxy
         self._noted(must_be_default, (proxy, target, args[0]))
         return args[0]
 
+    def _examine(self, node: fx.Node) -> None:
+        """See what a new node gives, and whether it reads what was written to."""
+        before = self._versions(node)
+        if self.probes is not None:
+            self.probes.run(node, self.root)
+            if node.op == "call_module":  # what its Python leaves behind are no values
+                self._snapshot.restore(self.root.get_submodule(str(node.target)))
+        problem = self.aliases.add(node, self.root, before != self._versions(node))
+        if problem:
+            self.cannot(problem)
+
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A parameter is a node; not while values are looked at, nor one that is gone."""
         if self._probing:
             return attr_val
-        for name, proxy in list(parameter_proxy_cache.items()):
-            if proxy.node not in self._nodes:
-                del parameter_proxy_cache[name]
+        if self._erased:
+            for name, proxy in list(parameter_proxy_cache.items()):
+                if proxy.node in self._erased:
+                    del parameter_proxy_cache[name]
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def call_module(
@@ -155,6 +169,7 @@ class Tracer(fx.Tracer):
             self.python[path] = f"{type(m).__name__}: {first_line(error)}"
         for node in reversed(list(self.graph.nodes)[nodes:]):
             self.graph.erase_node(node)
+            self._erased.add(node)
         self.module_stack, self.aliases = stack, aliases
         self._snapshot.restore()
         return self._opaque(m, path, args, kwargs)
@@ -341,10 +356,6 @@ class Tracer(fx.Tracer):
     @property
     def _probing(self) -> bool:
         return self.probes is not None and self.probes.at_work
-
-    @property
-    def _nodes(self) -> Any:
-        return self.graph.nodes
 
     def _versions(self, node: fx.Node) -> list[int]:
         return [v for i in node.all_input_nodes for v in versions(i.meta.get(PROBED, ()))]

@@ -42,9 +42,13 @@ class Snapshot:
                 names.add(name)
         return sorted(names)
 
-    def restore(self) -> None:
-        """Make everything as it was."""
-        for module, before in self._attributes.items():
+    def restore(self, root: nn.Module | None = None) -> None:
+        """Make a module, and all in it, as it was; by default everything."""
+        inside = self._attributes if root is None else root.modules()
+        for module in inside:
+            if module not in self._attributes:
+                continue  # made while tracing
+            before = self._attributes[module]
             for name in set(_attributes(module)) - set(before):
                 vars(module).pop(name)
             for name, (value, items) in before.items():
@@ -63,7 +67,7 @@ def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     return {
         name: (value, _items(value))
         for name, value in vars(module).items()
-        if not name.endswith("_hooks") and name not in _MODULE_STATE
+        if name not in _MODULE_STATE and not name.endswith("_hooks") and "_constant" not in name
     }
 
 
