@@ -113,15 +113,14 @@ class DA3Model(MultiDomain):
         check_input(args, self.plan)
         if domains is not None:
             return self._run_mixed(domains, args, kwargs)
-        call = self.calls.resting
+        call, name = self.calls.resting, self._active
         output, ledger = self._run_within_budget(self._noisy(call, args, kwargs), args, kwargs)
         executed = self._executed(ledger)
         output = laid_out(output, (args, kwargs))
         if executed and self.config.gate and self.training and torch.is_grad_enabled():
             output = carrying(output, self.gate_loss(executed), self.gate_loss_scale)
-        if self._active is not None and torch.is_grad_enabled():
-            name, domain = self._active, self.domain(self._active)
-            trains_later_(output, domain, lambda: self._active == name)
+        if name is not None and torch.is_grad_enabled():
+            trains_later_(output, self.domain(name), lambda: self._active == name)
         return output
 
     def _run_mixed(self, domains: Domains, args: Any, kwargs: Any) -> list[Any]:
