@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_da3.ops.backward import once_differentiable
-from lightning_da3.ops.bits import layout_of, pack_pairs, unpack_pairs
+from lightning_da3.ops.bits import pack_pairs, unpack_pairs
 from lightning_da3.torch_private.kernels import (
     ADAPTIVE_AVG_POOL_BACKWARD,
     AVG_POOL_BACKWARD,
@@ -43,7 +43,7 @@ class _MaxPool(torch.autograd.Function):
             x, list(kernel), list(stride), list(padding), list(dilation), ceil_mode
         )
         ctx.geometry = (kernel, stride, padding, dilation, ceil_mode)
-        ctx.size, ctx.layout = x.size(), layout_of(x)
+        ctx.size = x.size()
         offset = _to_offset(index, x.size(), *ctx.geometry[:4])
         ctx.out, ctx.out_stride = offset.size(), offset.stride()
         ctx.save_for_backward(pack_pairs(offset) if _fits_half(kernel) else offset)
@@ -57,7 +57,6 @@ class _MaxPool(torch.autograd.Function):
         if _fits_half(kernel):
             offset = unpack_pairs(offset, ctx.out, ctx.out_stride)
         index = _to_index(offset, ctx.size, kernel, stride, padding, dilation)
-        grad = grad.contiguous(memory_format=ctx.layout)
         grad_x = MAX_POOL_BACKWARD[len(kernel)](
             grad, _shape_only(grad, ctx.size), *map(list, ctx.geometry[:4]), ceil_mode, index
         )
@@ -181,13 +180,11 @@ class _ShapeOnly(torch.autograd.Function):
         ctx: Any, x: Tensor, forward: Callable[..., Tensor], backward: Any, args: tuple[Any, ...]
     ) -> Tensor:
         ctx.size, ctx.transpose, ctx.args = x.size(), backward, args
-        ctx.layout = layout_of(x)
         return forward(x, *args)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grad.contiguous(memory_format=ctx.layout)
         return ctx.transpose(grad, _shape_only(grad, ctx.size), *ctx.args), None, None, None
 
 
