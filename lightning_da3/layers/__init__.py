@@ -1,6 +1,6 @@
 """What is known of a layer, function or method: one table, which users add to with `register`."""
 
-from lightning_da3.layers.chance import layer_may_draw, may_draw
+from lightning_da3.layers.chance import layer_may_draw, may_draw, without_chance
 from lightning_da3.layers.facts import Facts, Replacement, register
 from lightning_da3.layers.functions import convolution_of, facts_of_function, layer_of
 from lightning_da3.layers.modules import ADAPTIVE_POOLS, BATCH_NORMS, CONVS, TRANSPOSED
@@ -51,5 +51,6 @@ __all__ = [
     "operation",
     "register",
     "replacement_for",
+    "without_chance",
     "writes",
 ]

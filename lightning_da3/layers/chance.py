@@ -47,6 +47,22 @@ def may_draw(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> b
     return not (off or any(_is_zero(given.get(key)) for key in _OFF_IF_ZERO))
 
 
+def without_chance(
+    function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The arguments, by name, of a call that is held in eval; None if no argument says so.
+
+    Args:
+        function: A function such as `torch.nn.functional.dropout`.
+        args: What it is called with.
+        kwargs: What it is called with by name.
+    """
+    given = _arguments(function, name_of(function), args, kwargs)
+    off = {key: False for key in _OFF_IF_FALSE if key in given}
+    off = off or {key: 0.0 for key in _OFF_IF_ZERO if key in given}
+    return {**given, **off} if off else None
+
+
 def layer_may_draw(layer: nn.Module) -> bool:
     """Whether a layer, held in eval, may draw random numbers: unknown ones may."""
     if type(layer) in TABLE:

@@ -70,10 +70,9 @@ def has_frozen_form(layer: nn.Module) -> bool:
 
 def has_modes(layer: nn.Module) -> bool:
     """Whether a layer of the rewritten network may compute something else in train mode."""
-    home = type(layer).__module__
-    if home.startswith("torch.nn."):
-        return facts_of(layer).has_modes
-    return not isinstance(layer, fx.GraphModule) and not home.startswith("lightning_da3.")
+    if not type(layer).__module__.startswith(("torch.nn.", "lightning_da3.")):
+        return not isinstance(layer, fx.GraphModule)
+    return any(facts_of_kind(kind).has_modes for kind in type(layer).__mro__)  # ours inherit
 
 
 def kinds_that_call(function: Any) -> tuple[type[nn.Module], ...]:

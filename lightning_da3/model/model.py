@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_da3.budget.microbatches import (
     Ledger,
+    Run,
     batch_size,
     check_apart,
     run_microbatches,
@@ -27,17 +28,15 @@ from lightning_da3.model.modes import hold_in_eval_
 from lightning_da3.model.multi_domain import MultiDomain
 from lightning_da3.model.nearest import (
     check_known,
-    features_of,
+    joined_features,
     likeliest,
     new_statistics,
     read_hosts,
 )
 from lightning_da3.model.original import Original
 from lightning_da3.model.pending import trains_later_
-from lightning_da3.nn.adapter import Adapter
+from lightning_da3.nn.call import Call, Executed, Noise
 from lightning_da3.nn.gate import (
-    Executed,
-    Recorder,
     annealed_target,
     budget_loss,
     executed_fraction,
@@ -69,7 +68,6 @@ class DA3Model(MultiDomain):
         progress: How far training is, in [0, 1].
         gate_loss_scale: A factor of the gates' loss.
         gates_over_ranks: Every training batch is a rank's part of a global one.
-        executed_flops_fraction: The share of the hosts' FLOPs that the last pass executed.
     """
 
     def __init__(
@@ -87,11 +85,6 @@ class DA3Model(MultiDomain):
         self.progress = 1.0
         self.gate_loss_scale = 1.0
         self.gates_over_ranks = False
-        self.executed_flops_fraction: Tensor | None = None
-        self._ledger: Ledger = []  # of one forward pass
-        for module in backbone.modules():
-            if isinstance(module, Recorder):
-                module.write_into(self._ledger)
         self.train(self.training)
 
     # --- computing: forward, then what it calls, in order -----------------------------------------
@@ -120,14 +113,14 @@ class DA3Model(MultiDomain):
         check_input(args, self.plan)
         if domains is not None:
             return self._run_mixed(domains, args, kwargs)
-        output, ledger = self._run_within_budget(args, kwargs)
+        call, name = self.calls.resting, self._active
+        output, ledger = self._run_within_budget(self._noisy(call, args, kwargs), args, kwargs)
         executed = self._executed(ledger)
         output = laid_out(output, (args, kwargs))
         if executed and self.config.gate and self.training and torch.is_grad_enabled():
             output = carrying(output, self.gate_loss(executed), self.gate_loss_scale)
-        if self._active is not None and torch.is_grad_enabled():
-            name, domain = self._active, self.domain(self._active)
-            trains_later_(output, domain, lambda: self._active == name)
+        if name is not None and torch.is_grad_enabled():
+            trains_later_(output, self.domain(name), lambda: self._active == name)
         return output
 
     def _run_mixed(self, domains: Domains, args: Any, kwargs: Any) -> list[Any]:
@@ -144,41 +137,49 @@ class DA3Model(MultiDomain):
         check_domains(domains, count)
         own = [None if name is None else self.domain(name) for name in domains]
         slots = self._slots
-        with torch.no_grad(), slots.mixed(own, self._device):
-            output, ledger = self._run(*args, **kwargs)
+        with torch.no_grad():
+            output, ledger = self._run(slots.mixed(own, self._device), *args, **kwargs)
         self._executed(ledger)
         heads = [head for domain in own if (head := slots.head_of(domain)) is not None]
         axis = class_axis(heads[0]) if heads else -1
         listed = isinstance(batch[0], (list, tuple))
         return by_sample(output, count, [classes_of(h) for h in heads], axis, listed=listed)
 
-    def _run_within_budget(self, args: Any, kwargs: Any) -> tuple[Any, Ledger]:
+    def _noisy(self, call: Call, args: Any, kwargs: Any) -> Call:
+        """The call of a whole batch, with noise on its gates while they are learned."""
+        gate = self.config.gate
+        if gate is None or not (gate.noise and self.training and self.progress < NOISE_UNTIL):
+            return call
+        noise = self.calls.here.noise or Noise(batch_size(args, kwargs) or 0)
+        return Call(call.adapters, call.head, noise)
+
+    def _run_within_budget(self, call: Call, args: Any, kwargs: Any) -> tuple[Any, Ledger]:
         """`_run`; a training step's batch goes in microbatches if it would exceed the budget."""
-        policy = self.budget_policy
-        trained = [p for p in self.parameters() if p.requires_grad]
+        policy, trains = self.budget_policy, self.backbone if call.alone else self
+        trained = [p for p in trains.parameters() if p.requires_grad]
         if not (trained and torch.is_grad_enabled()):
-            return self._run(*args, **kwargs)
+            return self._run(call, *args, **kwargs)
         count = batch_size(args, kwargs)
         split = policy.microbatches_for(self, args, kwargs, self._check_apart)
         if split is None or not count or split.samples >= count:
-            return self._run(*args, **kwargs)
-        return run_microbatches(self._run, args, kwargs, split.counts(count), split.again, trained)
+            return self._run(call, *args, **kwargs)
+
+        def run_of(start: int, samples: int) -> Run:
+            return partial(self._run, call.part(start, samples))
+
+        return run_microbatches(run_of, args, kwargs, split.counts(count), split.again, trained)
 
     @torch.no_grad()
     def _check_apart(self, args: Any, kwargs: Any) -> None:
         """Before a batch is split for the first time: refuse samples that act on each other."""
-        with self._slots.mixed([None, None], self._device):
-            check_apart(self._run, args, kwargs, self.plan.network)
+        check_apart(partial(self._run, Call()), args, kwargs, self.plan.network)
 
-    def _run(self, *args: Any, **kwargs: Any) -> tuple[Any, Ledger]:
+    def _run(self, call: Call, *args: Any, **kwargs: Any) -> tuple[Any, Ledger]:
         """One pass through the backbone: the output, and how much of every host was executed."""
-        self._ledger.clear()
-        try:
-            with self._python():
-                output = self.backbone(*args, **kwargs)
-            return output, list(self._ledger)
-        finally:
-            self._ledger.clear()
+        ledger: Ledger = []
+        noted = Call(call.adapters, call.head, call.noise, call.features, ledger)
+        with self.calls.running(noted), self._python():
+            return self.backbone(*args, **kwargs), ledger
 
     def _python(self) -> AbstractContextManager[Any]:
         """What stays Python keeps less inside; a compiler sees to that by itself."""
@@ -190,8 +191,13 @@ class DA3Model(MultiDomain):
         """What was executed; its share is remembered."""
         executed = [entry for _, entry in ledger]
         share = executed_fraction(executed).detach() if executed else None
-        self.executed_flops_fraction = share
+        self.calls.here.executed = share
         return executed
+
+    @property
+    def executed_flops_fraction(self) -> Tensor | None:
+        """The share of the hosts' FLOPs that the last pass of this thread executed."""
+        return self.calls.here.executed
 
     def gate_loss(self, executed: Sequence[Executed]) -> Tensor:
         """The weighted budget loss of one forward pass, a scalar."""
@@ -211,7 +217,10 @@ class DA3Model(MultiDomain):
         Returns:
             Zeros and ones of shape (N, 1, *grid) by host name, in the order of the plan.
         """
-        maps = {name: executed.gate for name, executed in self._run(*args, **kwargs)[1]}
+        maps = {
+            name: executed.gate
+            for name, executed in self._run(self.calls.resting, *args, **kwargs)[1]
+        }
         return {host.name: maps[host.name] for host in self.plan.hosts if host.name in maps}
 
     # --- the nearest domain -----------------------------------------------------------------------
@@ -263,10 +272,10 @@ class DA3Model(MultiDomain):
     def _features(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the backbone alone gives the adapters to read first and last, pooled: (N, D)."""
         check_input(args, self.plan)
-        count, slots = samples_in((*args, *kwargs.values())), self._slots
-        places = [slots.inputs[host.name] for host in read_hosts(self.plan)]
-        with slots.mixed([None] * count, self._device):
-            return features_of(places, partial(self._run, *args, **kwargs), count)
+        count = samples_in((*args, *kwargs.values()))
+        found: dict[str, Tensor | None] = {host.name: None for host in read_hosts(self.plan)}
+        self._run(Call(features=found), *args, **kwargs)
+        return joined_features(found, count)
 
     # --- modes ------------------------------------------------------------------------------------
 
@@ -286,10 +295,6 @@ class DA3Model(MultiDomain):
     def set_progress(self, progress: float) -> None:
         """Say how far training is, in [0, 1]: closes the gates slowly and ends their noise."""
         self.progress = progress
-        gate = self.config.gate
-        for adapter in self.bank.modules():
-            if isinstance(adapter, Adapter):
-                adapter.noisy = gate is not None and gate.noise and progress < NOISE_UNTIL
 
     def extra_repr(self) -> str:
         """What no layer shows by itself."""

@@ -17,8 +17,9 @@ from lightning_da3.files.names import check_name
 from lightning_da3.model.domain import Bank, Domain, new_domain
 from lightning_da3.model.identity import check_identity, identity
 from lightning_da3.model.nearest import new_statistics
-from lightning_da3.model.slots import Slots
+from lightning_da3.model.slots import Slots, connect_
 from lightning_da3.model.state import HAS_STATISTICS, check_tensors, complete_state
+from lightning_da3.nn.call import Call, Calls
 from lightning_da3.planning.plan import Plan
 
 
@@ -34,6 +35,7 @@ class MultiDomain(nn.Module):
 
     Attributes:
         bank: The domains by name.
+        calls: What new calls compute with, and those that run.
     """
 
     def __init__(
@@ -50,6 +52,8 @@ class MultiDomain(nn.Module):
         self.plan, self.config = plan, config
         self.fingerprint, self.architecture = fingerprint, architecture
         self._active: str | None = None
+        self.calls = Calls()
+        connect_(backbone, self.calls)
         self.register_load_state_dict_pre_hook(complete_state)  # type: ignore[no-untyped-call]
 
     @property
@@ -60,7 +64,7 @@ class MultiDomain(nn.Module):
     @property
     def active_domain(self) -> str | None:
         """The domain that `forward` computes, or None for the backbone alone."""
-        return self._active
+        return None if self.calls.here.resting else self._active
 
     def domain(self, name: str) -> Domain:
         """The modules of one domain.
@@ -105,7 +109,8 @@ class MultiDomain(nn.Module):
     def set_domain(self, name: str | None) -> None:
         """Activate a domain by changing references; None leaves the backbone alone.
 
-        Parameters of the active domain require a gradient, all others do not.
+        Parameters of the active domain require a gradient, all others do not. Calls that run in
+        other threads end with the domain that they began with.
 
         Args:
             name: One of `domains`, or None.
@@ -114,12 +119,12 @@ class MultiDomain(nn.Module):
             DomainError: There is no such domain.
         """
         domain = None if name is None else self.domain(name)
-        if self._active is not None and self._active != name:
-            self.domain(self._active).requires_grad_(False)
-        self._slots.activate(domain)
         if domain is not None:
             domain.requires_grad_(True)
-        self._active = name
+        before, self._active = self._active, name
+        self.calls.everywhere, self.calls.here.resting = self._slots.call(domain), None
+        if before is not None and before != name:
+            self.domain(before).requires_grad_(False)
 
     def delete_domain(self, name: str) -> None:
         """Remove a domain and its parameters; if it was active, the backbone alone remains.
@@ -134,13 +139,18 @@ class MultiDomain(nn.Module):
 
     @contextmanager
     def disable_adapters(self) -> Iterator[None]:
-        """The backbone alone inside a ``with`` block; afterwards the same domain as before."""
-        before = self._active
-        self.set_domain(None)
+        """The backbone alone inside a ``with`` block, for calls of this thread.
+
+        Afterwards the same domain as before is active. One that is set inside is active until then.
+        """
+        here, before, alone = self.calls.here, self._active, Call()
+        outside, here.resting = here.resting, alone
         try:
             yield
         finally:
-            self.set_domain(before)
+            if here.resting is not alone:  # a domain was set inside
+                self.set_domain(before)
+            here.resting = outside
 
     # --- files ------------------------------------------------------------------------------------
 

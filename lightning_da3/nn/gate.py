@@ -8,27 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+
+from lightning_da3.nn.call import Executed, Place
 
 
-class Executed(NamedTuple):
-    """How much of one host ran.
-
-    Attributes:
-        gate: Zeros and ones, (N, 1, *grid).
-        macs: Multiply-accumulates of the host for one sample if every gate is open.
-    """
-
-    gate: Tensor
-    macs: float
-
-
-class Recorder(nn.Module):
-    """Notes how much of one host ran, once a call, in a list that the whole model shares.
+class Recorder(Place):
+    """Notes how much of one host ran in the call that runs.
 
     Args:
         host: Name of the host.
@@ -37,16 +27,12 @@ class Recorder(nn.Module):
     def __init__(self, host: str) -> None:
         super().__init__()
         self.host = host
-        self.write_into([])
-
-    def write_into(self, ledger: list[tuple[str, Executed]]) -> None:
-        """Use this list from now on."""
-        self.ledger = ledger
 
     def forward(self, gate: Tensor | None, macs: float | None) -> None:
         """Note a host's gate and its multiply-accumulates."""
-        if gate is not None and macs is not None:
-            self.ledger.append((self.host, Executed(gate, macs)))
+        ledger = self.calls.now.ledger
+        if ledger is not None and gate is not None and macs is not None:
+            ledger.append((self.host, Executed(gate, macs)))
 
 
 def executed_fraction(executed: Sequence[Executed]) -> Tensor:

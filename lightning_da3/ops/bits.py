@@ -42,6 +42,16 @@ def lies_channels_last(x: Tensor) -> bool:
     return layout is not None and not x.is_contiguous() and x.is_contiguous(memory_format=layout)
 
 
+def layout_of(x: Tensor) -> torch.memory_format:
+    """How `x` lies in memory: what gradients of it should be like.
+
+    PyTorch's own backward of instance norm takes it for granted on CPUs.
+    """
+    if not lies_channels_last(x):
+        return torch.contiguous_format
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+
+
 def has_no_values(x: Tensor) -> bool:
     """Whether `x` is fake, a shape without values, and nothing is being compiled."""
     return not torch.compiler.is_compiling() and is_fake(x)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_da3.ops.backward import once_differentiable
+from lightning_da3.ops.bits import layout_of
 from lightning_da3.ops.codes import Rows
 from lightning_da3.torch_private.kernels import (
     ADAPTIVE_AVG_POOL_BACKWARD,
@@ -100,7 +101,7 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.size = x.size()
+        ctx.size, ctx.layout = x.size(), layout_of(x)
         return x.view_as(x), pool(x, grid)
 
     @staticmethod
@@ -108,6 +109,8 @@ class _Read(torch.autograd.Function):
     def backward(
         ctx: Any, grad: Tensor | None, grad_pooled: Tensor | None
     ) -> tuple[Tensor | None, None]:
+        if grad is not None:
+            grad = grad.contiguous(memory_format=ctx.layout)
         if grad_pooled is None:
             return grad, None
         grad = writable(grad, ctx.size, grad_pooled)
