@@ -24,7 +24,7 @@ from lightning_da3.planning.places import common_owner, find_places, free_name
 from lightning_da3.planning.plan import HostPlan, NodePlan, PartPlan, Plan, RecomputeRegion
 from lightning_da3.planning.prologue import find_prologue
 from lightning_da3.planning.regions import RegionFinder
-from lightning_da3.planning.shapes import Shapes, find_shapes, sizes
+from lightning_da3.planning.shapes import Shapes, find_shapes, reductions, sizes
 from lightning_da3.planning.spans import SpanFinder
 from lightning_da3.planning.stored import find_stored
 from lightning_da3.tracing.graphs import Part, Traced, module_of
@@ -57,6 +57,7 @@ def make_plan(traced: Traced, config: DA3Config, examples: Sequence[Any] | None 
     """
     head = find_head(traced, config.head)
     drafts = [_draft(part, head, None if part.path else examples) for part in traced.parts]
+    _count_from_the_input_(drafts)
     if not any(draft.candidates for draft in drafts):
         for draft in drafts:
             draft.candidates = [(1.0, host) for host in draft.finder.any_layers()]
@@ -71,7 +72,21 @@ def make_plan(traced: Traced, config: DA3Config, examples: Sequence[Any] | None 
     ]
     parts = tuple(_plan_part(draft, least, config, training) for draft in drafts)
     python = tuple(traced.python.items())
-    return Plan(traced.network, parts, head, _input_channels(traced), python)
+    functions = tuple(traced.functions.items())
+    return Plan(traced.network, parts, head, _input_channels(traced), python, functions)
+
+
+def _count_from_the_input_(drafts: Sequence[_Draft]) -> None:
+    """Reductions of graphs that others call, counted from the network's input."""
+    before: dict[str, float] = {}  # by path of what a graph calls
+    for draft in drafts:
+        path = draft.part.path
+        holders = [p for p in before if path == p or path.startswith(f"{p}.")]
+        own = before[max(holders, key=len)] if holders else 1.0
+        draft.candidates = [(own * reduction, host) for reduction, host in draft.candidates]
+        for node, reduction in reductions(draft.part.gm).items():
+            if node.op == "call_module":
+                before[draft.part.user_name(str(node.target))] = own * reduction
 
 
 def _least_reduction(min_stride: int | str, most: float) -> float:
@@ -102,15 +117,13 @@ def _calls_one_of(part: Part, node: fx.Node, paths: Sequence[str]) -> bool:
     return any(path == called or path.startswith(f"{called}.") for path in paths)
 
 
-def _plan_part(
-    draft: _Draft, least: float, config: DA3Config, training: Sequence[str]
-) -> PartPlan:
+def _plan_part(draft: _Draft, least: float, config: DA3Config, training: Sequence[str]) -> PartPlan:
     gm, exact = draft.part.gm, config.memory.exact
     hosts = tuple(host for reduction, host in draft.candidates if reduction >= least)
     # what an island reads may come from one that is trained
     inputs = [n for n in draft.flow.activations if n.op == "placeholder" and draft.part.path]
-    inside = [path for path in training if path != draft.part.path]  # graphs that this one calls
-    inputs += [n for n in draft.flow.activations if _calls_one_of(draft.part, n, inside)]
+    others = [path for path in training if path != draft.part.path]  # graphs that this one calls
+    inputs += [n for n in draft.flow.activations if _calls_one_of(draft.part, n, others)]
     trained = trained_through(gm, hosts, inputs)
     places = find_places(gm)
     nodes = tuple(plan_nodes(gm, places, draft.head, draft.folds, trained, exact))

@@ -98,18 +98,30 @@ def _attempt(
     module: nn.Module, defaults: Collection[str], session: Session, path: str
 ) -> Graph | Exception:
     """The graph with the first inputs that fit, or why there is none."""
-    sizes = [None] if path else [*_inputs(module, session), None]
     mode = fake_mode_of(module) or FakeTensorMode(allow_non_fake_inputs=True)
-    for inputs in sizes:
-        for pair in [None] if inputs is None else probe_inputs(inputs):
-            try:
-                return _traced(module, defaults, pair and Probes(pair, mode), session, path)
-            except ProbeFailed as failed:
-                if failed.number == 0:
-                    break  # and not only the larger one
-            except Exception as error:  # noqa: BLE001  # the user's own forward: anything can come
-                return error
-    raise AssertionError("without probes none fails")
+    for inputs in () if path else _inputs(module, session):
+        for pair in probe_inputs(inputs):
+            found = _try(module, defaults, Probes(pair, mode), session, path)
+            if not isinstance(found, ProbeFailed):
+                return found
+            if found.number == 0:
+                break  # and not only the larger one
+    found = _try(module, defaults, None, session, path)
+    assert not isinstance(found, ProbeFailed)
+    return found
+
+
+def _try(
+    module: nn.Module,
+    defaults: Collection[str],
+    probes: Probes | None,
+    session: Session,
+    path: str,
+) -> Graph | Exception | ProbeFailed:
+    try:
+        return _traced(module, defaults, probes, session, path)
+    except (Exception, ProbeFailed) as error:  # noqa: BLE001  # the user's own forward: anything can come
+        return error
 
 
 def _inputs(module: nn.Module, session: Session) -> Iterator[Sequence[Any]]:

@@ -7,6 +7,7 @@ import linecache
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import CodeType, FrameType
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,7 +49,8 @@ def forwards_of_functions() -> dict[CodeType, str]:
     kinds: list[type] = [torch.autograd.Function]
     for kind in kinds:
         kinds += kind.__subclasses__()
-        code = getattr(inspect.unwrap(getattr(kind, "forward", None)), "__code__", None)
+        forward: Any = getattr(kind, "forward", None)
+        code = getattr(inspect.unwrap(forward), "__code__", None)
         if code is not None and kind is not torch.autograd.Function:
             found[code] = kind.__name__
     return found

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -128,9 +128,10 @@ class _Copies:
             return value
         if value not in self.functions:
             self.functions[value] = value
-            if isinstance(value, type):
+            if not isinstance(value, FunctionType):
                 apply = staticmethod(self.as_node(value.apply))
-                self.functions[value] = type(value)(value.__name__, (value,), {"apply": apply})
+                kind: Any = type(value)
+                self.functions[value] = kind(value.__name__, (value,), {"apply": apply})
             elif self._is_leaf(value):
                 self.functions[value] = self.as_node(value)
             elif self._is_concerned(value, set()):
@@ -195,8 +196,30 @@ def _is_apply(value: Any) -> bool:
     return value.__name__ == "apply" and _is_function_class(value.__self__)
 
 
-def _is_function_class(value: Any) -> bool:
+def _is_function_class(value: Any) -> TypeGuard[type[torch.autograd.Function]]:
     return isinstance(value, type) and issubclass(value, torch.autograd.Function)
+
+
+def names_asked(kind: type[nn.Module]) -> frozenset[str]:
+    """The names that a module's forward asks for, in methods and functions that it calls, too."""
+    found: set[str] = set()
+    seen: set[Any] = set()
+    waiting: list[Any] = [getattr(kind, "forward", None)]
+    while waiting:
+        value = inspect.unwrap(waiting.pop())
+        function = getattr(value, "__func__", value)
+        if not isinstance(function, FunctionType) or function in seen:
+            continue
+        seen.add(function)
+        home = function.__globals__
+        if str(home.get("__name__")).split(".")[0] == "torch":
+            continue
+        names = set(_names(function.__code__))
+        found |= names
+        waiting += [inspect.getattr_static(kind, name, None) for name in names]
+        waiting += [home.get(name) for name in names]
+        waiting += [_held(cell) for cell in function.__closure__ or ()]
+    return frozenset(found)
 
 
 def _names(code: CodeType) -> Iterator[str]:

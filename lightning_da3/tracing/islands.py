@@ -14,11 +14,12 @@ from torch import fx, nn
 
 from lightning_da3.layers import has_frozen_form
 from lightning_da3.torch_private.modules import FORWARD_HOOKS, HOOKS_WITH_KWARGS, hooks_of
+from lightning_da3.tracing.attempts import Session, traced_graph
 from lightning_da3.tracing.checks import check_convertible
 from lightning_da3.tracing.copying import frozen_copy
 from lightning_da3.tracing.graphs import Part, Traced
+from lightning_da3.tracing.interception import names_asked
 from lightning_da3.tracing.normalizing import normalize_
-from lightning_da3.tracing.attempts import Session, traced_graph
 from lightning_da3.tracing.probes import PROBED
 from lightning_da3.tracing.tracer import Tracer, first_line
 from lightning_da3.tracing.watching import states_kept
@@ -60,21 +61,23 @@ class _Islands:
         self.functions: dict[str, str] = {}
         self.done: dict[int, nn.Module] = {}  # a module may be registered in two places
 
-    def convert(self, module: nn.Module, path: str, *, called: bool = False) -> nn.Module:
+    def convert(
+        self, module: nn.Module, path: str, asked: frozenset[str] = frozenset()
+    ) -> nn.Module:
         """`module`, a graph of it, or itself with graphs inside.
 
         Args:
             module: Of the model.
             path: Where it is.
-            called: A graph calls it, and nothing else.
+            asked: The names that what calls it, and stays Python, asks for.
         """
         if id(module) in self.done:
             return self.done[id(module)]
-        result = self._convert(module, path, called)
+        result = self._convert(module, path, asked)
         self.done[id(module)] = result
         return result
 
-    def _convert(self, module: nn.Module, path: str, called: bool) -> nn.Module:
+    def _convert(self, module: nn.Module, path: str, asked: frozenset[str]) -> nn.Module:
         holder = isinstance(module, (nn.ModuleList, nn.ModuleDict))
         if path and not holder and Tracer().is_leaf_module(module, path):
             if not has_frozen_form(module):
@@ -83,9 +86,9 @@ class _Islands:
             self.parts.append(Part(path, gm, single=True))
             return gm
         reason = self.session.python.get(path)
-        if reason is None and path and not called:
-            reason = _called_by_name(module)
-            reason = reason and f"{type(module).__name__}: {reason}"
+        called = sorted(asked.intersection(_methods(module)))
+        if reason is None and called:
+            reason = f"{type(module).__name__}: its methods are called: {', '.join(called)}"
         if reason is None:
             try:
                 return self._graph(module, path)
@@ -93,9 +96,10 @@ class _Islands:
                 reason = f"{type(module).__name__}: {first_line(error)}"
         if not holder:
             self.python[path] = reason
+            asked |= names_asked(type(module))
         for name, child in module.named_children():
             prefix = f"{path}.{name}" if path else name
-            setattr(module, name, self.convert(child, prefix))
+            setattr(module, name, self.convert(child, prefix, asked))
         return module
 
     def _graph(self, module: nn.Module, path: str) -> fx.GraphModule:
@@ -107,7 +111,7 @@ class _Islands:
         index = len(self.parts)
         for name, child in found.opaque.items():
             owner, _, attribute = name.rpartition(".")
-            converted = self.convert(child, prefix + name, called=True)
+            converted = self.convert(child, prefix + name)
             setattr(module.get_submodule(owner), attribute, converted)
         for node in found.graph.nodes:
             node.type = None  # an annotation may be a string, with which no graph can be pickled
@@ -138,14 +142,13 @@ def _single(layer: nn.Module) -> fx.GraphModule:
     return gm
 
 
-def _called_by_name(module: nn.Module) -> str | None:
-    """Why a parent may need more of `module` than to call it."""
+def _methods(module: nn.Module) -> set[str]:
+    """The names of methods that a module has and PyTorch's containers have not."""
     known = set(dir(nn.Sequential)) | set(dir(nn.ModuleDict))
-    own = [
+    return {
         name
         for kind in type(module).__mro__
         if not kind.__module__.startswith(("torch.nn.modules.", "builtins"))
         for name, value in vars(kind).items()
-        if callable(value) and not name.startswith("_") and name not in known
-    ]
-    return f"it has methods that others may call: {', '.join(sorted(set(own)))}" if own else None
+        if callable(value) and not name.startswith("__") and name not in known
+    }

@@ -56,9 +56,9 @@ def _settle_ranks_(graph: fx.Graph, module: nn.Module) -> None:
             known[node] = rank
         elif node.target in _COMPARISONS and all(isinstance(a, int) for a in node.args):
             known[node] = node.target(*node.args)
-        elif node.target is ASSERTION and node.args[0] is True:
-            known[node] = True
-        elif node.target is must_be and node.args[0] == node.args[1]:
+        elif (node.target is ASSERTION and node.args[0] is True) or (
+            node.target is must_be and node.args[0] == node.args[1]
+        ):
             known[node] = True
     for node in reversed(known):
         graph.erase_node(node)

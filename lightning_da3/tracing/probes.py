@@ -28,12 +28,14 @@ PROBED = "probed"  # key of a node's meta: its values on the probes
 VARIES = "varies"  # key of a node's meta: what a number depends on: "", SIZE or STATE
 SIZE, STATE = "size", "state"
 # of tensors, and other at another time: in lower precision, on another device
-_STATES = ("dtype", "device", "is_cuda", "layout", "requires_grad", "grad_fn", "is_leaf", "stride")
-_STATES += ("is_contiguous", "type", "data_ptr", "storage_offset", "is_cpu", "is_mps", "grad")
+_STATES = (
+    *("dtype", "device", "type", "layout", "stride", "is_contiguous", "storage_offset", "data_ptr"),
+    *("is_cuda", "is_cpu", "is_mps", "requires_grad", "grad_fn", "is_leaf", "grad"),
+)
 _UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException, NotImplementedError)
 
 
-class ProbeFailed(BaseException):  # noqa: N818  # no error of a user's forward
+class ProbeFailed(BaseException):  # no error of a user's forward
     """A network does not take a probe's input.
 
     Args:
@@ -77,14 +79,10 @@ class Probes:
             return
         if any(PROBED not in i.meta for i in node.all_input_nodes):
             return
-        results = []
-        for number in range(len(self.inputs)):
-            try:
-                results.append(self._run(node, root, number))
-            except _UNKNOWN:
-                return
-            except Exception as error:
-                raise ProbeFailed(number, error) from error
+        try:
+            results = [self._run(node, root, number) for number in range(len(self.inputs))]
+        except _UNKNOWN:
+            return
         node.meta[PROBED] = tuple(results)
         node.meta[VARIES] = _varies(node, results)
 
@@ -109,6 +107,10 @@ class Probes:
         try:
             with quiet(), torch.no_grad(), self.mode:
                 return _call(node, root, args, kwargs)
+        except _UNKNOWN:
+            raise
+        except Exception as error:
+            raise ProbeFailed(number, error) from error
         finally:
             self.at_work = False
 
@@ -169,7 +171,7 @@ def _varies(node: fx.Node, results: Sequence[Any]) -> str:
     sized = isinstance(source, fx.Node) and isinstance(source.meta[PROBED][0], torch.Size)
     if sized and getattr(node.target, "__name__", "") in ("getitem", "len"):
         return "" if _same(results) else SIZE
-    kinds = [i.meta.get(VARIES, "") for i in node.all_input_nodes]
+    kinds: list[str] = [i.meta.get(VARIES, "") for i in node.all_input_nodes]
     return max([*kinds, "" if _same(results) else SIZE], key=len)
 
 
@@ -226,7 +228,8 @@ def probe_inputs(inputs: Sequence[Any]) -> Iterator[list[list[Any]]]:
 
     first = with_sizes(lambda _: {}, 1)
     tried: list[list[Any]] = []
-    for axes in (spatial, tokens, lambda _: {}):
+    ways: tuple[Callable[[Tensor], dict[int, int]], ...] = (spatial, tokens, lambda _: {})
+    for axes in ways:
         second = with_sizes(axes, 2)
         if not any(_sizes(second) == _sizes(other) for other in tried):
             tried.append(second)

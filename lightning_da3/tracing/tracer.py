@@ -23,16 +23,16 @@ from lightning_da3.nn.python import PythonFunction
 from lightning_da3.tracing import frames
 from lightning_da3.tracing.aliases import Aliases
 from lightning_da3.tracing.interception import FACTORIES, intercepted
-from lightning_da3.tracing.probes import PROBED, SIZE, VARIES, ProbeFailed, Probes, versions
+from lightning_da3.tracing.probes import PROBED, SIZE, VARIES, Probes, versions
 from lightning_da3.tracing.values import Value
 from lightning_da3.tracing.watching import Draws, Modes, Snapshot, plain_modes, random_states
 
 
-class CannotTrace(fx.proxy.TraceError):  # type: ignore[misc]
+class CannotTrace(fx.proxy.TraceError):
     """A graph cannot hold what a forward does."""
 
 
-class NewLeaf(BaseException):  # noqa: N818  # no error of a user's forward
+class NewLeaf(BaseException):  # no error of a user's forward
     """A function is to become a node: trace again, with it among the leaves.
 
     Args:
@@ -80,6 +80,7 @@ class Tracer(fx.Tracer):
         self.aliases = Aliases(whole=whole)
         self._modes: Modes | None = None
         self._erased: set[fx.Node] = set()
+        self._done = False
         self._forwards = frames.forwards_of_functions()
 
     # --- what torch.fx asks -----------------------------------------------------------------------
@@ -150,7 +151,7 @@ class Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     ) -> Any:
-        """A layer is a node, and so is what a graph cannot hold; else the forward is looked into."""
+        """A layer is a node, and so is what a graph cannot hold; others are looked into."""
         if self._probing:
             return m.forward(*args, **kwargs)
         path = self.path_of_module(m)
@@ -195,6 +196,7 @@ class Tracer(fx.Tracer):
         with ExitStack() as stack:
             stack.enter_context(plain_modes())
             stack.enter_context(intercepted(self._as_node, self.leaves, looked_into))
+            stack.callback(self._forget_functions)
             self._snapshot = Snapshot(root)
             stack.callback(self._snapshot.restore)
             stack.enter_context(Draws(self._drawn, lambda: self._probing))
@@ -210,6 +212,7 @@ class Tracer(fx.Tracer):
                 raise
             finally:
                 self._modes = None
+            self._done = True
         return graph
 
     def reason(self, function: Any) -> str:
@@ -332,6 +335,11 @@ class Tracer(fx.Tracer):
             self.root.add_module(name, PythonFunction(function))
             self.functions[function] = name
         return self.functions[function]
+
+    def _forget_functions(self) -> None:
+        """What calls functions is in the module if there is a graph that calls it."""
+        for name in self.functions.values() if not self._done else ():
+            delattr(self.root, name)
 
     def _drawn(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Random numbers that no traced value is asked for are drawn in every call."""

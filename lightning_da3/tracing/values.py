@@ -20,14 +20,14 @@ class Value(fx.Proxy):
 
     tracer: Any
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[override]  # isinstance asks for it
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # isinstance asks for it
         probed = self.node.meta.get(PROBED) if type(self) is Value else None
         if probed is None or probed[0] is None:
             return type(self)
         return Tensor if isinstance(probed[0], Tensor) else type(probed[0])
 
-    def __getattr__(self, name: str) -> Field:
+    def __getattr__(self, name: str) -> Any:
         return Field(self, name)
 
     def __int__(self) -> int:
@@ -59,8 +59,8 @@ class Field(Value):
         self.root, self.attr, self.tracer = root, name, root.tracer
         self._node: fx.Node | None = None
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         probed = self.root.node.meta.get(PROBED)
         if probed is None or not hasattr(probed[0], self.attr):
             return Field
@@ -68,12 +68,14 @@ class Field(Value):
 
     @property
     def node(self) -> Any:  # type: ignore[override]
+        """The node of the attribute."""
         if self._node is None:
             args = (self.root, self.attr)
             self._node = self.tracer.create_proxy("call_function", getattr, args, {}).node
         return self._node
 
-    def __call__(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A call of the method."""
         return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
 
 
