@@ -27,7 +27,7 @@ class Budgeted(Protocol):
     """The part of a DA3Model that is used here."""
 
     budget_policy: BudgetPolicy
-    gate_loss_scale: float
+    gate_loss_scale: float | None
     gates_over_ranks: bool
     calls: Calls
 
@@ -92,7 +92,8 @@ def accumulated(
     for part, samples, last in _parts(model.budget_policy, batch, count):
         weight, own = samples / count, noise.part(start, samples)
         start += samples
-        with _gates_of(model, weight * (model.gate_loss_scale if last else scale), own):
+        factor = model.gate_loss_scale if last else scale
+        with _gates_of(model, None if factor is None else weight * factor, own):
             with contextlib.nullcontext() if last else unsynced():
                 output = step(part)
             if here.executed is not None:
@@ -128,7 +129,7 @@ def _parts(policy: BudgetPolicy, batch: Any, count: int) -> Iterator[tuple[Any, 
 
 
 @contextlib.contextmanager
-def _gates_of(model: Budgeted, scale: float, noise: Noise) -> Iterator[None]:
+def _gates_of(model: Budgeted, scale: float | None, noise: Noise) -> Iterator[None]:
     """A part's gates have a budget of their own: another rank may have other parts."""
     before = model.gate_loss_scale, model.gates_over_ranks
     model.gate_loss_scale, model.gates_over_ranks = scale, False

@@ -51,13 +51,13 @@ def laid_out(output: Any, inputs: Any) -> Any:
     return tree_map_only(Tensor, lambda y: y.contiguous() if lies_channels_last(y) else y, output)
 
 
-def carrying(output: Any, loss: Tensor, scale: float) -> Any:
+def carrying(output: Any, loss: Tensor, scale: float | Tensor | None) -> Any:
     """The output, whose first tensor that requires a gradient carries a loss into the backward.
 
     Args:
         output: Any nesting of tensors and dataclasses.
         loss: A scalar.
-        scale: The loss's factor.
+        scale: The loss's factor, as `with_loss` takes it.
     """
     leaves, structure = tree_flatten(output)
     for i, leaf in enumerate(leaves):

@@ -11,6 +11,7 @@ from torch import nn
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import ConfigError
 from lightning_da3.nn.adapter import Adapter
+from lightning_da3.nn.call import LossUnit
 from lightning_da3.nn.head import Head, new_head
 from lightning_da3.nn.statistics import Statistics
 from lightning_da3.passes.hosts import host_key
@@ -25,6 +26,9 @@ class Domain(nn.Module):
         head: The domain's classifier, or None if it uses the backbone's own.
         num_classes: The number of scores that the head gives.
         class_names: One name for every score, or None.
+
+    Attributes:
+        loss_unit: In what unit its losses come.
 
     Raises:
         ConfigError: `class_names` are no strings, or not as many as there are classes.
@@ -43,6 +47,7 @@ class Domain(nn.Module):
         self.head = head
         self.num_classes = num_classes
         self.class_names = checked_class_names(class_names, num_classes)
+        self.loss_unit = LossUnit()
 
     def adapter(self, host: str) -> Adapter:
         """The adapter of the host of this name."""

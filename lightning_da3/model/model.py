@@ -65,7 +65,10 @@ class DA3Model(MultiDomain):
         bank: The domains by name.
         budget_policy: Splits training batches so that a step stays within a budget.
         progress: How far training is, in [0, 1].
-        gate_loss_scale: A factor of the gates' loss.
+        gate_loss_scale: What the loss is multiplied by before its backward, such as 1/k where the
+            gradients of k batches add up, so that the gates' loss is as well. None: measured by
+            the gradients that come in (`lightning_da3.nn.gate.with_loss`). A Trainer that steps
+            automatically says it.
         gates_over_ranks: Every training batch is a rank's part of a global one.
     """
 
@@ -82,7 +85,7 @@ class DA3Model(MultiDomain):
         self.original = original or Original()
         self.budget_policy = BudgetPolicy(config.memory)
         self.progress = 1.0
-        self.gate_loss_scale = 1.0
+        self.gate_loss_scale: float | None = None
         self.gates_over_ranks = False
         self.train(self.training)
 
@@ -117,7 +120,10 @@ class DA3Model(MultiDomain):
         executed = self._executed(ledger)
         output = laid_out(output, (args, kwargs))
         if executed and self.config.gate and self.training and torch.is_grad_enabled():
-            return carrying(output, self.gate_loss(executed), self.gate_loss_scale)
+            loss, scale = self.gate_loss(executed), self.gate_loss_scale
+            if scale is None and call.unit is not None:
+                return carrying(output, loss, call.unit.on(loss.device))
+            return carrying(output, loss, scale)
         return output
 
     def _run_mixed(self, domains: Domains, args: Any, kwargs: Any) -> list[Any]:
@@ -148,7 +154,7 @@ class DA3Model(MultiDomain):
         if gate is None or not (gate.noise and self.training and self.progress < NOISE_UNTIL):
             return call
         noise = self.calls.here.noise or Noise(batch_size(args, kwargs) or 0)
-        return Call(call.adapters, call.head, noise)
+        return call.with_noise(noise)
 
     def _run_within_budget(self, call: Call, args: Any, kwargs: Any) -> tuple[Any, Ledger]:
         """`_run`; a training step's batch goes in microbatches if it would exceed the budget."""
@@ -174,8 +180,7 @@ class DA3Model(MultiDomain):
     def _run(self, call: Call, *args: Any, **kwargs: Any) -> tuple[Any, Ledger]:
         """One pass through the backbone: the output, and how much of every host was executed."""
         ledger: Ledger = []
-        noted = Call(call.adapters, call.head, call.noise, call.features, ledger)
-        with self.calls.running(noted), self._python():
+        with self.calls.running(call.noted_in(ledger)), self._python():
             return self.backbone(*args, **kwargs), ledger
 
     def _python(self) -> AbstractContextManager[Any]:

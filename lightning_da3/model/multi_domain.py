@@ -235,16 +235,21 @@ class MultiDomain(nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         """What a state dict must say beside its tensors; plain types only."""
         domains = {name: self.domain(name) for name in self.domains}
+        units = {name: float(domain.loss_unit.value) for name, domain in domains.items()}
+        units = {name: unit for name, unit in units.items() if unit}  # of those that were measured
         return {
             "backbone": self.fingerprint,
             "config": self.config.to_dict(),
             "num_classes": {name: domain.num_classes for name, domain in domains.items()},
             "class_names": {name: domain.class_names for name, domain in domains.items()},
             "active": self._active,
+            **({"loss_units": units} if units else {}),
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Do nothing: `complete_state` used all of it before the tensors were loaded."""
+        """Take what `complete_state` did not use before the tensors were loaded."""
+        for name, unit in state.get("loss_units", {}).items():
+            self.domain(name).loss_unit.value.fill_(unit)
 
     # --- parts ------------------------------------------------------------------------------------
 

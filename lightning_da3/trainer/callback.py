@@ -178,6 +178,7 @@ class DA3Callback(EvaluatesByDomain):
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.session.network.gates_over_ranks = False
+        self.session.network.gate_loss_scale = None  # another loop may follow
 
     @override
     def on_train_batch_start(
@@ -185,7 +186,8 @@ class DA3Callback(EvaluatesByDomain):
     ) -> None:
         model = self.session.network
         model.set_progress(_progress(trainer))
-        model.gate_loss_scale = loss_scale(trainer) / trainer.accumulate_grad_batches
+        if pl_module.automatic_optimization:  # else the module's own step may do as it likes
+            model.gate_loss_scale = loss_scale(trainer) / trainer.accumulate_grad_batches
         self.figures.step_begins(trainer, pl_module, batch)
 
     @override

@@ -3,6 +3,7 @@
 import pickle
 import warnings
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -159,15 +160,23 @@ def test_nan_stops_training_and_keeps_the_last_good_state(tmp_path):
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 def test_precisions_accumulation_and_clipping(tmp_path, precision):
     module = lit()
+    scales = []
+
+    class Notes(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            scales.append(pl_module.net.gate_loss_scale)
+
     fitter = trainer(
         tmp_path,
         callback(),
+        callbacks=[Notes()],
         precision=precision,
         accumulate_grad_batches=3,
         gradient_clip_val=0.5,
     )
     fitter.fit(module, data())
-    assert module.net.gate_loss_scale == pytest.approx(1 / 3)
+    assert scales == pytest.approx([1 / 3] * len(scales))
+    assert module.net.gate_loss_scale is None  # whoever trains it next may do otherwise
     assert all(v.isfinite().all() for v in parameters(module, "a").values())
 
 
@@ -260,3 +269,16 @@ def test_no_warning_of_ours(tmp_path):
         warnings.simplefilter("always")
         trainer(tmp_path, callback()).fit(lit(), data())
     assert [w for w in caught if "lightning_da3" in w.filename] == []
+
+
+def test_a_step_of_the_module_s_own_may_scale_its_loss(tmp_path):
+    scales = []
+
+    class Scaled(Manual):
+        def on_train_batch_end(self, *_):
+            scales.append(self.net.gate_loss_scale)
+
+    module = Scaled()
+    trainer(tmp_path, callback()).fit(module, data())
+    assert set(scales) == {None}
+    assert module.net.domain("a").loss_unit.value > 0
