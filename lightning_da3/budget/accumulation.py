@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from lightning_da3.budget.microbatches import Microbatches, cut, samples_in
 from lightning_da3.budget.policy import BudgetPolicy
-from lightning_da3.errors import DA3Error
+from lightning_da3.config import is_finite
+from lightning_da3.errors import ConfigError, DA3Error
+from lightning_da3.formatting import shown
 from lightning_da3.nn.call import Calls, Noise
 
 Step = Callable[[Any], Any]
@@ -82,9 +84,11 @@ def accumulated(
 
     Raises:
         InputError: The samples of the batch are not known.
-        ConfigError: The budget cannot be held.
+        ConfigError: The budget cannot be held, or `scale` is no such factor.
         DA3Error: A part has no loss.
     """
+    if not (is_finite(scale) and scale > 0):
+        raise ConfigError(f"`scale` must be a finite number above 0, got {shown(scale)}.")
     known = [p for p in parameters or model.parameters() if p.requires_grad]
     sums: list[Tensor | None] = [None] * len(known)
     value, fraction, count = torch.zeros(()), torch.zeros(()), samples_in(batch)

@@ -19,10 +19,11 @@ from lightning_da3.budget.microbatches import (
     samples_in,
 )
 from lightning_da3.budget.policy import BudgetPolicy
-from lightning_da3.config import DA3Config
+from lightning_da3.config import DA3Config, is_finite
 from lightning_da3.eager import KeepsLess
-from lightning_da3.errors import InputError
-from lightning_da3.model.batches import carrying, check_input, laid_out
+from lightning_da3.errors import ConfigError, InputError
+from lightning_da3.formatting import shown
+from lightning_da3.model.batches import carrying, check_input, explain_types, laid_out
 from lightning_da3.model.mixed import NEAREST, Domains, by_sample, check_domains
 from lightning_da3.model.modes import hold_in_eval_
 from lightning_da3.model.multi_domain import MultiDomain
@@ -181,7 +182,11 @@ class DA3Model(MultiDomain):
         """One pass through the backbone: the output, and how much of every host was executed."""
         ledger: Ledger = []
         with self.calls.running(call.noted_in(ledger)), self._python():
-            return self.backbone(*args, **kwargs), ledger
+            try:
+                return self.backbone(*args, **kwargs), ledger
+            except RuntimeError as error:
+                explain_types((args, kwargs), self.dtype, self.plan.network, error)
+                raise
 
     def _python(self) -> AbstractContextManager[Any]:
         """What stays Python keeps less inside; a compiler sees to that by itself."""
@@ -241,9 +246,14 @@ class DA3Model(MultiDomain):
 
         Raises:
             DomainError: There is no such domain.
+            ConfigError: `batches` are none.
             InputError: A batch does not fit the network, or there are fewer than two samples.
         """
         domain, device = self.domain(name), self._device
+        if not isinstance(batches, Iterable):
+            raise ConfigError(
+                f"`batches` must be a list or a loader of batches, got {type(batches).__name__}."
+            )
         statistics = new_statistics(self.plan, device)
         firsts = (batch[0] if isinstance(batch, (list, tuple)) else batch for batch in batches)
         statistics.fit(
@@ -295,7 +305,16 @@ class DA3Model(MultiDomain):
         return self
 
     def set_progress(self, progress: float) -> None:
-        """Say how far training is, in [0, 1]: closes the gates slowly and ends their noise."""
+        """Say how far training is, in [0, 1]: closes the gates slowly and ends their noise.
+
+        Raises:
+            ConfigError: It is no such number.
+        """
+        if not (is_finite(progress) and 0.0 <= progress <= 1.0):
+            raise ConfigError(
+                "`progress` must be a number in [0, 1], such as step / steps, got "
+                f"{shown(progress)}."
+            )
         self.progress = progress
 
     def extra_repr(self) -> str:

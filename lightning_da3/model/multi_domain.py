@@ -14,6 +14,7 @@ from lightning_da3.config import DA3Config
 from lightning_da3.errors import CheckpointError, DA3Error, DomainError
 from lightning_da3.files.domain_file import domain_file_bytes, read_domain, write_domain
 from lightning_da3.files.names import check_name
+from lightning_da3.formatting import shown
 from lightning_da3.model.domain import Bank, Domain, new_domain
 from lightning_da3.model.identity import check_identity, identity
 from lightning_da3.model.nearest import new_statistics
@@ -72,9 +73,9 @@ class MultiDomain(nn.Module):
         Raises:
             DomainError: There is no such domain.
         """
-        if name not in self.bank:
+        if not isinstance(name, str) or name not in self.bank:
             raise DomainError(
-                f"There is no domain {name!r}. There are {self.domains}; "
+                f"There is no domain {shown(name)}. There are {self.domains}; "
                 "`add_domain(name, num_classes)` makes a new one."
             )
         return cast(Domain, self.bank[name])

@@ -53,7 +53,9 @@ def _checksum(value: Tensor, weights: Tensor) -> int:
     bits = value.detach().contiguous().view(-1)
     bits = bits.view({1: torch.int8, 2: torch.int16}.get(value.itemsize, torch.int32))
     total = 0
-    for part in bits.split(len(weights)):  # a weight for every position, and sums modulo 2^64
+    for part in torch.split(
+        bits, len(weights)
+    ):  # a weight for every position, and sums modulo 2^64
         total = (total * _FACTOR + int(part.long().mul_(weights[: len(part)]).sum())) % 2**64
     return total
 

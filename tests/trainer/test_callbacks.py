@@ -1,6 +1,7 @@
 """DA3Callback in real Trainers, on tiny networks made at every point where users make them."""
 
 import pickle
+import sys
 import warnings
 
 import lightning as L
@@ -282,3 +283,30 @@ def test_a_step_of_the_module_s_own_may_scale_its_loss(tmp_path):
     trainer(tmp_path, callback()).fit(module, data())
     assert set(scales) == {None}
     assert module.net.domain("a").loss_unit.value > 0
+
+
+def test_a_step_without_an_active_domain_says_so(tmp_path):
+    class Alone(Lit):
+        def training_step(self, batch, batch_idx):
+            self.net.set_domain(None)
+            return super().training_step(batch, batch_idx)
+
+    class Detached(Lit):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx).detach()
+
+    with pytest.raises(DA3Error, match=r"no domain is active.*set_domain\(name\).*\['a'\]"):
+        trainer(tmp_path, callback()).fit(Alone(), data())
+    with pytest.raises(DA3Error, match=r"though domain 'a' is active: .* detaches its output"):
+        trainer(tmp_path, callback()).fit(Detached(), data())
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="errors take no notes")
+def test_targets_that_are_no_class_are_explained(tmp_path):
+    class Beyond(Lit):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch[0], batch[1] + 5), batch_idx)
+
+    with pytest.raises(IndexError, match="out of bounds") as caught:
+        trainer(tmp_path, callback()).fit(Beyond(), data())
+    assert "num_classes=2, so that its targets must be 0 to 1" in str(caught.value.__notes__)
