@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,7 +25,7 @@ NO_FINGERPRINT = "0" * 64
 
 def convert(
     backbone: nn.Module,
-    config: DA3Config | None = None,
+    config: DA3Config | Mapping[str, Any] | None = None,
     example_inputs: Any = None,
 ) -> DA3Model:
     """Turn a pretrained network into one that learns domains in little memory.
@@ -34,7 +35,7 @@ def convert(
 
     Args:
         backbone: Any network that `torch.fx` can trace; left unchanged.
-        config: Choices; the defaults are good.
+        config: Choices, or a dict of them as YAML gives it; the defaults are good.
         example_inputs: A tensor or a tuple of the network's arguments. If given, their shapes
             decide what is computed again, instead of guessed ones; and the converted network is
             run once on them and must reproduce the backbone, which finds unusual networks before
@@ -66,7 +67,7 @@ def convert(
     return model.train(backbone.training)
 
 
-def _checked(backbone: nn.Module, config: DA3Config | None) -> DA3Config:
+def _checked(backbone: nn.Module, config: DA3Config | Mapping[str, Any] | None) -> DA3Config:
     if not isinstance(backbone, nn.Module):
         raise ConfigError(f"`backbone` must be a torch.nn.Module, got {type(backbone).__name__}.")
     if any(isinstance(module, DA3Model) for module in backbone.modules()):
@@ -74,9 +75,7 @@ def _checked(backbone: nn.Module, config: DA3Config | None) -> DA3Config:
             f"{type(backbone).__name__} is converted already. One conversion serves every domain: "
             "call `add_domain` on the DA3Model instead."
         )
-    if config is not None and not isinstance(config, DA3Config):
-        raise ConfigError(f"`config` must be a DA3Config, got {type(config).__name__}.")
-    return config or DA3Config()
+    return DA3Config.of(config)
 
 
 @torch.no_grad()

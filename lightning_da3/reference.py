@@ -77,7 +77,10 @@ class PlainPyTorch:
             return self.root(*args, **kwargs)
 
     def loss(self) -> Tensor | float:
-        """The budget loss of the gates in the last call, 0 without gates."""
+        """The budget loss of the gates in the last call, 0 without gates.
+
+        Added to a loss, it has the gradients of a model whose `gate_loss_scale` is 1.
+        """
         gate = self.model.config.gate
         if gate is None or not self.executed:
             return 0.0

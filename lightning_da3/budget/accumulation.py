@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from lightning_da3.budget.microbatches import Microbatches, cut, samples_in
 from lightning_da3.budget.policy import BudgetPolicy
-from lightning_da3.errors import DA3Error
+from lightning_da3.config import is_finite
+from lightning_da3.errors import ConfigError, DA3Error
+from lightning_da3.formatting import shown
 from lightning_da3.nn.call import Calls, Noise
 
 Step = Callable[[Any], Any]
@@ -27,7 +29,7 @@ class Budgeted(Protocol):
     """The part of a DA3Model that is used here."""
 
     budget_policy: BudgetPolicy
-    gate_loss_scale: float
+    gate_loss_scale: float | None
     gates_over_ranks: bool
     calls: Calls
 
@@ -82,9 +84,11 @@ def accumulated(
 
     Raises:
         InputError: The samples of the batch are not known.
-        ConfigError: The budget cannot be held.
+        ConfigError: The budget cannot be held, or `scale` is no such factor.
         DA3Error: A part has no loss.
     """
+    if not (is_finite(scale) and scale > 0):
+        raise ConfigError(f"`scale` must be a finite number above 0, got {shown(scale)}.")
     known = [p for p in parameters or model.parameters() if p.requires_grad]
     sums: list[Tensor | None] = [None] * len(known)
     value, fraction, count = torch.zeros(()), torch.zeros(()), samples_in(batch)
@@ -92,7 +96,8 @@ def accumulated(
     for part, samples, last in _parts(model.budget_policy, batch, count):
         weight, own = samples / count, noise.part(start, samples)
         start += samples
-        with _gates_of(model, weight * (model.gate_loss_scale if last else scale), own):
+        factor = model.gate_loss_scale if last else scale
+        with _gates_of(model, None if factor is None else weight * factor, own):
             with contextlib.nullcontext() if last else unsynced():
                 output = step(part)
             if here.executed is not None:
@@ -128,7 +133,7 @@ def _parts(policy: BudgetPolicy, batch: Any, count: int) -> Iterator[tuple[Any, 
 
 
 @contextlib.contextmanager
-def _gates_of(model: Budgeted, scale: float, noise: Noise) -> Iterator[None]:
+def _gates_of(model: Budgeted, scale: float | None, noise: Noise) -> Iterator[None]:
     """A part's gates have a budget of their own: another rank may have other parts."""
     before = model.gate_loss_scale, model.gates_over_ranks
     model.gate_loss_scale, model.gates_over_ranks = scale, False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from lightning_da3.errors import DomainError
+from lightning_da3.formatting import shown
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
@@ -17,6 +18,6 @@ def check_name(name: object) -> None:
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise DomainError(
-            f"{name!r} cannot name a domain: use 1 to 100 letters, digits, '-' and '_', "
+            f"{shown(name)} cannot name a domain: use 1 to 100 letters, digits, '-' and '_', "
             "beginning with a letter or digit."
         )

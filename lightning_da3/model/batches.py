@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_da3.errors import InputError
@@ -44,6 +45,29 @@ def check_input(args: Sequence[Any], plan: Plan) -> None:
         raise InputError(f"{plan.network} takes batches of shape ({shape}), got {tuple(x.shape)}.")
 
 
+def explain_types(inputs: Any, dtype: torch.dtype, network: str, error: RuntimeError) -> None:
+    """Say what is wrong with inputs of another type than the network's, if there are any.
+
+    Args:
+        inputs: What the network was called with.
+        dtype: The type that it computes in.
+        network: Its name.
+        error: What PyTorch says of them.
+
+    Raises:
+        InputError: There are some, and autocast is off.
+    """
+    for x in tree_leaves(inputs):
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == dtype:
+            continue
+        if not torch.is_autocast_enabled(x.device.type):
+            raise InputError(
+                f"{network} computes in {dtype}, got a batch of {x.dtype} ({error}). Convert it, "
+                f"`batch.to({dtype})`; convert the network, `model.to({x.dtype})`; or compute "
+                f"inside `torch.autocast({x.device.type!r}, dtype={x.dtype})`."
+            ) from error
+
+
 def laid_out(output: Any, inputs: Any) -> Any:
     """The output with contiguous maps if the inputs' are: what follows may take views of them."""
     if any(isinstance(x, Tensor) and lies_channels_last(x) for x in tree_leaves(inputs)):
@@ -51,13 +75,13 @@ def laid_out(output: Any, inputs: Any) -> Any:
     return tree_map_only(Tensor, lambda y: y.contiguous() if lies_channels_last(y) else y, output)
 
 
-def carrying(output: Any, loss: Tensor, scale: float) -> Any:
+def carrying(output: Any, loss: Tensor, scale: float | Tensor | None) -> Any:
     """The output, whose first tensor that requires a gradient carries a loss into the backward.
 
     Args:
         output: Any nesting of tensors and dataclasses.
         loss: A scalar.
-        scale: The loss's factor.
+        scale: The loss's factor, as `with_loss` takes it.
     """
     leaves, structure = tree_flatten(output)
     for i, leaf in enumerate(leaves):

@@ -19,10 +19,11 @@ from lightning_da3.budget.microbatches import (
     samples_in,
 )
 from lightning_da3.budget.policy import BudgetPolicy
-from lightning_da3.config import DA3Config
+from lightning_da3.config import DA3Config, is_finite
 from lightning_da3.eager import KeepsLess
-from lightning_da3.errors import InputError
-from lightning_da3.model.batches import carrying, check_input, laid_out
+from lightning_da3.errors import ConfigError, InputError
+from lightning_da3.formatting import shown
+from lightning_da3.model.batches import carrying, check_input, explain_types, laid_out
 from lightning_da3.model.mixed import NEAREST, Domains, by_sample, check_domains
 from lightning_da3.model.modes import hold_in_eval_
 from lightning_da3.model.multi_domain import MultiDomain
@@ -66,7 +67,10 @@ class DA3Model(MultiDomain):
         bank: The domains by name.
         budget_policy: Splits training batches so that a step stays within a budget.
         progress: How far training is, in [0, 1].
-        gate_loss_scale: A factor of the gates' loss.
+        gate_loss_scale: What the loss is multiplied by before its backward, such as 1/k where the
+            gradients of k batches add up, so that the gates' loss is as well. None: measured by
+            the gradients that come in (`lightning_da3.nn.gate.with_loss`). A Trainer that steps
+            automatically says it.
         gates_over_ranks: Every training batch is a rank's part of a global one.
     """
 
@@ -83,7 +87,7 @@ class DA3Model(MultiDomain):
         self.original = original or Original()
         self.budget_policy = BudgetPolicy(config.memory)
         self.progress = 1.0
-        self.gate_loss_scale = 1.0
+        self.gate_loss_scale: float | None = None
         self.gates_over_ranks = False
         self.train(self.training)
 
@@ -118,7 +122,11 @@ class DA3Model(MultiDomain):
         executed = self._executed(ledger)
         output = laid_out(output, (args, kwargs))
         if executed and self.config.gate and self.training and torch.is_grad_enabled():
-            output = carrying(output, self.gate_loss(executed), self.gate_loss_scale)
+            loss, scale = self.gate_loss(executed), self.gate_loss_scale
+            if scale is None and call.unit is not None:
+                output = carrying(output, loss, call.unit.on(loss.device))
+            else:
+                output = carrying(output, loss, scale)
         if name is not None and torch.is_grad_enabled():
             trains_later_(output, self.domain(name), lambda: self._active == name)
         return output
@@ -151,7 +159,7 @@ class DA3Model(MultiDomain):
         if gate is None or not (gate.noise and self.training and self.progress < NOISE_UNTIL):
             return call
         noise = self.calls.here.noise or Noise(batch_size(args, kwargs) or 0)
-        return Call(call.adapters, call.head, noise)
+        return call.with_noise(noise)
 
     def _run_within_budget(self, call: Call, args: Any, kwargs: Any) -> tuple[Any, Ledger]:
         """`_run`; a training step's batch goes in microbatches if it would exceed the budget."""
@@ -177,9 +185,12 @@ class DA3Model(MultiDomain):
     def _run(self, call: Call, *args: Any, **kwargs: Any) -> tuple[Any, Ledger]:
         """One pass through the backbone: the output, and how much of every host was executed."""
         ledger: Ledger = []
-        noted = Call(call.adapters, call.head, call.noise, call.features, ledger)
-        with self.calls.running(noted), self._python():
-            return self.backbone(*args, **kwargs), ledger
+        with self.calls.running(call.noted_in(ledger)), self._python():
+            try:
+                return self.backbone(*args, **kwargs), ledger
+            except RuntimeError as error:
+                explain_types((args, kwargs), self.dtype, self.plan.network, error)
+                raise
 
     def _python(self) -> AbstractContextManager[Any]:
         """What stays Python keeps less inside; a compiler sees to that by itself."""
@@ -239,9 +250,14 @@ class DA3Model(MultiDomain):
 
         Raises:
             DomainError: There is no such domain.
+            ConfigError: `batches` are none.
             InputError: A batch does not fit the network, or there are fewer than two samples.
         """
         domain, device = self.domain(name), self._device
+        if not isinstance(batches, Iterable):
+            raise ConfigError(
+                f"`batches` must be a list or a loader of batches, got {type(batches).__name__}."
+            )
         statistics = new_statistics(self.plan, device)
         firsts = (batch[0] if isinstance(batch, (list, tuple)) else batch for batch in batches)
         statistics.fit(
@@ -293,7 +309,16 @@ class DA3Model(MultiDomain):
         return self
 
     def set_progress(self, progress: float) -> None:
-        """Say how far training is, in [0, 1]: closes the gates slowly and ends their noise."""
+        """Say how far training is, in [0, 1]: closes the gates slowly and ends their noise.
+
+        Raises:
+            ConfigError: It is no such number.
+        """
+        if not (is_finite(progress) and 0.0 <= progress <= 1.0):
+            raise ConfigError(
+                "`progress` must be a number in [0, 1], such as step / steps, got "
+                f"{shown(progress)}."
+            )
         self.progress = progress
 
     def extra_repr(self) -> str:

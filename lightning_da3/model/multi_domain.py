@@ -14,6 +14,7 @@ from lightning_da3.config import DA3Config
 from lightning_da3.errors import CheckpointError, DA3Error, DomainError
 from lightning_da3.files.domain_file import domain_file_bytes, read_domain, write_domain
 from lightning_da3.files.names import check_name
+from lightning_da3.formatting import shown
 from lightning_da3.model.domain import Bank, Domain, new_domain
 from lightning_da3.model.identity import check_identity, identity
 from lightning_da3.model.nearest import new_statistics
@@ -72,9 +73,9 @@ class MultiDomain(nn.Module):
         Raises:
             DomainError: There is no such domain.
         """
-        if name not in self.bank:
+        if not isinstance(name, str) or name not in self.bank:
             raise DomainError(
-                f"There is no domain {name!r}. There are {self.domains}; "
+                f"There is no domain {shown(name)}. There are {self.domains}; "
                 "`add_domain(name, num_classes)` makes a new one."
             )
         return cast(Domain, self.bank[name])
@@ -235,16 +236,21 @@ class MultiDomain(nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         """What a state dict must say beside its tensors; plain types only."""
         domains = {name: self.domain(name) for name in self.domains}
+        units = {name: float(domain.loss_unit.value) for name, domain in domains.items()}
+        units = {name: unit for name, unit in units.items() if unit}  # of those that were measured
         return {
             "backbone": self.fingerprint,
             "config": self.config.to_dict(),
             "num_classes": {name: domain.num_classes for name, domain in domains.items()},
             "class_names": {name: domain.class_names for name, domain in domains.items()},
             "active": self._active,
+            **({"loss_units": units} if units else {}),
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Do nothing: `complete_state` used all of it before the tensors were loaded."""
+        """Take what `complete_state` did not use before the tensors were loaded."""
+        for name, unit in state.get("loss_units", {}).items():
+            self.domain(name).loss_unit.value.fill_(unit)
 
     # --- parts ------------------------------------------------------------------------------------
 

@@ -42,7 +42,8 @@ class Slots:
         """One domain computes, or the backbone alone."""
         if domain is None:
             return Call()
-        return Call({host: domain.adapter(host) for host in self.hosts}, domain.head)
+        adapters = {host: domain.adapter(host) for host in self.hosts}
+        return Call(adapters, domain.head, domain.loss_unit)
 
     def mixed(self, domains: Sequence[Domain | None], device: torch.device) -> Call:
         """Each sample is computed by its own domain.

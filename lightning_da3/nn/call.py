@@ -70,34 +70,60 @@ class Noise:
         return zlib.crc32(host.encode(), self._seed[0])
 
 
+class LossUnit:
+    """In what unit the losses of one domain come: see `lightning_da3.nn.gate.with_loss`.
+
+    Attributes:
+        value: A scalar, zero before there was a loss.
+    """
+
+    def __init__(self) -> None:
+        self.value = torch.zeros(())
+
+    def on(self, device: torch.device) -> Tensor:
+        """The value, which lives on this device from now on."""
+        if self.value.device != device:
+            self.value = self.value.to(device)
+        return self.value
+
+
 class Call:
     """What one call computes with; nothing of it changes.
 
     Args:
         adapters: What speaks for every host, by the host's name. Empty: the backbone alone.
         head: The classifier; None: the backbone's own.
+        unit: That of the losses of the domain that computes, or None.
         noise: Noise on the gates, or None.
         features: To be filled with what the hosts of these names read, pooled.
         ledger: To be filled with how much of every host ran; None: nothing is noted.
     """
 
-    __slots__ = ("adapters", "features", "head", "ledger", "noise")
+    __slots__ = ("adapters", "features", "head", "ledger", "noise", "unit")
 
     def __init__(
         self,
         adapters: Mapping[str, nn.Module] | None = None,
         head: nn.Module | None = None,
+        unit: LossUnit | None = None,
         noise: Noise | None = None,
         features: dict[str, Tensor | None] | None = None,
         ledger: list[tuple[str, Executed]] | None = None,
     ) -> None:
-        self.adapters, self.head, self.noise = adapters or {}, head, noise
-        self.features, self.ledger = features, ledger
+        self.adapters, self.head, self.unit = adapters or {}, head, unit
+        self.noise, self.features, self.ledger = noise, features, ledger
+
+    def with_noise(self, noise: Noise | None) -> Call:
+        """This call, with other noise."""
+        return Call(self.adapters, self.head, self.unit, noise, self.features)
 
     def part(self, start: int, samples: int) -> Call:
         """This call, for some samples of its batch."""
-        noise = None if self.noise is None else self.noise.part(start, samples)
-        return Call(self.adapters, self.head, noise, self.features, self.ledger)
+        return self if self.noise is None else self.with_noise(self.noise.part(start, samples))
+
+    def noted_in(self, ledger: list[tuple[str, Executed]]) -> Call:
+        """This call, with what is executed noted in `ledger`."""
+        return Call(self.adapters, self.head, self.unit, self.noise, self.features, ledger)
 
     @property
     def alone(self) -> bool:

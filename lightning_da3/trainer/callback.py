@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import ConfigError, DA3Error
+from lightning_da3.formatting import shown
 from lightning_da3.model.model import DA3Model
 from lightning_da3.trainer.building import stop_waiting, when_built
 from lightning_da3.trainer.domain_files import DomainFiles
@@ -26,7 +27,7 @@ from lightning_da3.trainer.lightning_private import find_unused_parameters_, sta
 from lightning_da3.trainer.loading import state_key
 from lightning_da3.trainer.refusals import check_converted_before, check_plugins, check_strategy
 from lightning_da3.trainer.session import TrainingSession
-from lightning_da3.trainer.steps import loss_scale
+from lightning_da3.trainer.steps import explain_targets_, loss_scale
 from lightning_da3.trainer.strategy_methods import lend_methods_
 
 
@@ -61,7 +62,8 @@ class DA3Callback(EvaluatesByDomain):
     Args:
         domain: The name of the domain; or, to learn several, numbers of classes by name.
         num_classes: The number of classes of the one domain; needed when it is new.
-        config: The choices for the conversion; the same for every domain of one network.
+        config: The choices for the conversion, or a dict of them as YAML gives it; the same for
+            every domain of one network.
         backbone: Name of the network inside the LightningModule, such as ``net``; by default the
             one child that has convolutions.
         save_dir: Folder in which ``<domain>.safetensors`` is kept up to date after every epoch.
@@ -85,7 +87,7 @@ class DA3Callback(EvaluatesByDomain):
         super().__init__()
         self.domain = domain
         self.num_classes = num_classes
-        self.config = (config or DA3Config()).within(budget)
+        self.config = DA3Config.of(config).within(budget)
         self.backbone = backbone
         self.session = TrainingSession(_domains(domain, num_classes), self.config, backbone)
         self.files = DomainFiles(save_dir)
@@ -178,6 +180,7 @@ class DA3Callback(EvaluatesByDomain):
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.session.network.gates_over_ranks = False
+        self.session.network.gate_loss_scale = None  # another loop may follow
 
     @override
     def on_train_batch_start(
@@ -185,7 +188,8 @@ class DA3Callback(EvaluatesByDomain):
     ) -> None:
         model = self.session.network
         model.set_progress(_progress(trainer))
-        model.gate_loss_scale = loss_scale(trainer) / trainer.accumulate_grad_batches
+        if pl_module.automatic_optimization:  # else the module's own step may do as it likes
+            model.gate_loss_scale = loss_scale(trainer) / trainer.accumulate_grad_batches
         self.figures.step_begins(trainer, pl_module, batch)
 
     @override
@@ -193,6 +197,8 @@ class DA3Callback(EvaluatesByDomain):
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
     ) -> None:
         self.figures.backward_begins(pl_module)
+        if not loss.requires_grad:
+            raise DA3Error(_nothing_to_learn(self.session.network))
         if not torch.isfinite(loss):
             domain = self.session.network.active_domain or ""
             raise DA3Error(
@@ -224,6 +230,7 @@ class DA3Callback(EvaluatesByDomain):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         self.figures.abort()
+        explain_targets_(exception, self.model)
         stop_waiting(pl_module)
         self.session.close_domains()
         if self.model is not None:
@@ -235,7 +242,7 @@ def _domains(domain: str | Mapping[str, int], num_classes: int | None) -> Mappin
         return {domain: num_classes}
     if not isinstance(domain, Mapping) or not domain:
         raise ConfigError(
-            f"`domain` must be a name or a dict of numbers of classes by name, got {domain!r}."
+            f"`domain` must be a name or a dict of numbers of classes by name, got {shown(domain)}."
         )
     if num_classes is not None:
         raise ConfigError(
@@ -243,6 +250,21 @@ def _domains(domain: str | Mapping[str, int], num_classes: int | None) -> Mappin
             "Leave it out."
         )
     return dict(domain)
+
+
+def _nothing_to_learn(model: DA3Model) -> str:
+    active = model.active_domain
+    if active is None:
+        return (
+            "The loss depends on nothing that trains: no domain is active, so that the frozen "
+            "backbone computes alone. Leave the active domain to the DA3Callback, or call "
+            f"`set_domain(name)` with one of {model.domains} before the forward pass."
+        )
+    return (
+        f"The loss depends on nothing that trains, though domain {active!r} is active: the "
+        "training step leaves the network out, detaches its output, or runs inside "
+        "`torch.no_grad()`."
+    )
 
 
 def _progress(trainer: L.Trainer) -> float:

@@ -17,7 +17,8 @@ from lightning_da3.errors import CheckpointError, ConfigError
 from lightning_da3.files.domain_file import read_domain
 from lightning_da3.files.folder import DomainFolder
 from lightning_da3.files.names import check_name
-from lightning_da3.model.domain import checked_class_names
+from lightning_da3.formatting import shown
+from lightning_da3.model.domain import check_num_classes, checked_class_names
 from lightning_da3.model.model import DA3Model
 from lightning_da3.trainer.attaching import find_backbone
 from lightning_da3.trainer.callback import DA3Callback
@@ -47,7 +48,7 @@ def fit_sequence(
     trainer: Callable[..., L.Trainer],
     folder: str | os.PathLike[str],
     *,
-    config: DA3Config | None = None,
+    config: DA3Config | Mapping[str, Any] | None = None,
     backbone: str | None = None,
     seed: int = 0,
     save_every_n_steps: int = 50,
@@ -77,7 +78,7 @@ def fit_sequence(
             finished when its Trainer says so, by whichever limit.
         folder: The folder of the files; made if it is missing. One process at a time may learn a
             domain.
-        config: The choices for the conversion; the same for all domains.
+        config: The choices for the conversion, or a dict of them; the same for all domains.
         backbone: Name of the network inside the LightningModule, as for `DA3Callback`.
         seed: The seed with which every domain starts.
         save_every_n_steps: Optimizer steps between two checkpoints, and so about the most that a
@@ -94,7 +95,8 @@ def fit_sequence(
         KeyboardInterrupt: The training was interrupted; what was saved is kept.
     """
     domains = DomainFolder(folder)
-    plans = _checked(tasks, save_every_n_steps)
+    config = DA3Config.of(config)
+    plans = _checked(tasks, save_every_n_steps, seed)
     if "callbacks" in getattr(trainer, "keywords", {}):
         raise ConfigError(
             "`trainer` is a partial that has callbacks of its own, which would be lost. Give a "
@@ -124,9 +126,18 @@ def fit_sequence(
     return lit
 
 
-def _checked(tasks: Mapping[str, Any], save_every_n_steps: int) -> dict[str, DomainTask]:
-    if save_every_n_steps < 1:
-        raise ConfigError(f"`save_every_n_steps` must be at least 1, got {save_every_n_steps}.")
+def _checked(
+    tasks: Mapping[str, Any], save_every_n_steps: object, seed: object
+) -> dict[str, DomainTask]:
+    for name, value, least in (("save_every_n_steps", save_every_n_steps, 1), ("seed", seed, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**32:
+            raise ConfigError(
+                f"`{name}` must be an int, at least {least} and below 2^32, got {shown(value)}."
+            )
+    if not isinstance(tasks, Mapping):
+        raise ConfigError(
+            f"`tasks` must be a dict of tasks by the domain's name, got {type(tasks).__name__}."
+        )
     if not tasks:
         raise ConfigError("`tasks` is empty: name at least one domain.")
     checked = {}
@@ -138,6 +149,8 @@ def _checked(tasks: Mapping[str, Any], save_every_n_steps: int) -> dict[str, Dom
                 f"the last two optional; got {type(task).__name__}."
             )
         checked[name] = DomainTask(*task)
+        if checked[name].num_classes is not None:  # said now, not when its turn has come
+            check_num_classes(checked[name].num_classes)
         checked_class_names(checked[name].class_names, checked[name].num_classes)
     return checked
 

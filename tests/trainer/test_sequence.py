@@ -121,7 +121,7 @@ def test_wrong_tasks(tmp_path, tasks, error, message):
 
 
 def test_wrong_arguments(tmp_path):
-    with pytest.raises(ConfigError, match="`save_every_n_steps` must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="`save_every_n_steps` must be an int, at least 1"):
         learn(tmp_path, every=0)
     with pytest.raises(ConfigError, match="Hand them on"):
         fit_sequence(
@@ -183,3 +183,21 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"Cannot write the checkpoint .*No space left"):
         learn(tmp_path)
     assert (tmp_path / "a.ckpt").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        *(({"save_every_n_steps": v}, "`save_every_n_steps`") for v in (0, 1.5, "5", True, None)),
+        *(({"seed": v}, "`seed` must be an int") for v in (-1, 0.5, "0", True, None, 10**400)),
+        *(({"tasks": v}, "`tasks`") for v in (5, [], {}, None, [("a", (2, []))])),
+        ({"tasks": {"a": (2, []), "b": (0, [])}}, "`num_classes` must be an int of at least 1"),
+        ({"tasks": {"a": (2, [], None, 5)}}, "`class_names` must be a sequence of str"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_refused_before_anything_is_learned(tmp_path, wrong, message):
+    arguments = {"tasks": {"a": (2, [])}, **wrong}
+    with pytest.raises(ConfigError, match=message):
+        fit_sequence(None, trainer=None, folder=tmp_path / "new", **arguments)
+    assert not (tmp_path / "new").exists()
