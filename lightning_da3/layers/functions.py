@@ -165,8 +165,9 @@ def layer_of(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.M
         kwargs: What it passes by name.
     """
     build = facts_of_function(target).layer
-    values = (*args, *kwargs.values())
-    if build is None or any(isinstance(value, torch.fx.Node) for value in values):
+    computed: list[torch.fx.Node] = []  # such as sizes, alone or in tuples
+    torch.fx.map_arg((args, kwargs), computed.append)  # type: ignore[arg-type]
+    if build is None or computed:
         return None
     try:
         return build(*args, **kwargs)

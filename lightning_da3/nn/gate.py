@@ -24,6 +24,8 @@ class Recorder(Place):
         host: Name of the host.
     """
 
+    _is_impure = True  # what it notes, nobody reads in the graph: `torch.fx` must not drop it
+
     def __init__(self, host: str) -> None:
         super().__init__()
         self.host = host
