@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning_da3.errors import CheckpointError
+from lightning_da3.model.state import checked_extra
 from lightning_da3.trainer.attaching import domains_in, load_state_
 
 
@@ -31,17 +32,29 @@ def load_checkpoint_(
         CheckpointError: It holds other domains, or does not fit.
     """
     fitting = pl_module.trainer.state.fn == "fit"
-    saved = domains_in(checkpoint["state_dict"])
+    state = _state_of(checkpoint)
+    saved = domains_in(state)
     _check_domains(saved, domains)
     if fitting:
         _check_trained(checkpoint, state_key(domains))
     if fitting and not saved:
         _forget_training_(checkpoint)
-    load_state_(pl_module, checkpoint["state_dict"], strict, type(pl_module).load_state_dict)
+    load_state_(pl_module, state, strict, type(pl_module).load_state_dict)
+
+
+def _state_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    state = checkpoint.get("state_dict")
+    if not isinstance(state, dict) or not state or not all(isinstance(key, str) for key in state):
+        raise CheckpointError(
+            "The checkpoint has no weights: its `state_dict` must be a dict of tensors by name, it "
+            f"is {str(state)[:100]!r}. Give another one."
+        )
+    return state
 
 
 def _check_domains(saved: Mapping[str, Any], domains: Iterable[str]) -> None:
-    for extra in saved.values():
+    for said in saved.values():
+        extra = checked_extra(said)
         lacking = [domain for domain in domains if domain not in extra["num_classes"]]
         if lacking:
             raise CheckpointError(
@@ -52,7 +65,8 @@ def _check_domains(saved: Mapping[str, Any], domains: Iterable[str]) -> None:
 
 
 def _check_trained(checkpoint: Mapping[str, Any], key: str) -> None:
-    theirs = [name for name in checkpoint.get("callbacks", ()) if name.startswith("DA3Callback[")]
+    names = [str(name) for name in checkpoint.get("callbacks") or ()]
+    theirs = [name for name in names if name.startswith("DA3Callback[")]
     if theirs and key not in theirs:
         raise CheckpointError(
             f"The checkpoint was written while {theirs} trained, and this run trains {key}: its "
