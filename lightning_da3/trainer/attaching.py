@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pickle import UnpicklingError
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from lightning_da3.config import DA3Config
 from lightning_da3.converting import convert
 from lightning_da3.errors import CheckpointError, ConfigError, ConversionError
+from lightning_da3.files.reading import check_readable
 from lightning_da3.layers import CONVS
 from lightning_da3.model.model import DA3Model
 from lightning_da3.model.state import (
@@ -201,6 +205,42 @@ def _load_(
         )
 
 
+def check_checkpoint(checkpoint: Any) -> None:
+    """Refuse what is no checkpoint of Lightning's; what others left in it is not looked at.
+
+    Raises:
+        CheckpointError: A part is missing, empty or of another type; all are named.
+    """
+    given = checkpoint if isinstance(checkpoint, Mapping) else {}
+    problems = [
+        f"`{name}` is {str(given.get(name))[:60]!r}"
+        for name, (kind, needed) in _PARTS.items()
+        if (name in given or needed) and not isinstance(given.get(name), kind)
+    ]
+    for name in ("state_dict", "callbacks"):
+        part = given.get(name)
+        if isinstance(part, Mapping) and not all(isinstance(key, str) for key in part):
+            problems.append(f"`{name}` has keys that are no names")
+    if given.get("state_dict") == {}:
+        problems.append("`state_dict` is empty")
+    if problems:
+        raise CheckpointError(
+            f"This is no checkpoint that a Trainer can load: {', '.join(problems)}. Give one that "
+            "a Trainer wrote, such as by `ModelCheckpoint`."
+        )
+
+
+_PARTS: dict[str, tuple[type, bool]] = {  # types, and whether there must be one
+    "pytorch-lightning_version": (str, True),
+    "state_dict": (Mapping, True),
+    "callbacks": (Mapping, False),
+    "loops": (Mapping, False),
+    "optimizer_states": (list, False),
+    "lr_schedulers": (list, False),
+    "hyper_parameters": (Mapping, False),
+}
+
+
 def domains_in(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What the DA3Models of a saved module say of their domains, by dotted name of the model."""
     return {
@@ -240,7 +280,18 @@ def load_from_checkpoint(cls: type[_Module], checkpoint_path: Any, **kwargs: Any
     # a class that differs in the one step between making the module and loading it
     about = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     loading: Any = type(cls.__name__, (cls,), {**about, "load_state_dict": load_state_dict})
-    module = loading.load_from_checkpoint(checkpoint_path, **kwargs)
+    if is_path := isinstance(checkpoint_path, (str, os.PathLike)) and os.path.lexists(
+        checkpoint_path
+    ):
+        check_readable(checkpoint_path, "checkpoint")
+    try:
+        module = loading.load_from_checkpoint(checkpoint_path, **kwargs)
+    except (KeyError, TypeError, AttributeError):  # of the user's class, or of a bad checkpoint
+        if is_path:
+            with suppress(UnpicklingError):  # of more than types that are known
+                read = torch.load(checkpoint_path, map_location="meta", weights_only=True)
+                check_checkpoint(read)
+        raise
     module.__class__ = cls
     return cast(_Module, module)
 

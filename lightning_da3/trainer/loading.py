@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lightning_da3.errors import CheckpointError
+from lightning_da3.files.reading import check_readable
 from lightning_da3.model.state import checked_extra
-from lightning_da3.trainer.attaching import domains_in, load_state_
+from lightning_da3.trainer.attaching import check_checkpoint, domains_in, load_state_
 
 
 def state_key(domains: Iterable[str]) -> str:
     """The name of a callback's state, which tells the callbacks of one checkpoint apart."""
     return f"DA3Callback[{', '.join(domains)}]"
+
+
+def read_checkpoint(read: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a strategy reads for a Trainer, if it is a checkpoint.
+
+    Args:
+        read: The strategy's own ``load_checkpoint``.
+        path: As the Trainer was given it.
+        args: As `read` takes them.
+        kwargs: As `read` takes them.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    if os.path.lexists(path):  # else it is of another file system, or missing, as Lightning says
+        check_readable(path, "checkpoint")
+    checkpoint = read(path, *args, **kwargs)
+    check_checkpoint(checkpoint)
+    return checkpoint
 
 
 def load_checkpoint_(
@@ -32,7 +53,7 @@ def load_checkpoint_(
         CheckpointError: It holds other domains, or does not fit.
     """
     fitting = pl_module.trainer.state.fn == "fit"
-    state = _state_of(checkpoint)
+    state = checkpoint["state_dict"]
     saved = domains_in(state)
     _check_domains(saved, domains)
     if fitting:
@@ -40,16 +61,6 @@ def load_checkpoint_(
     if fitting and not saved:
         _forget_training_(checkpoint)
     load_state_(pl_module, state, strict, type(pl_module).load_state_dict)
-
-
-def _state_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    state = checkpoint.get("state_dict")
-    if not isinstance(state, dict) or not state or not all(isinstance(key, str) for key in state):
-        raise CheckpointError(
-            "The checkpoint has no weights: its `state_dict` must be a dict of tensors by name, it "
-            f"is {str(state)[:100]!r}. Give another one."
-        )
-    return state
 
 
 def _check_domains(saved: Mapping[str, Any], domains: Iterable[str]) -> None:
@@ -65,8 +76,7 @@ def _check_domains(saved: Mapping[str, Any], domains: Iterable[str]) -> None:
 
 
 def _check_trained(checkpoint: Mapping[str, Any], key: str) -> None:
-    names = [str(name) for name in checkpoint.get("callbacks") or ()]
-    theirs = [name for name in names if name.startswith("DA3Callback[")]
+    theirs = [name for name in checkpoint.get("callbacks", ()) if name.startswith("DA3Callback[")]
     if theirs and key not in theirs:
         raise CheckpointError(
             f"The checkpoint was written while {theirs} trained, and this run trains {key}: its "
