@@ -13,7 +13,7 @@ from lightning_da3.config import DA3Config
 from lightning_da3.errors import ConfigError, ConversionError, DA3Error
 from lightning_da3.files.domain_file import fingerprint
 from lightning_da3.memory import fake_mode_of
-from lightning_da3.model.identity import architecture, backbone_state
+from lightning_da3.model.identity import architecture, backbone_state, former_identity
 from lightning_da3.model.model import DA3Model
 from lightning_da3.model.original import Original
 from lightning_da3.passes.rewriting import rewrite
@@ -60,8 +60,10 @@ def convert(
         state = backbone_state(backbone.state_dict(), decided.head)
         mark = NO_FINGERPRINT if mode else fingerprint(state)
         layers = architecture(backbone, decided.head)
+        former = {} if mode else former_identity(backbone, decided.head)
         rewritten = rewrite(traced, decided, config)
     model = DA3Model(rewritten, decided, config, mark, layers, Original(backbone))
+    model.former = former
     if inputs is not None:
         _verify(backbone, model, inputs)
     return model.train(backbone.training)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_da3.config import DA3Config
-from lightning_da3.errors import CheckpointError, DA3Error, DomainError
+from lightning_da3.errors import CheckpointError, ConfigError, DA3Error, DomainError
 from lightning_da3.files.domain_file import domain_file_bytes, read_domain, write_domain
 from lightning_da3.files.names import check_name
 from lightning_da3.formatting import shown
@@ -37,7 +38,11 @@ class MultiDomain(nn.Module):
     Attributes:
         bank: The domains by name.
         calls: What new calls compute with, and those that run.
+        former: What earlier versions called the backbone, where they called it otherwise
+            (`lightning_da3.model.identity.former_identity`).
     """
+
+    former: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self,
@@ -209,13 +214,11 @@ class MultiDomain(nn.Module):
         about, has_statistics = file.metadata, HAS_STATISTICS in file.tensors
         classes = (about["num_classes"], about.get("class_names"))
         try:
-            check_name(about["domain"])
-            # nothing is allocated before it is known that the file has as much to put there
-            expected = self._new_domain(*classes, torch.device("meta"))
-            if has_statistics:
-                expected.statistics = new_statistics(self.plan, "meta")
-            check_tensors(file.tensors, expected.state_dict())
-        except (DA3Error, RuntimeError, TypeError) as error:  # PyTorch's own, of absurd sizes
+            if name is None:  # a name that was good enough once can be replaced here
+                check_name(about["domain"])
+            expected = self.expected_tensors(*classes, statistics=has_statistics)
+            check_tensors(file.tensors, expected)
+        except DA3Error as error:
             raise CheckpointError(
                 f"The domain file {str(path)!r} does not fit this model: {error}"
             ) from error
@@ -227,6 +230,27 @@ class MultiDomain(nn.Module):
         return name
 
     # --- state ------------------------------------------------------------------------------------
+
+    def expected_tensors(
+        self, num_classes: int | None, class_names: Any, *, statistics: bool
+    ) -> dict[str, Tensor]:
+        """What a domain holds, without values: nothing is allocated for what nobody has yet.
+
+        Args:
+            num_classes: As for `add_domain`, but not to be trusted.
+            class_names: Likewise.
+            statistics: Whether it has some.
+
+        Raises:
+            ConfigError: No domain could be so.
+        """
+        try:
+            domain = self._new_domain(num_classes, class_names, torch.device("meta"))
+        except (RuntimeError, TypeError, OverflowError) as error:  # PyTorch's own, of absurd sizes
+            raise ConfigError(f"There cannot be {num_classes!r} classes: {error}") from error
+        if statistics:
+            domain.statistics = new_statistics(self.plan, "meta")
+        return dict(domain.state_dict())
 
     def expect_statistics(self, name: str) -> None:
         """Make room for statistics that are about to be loaded."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -66,12 +66,19 @@ class DA3Callback(EvaluatesByDomain):
             every domain of one network.
         backbone: Name of the network inside the LightningModule, such as ``net``; by default the
             one child that has convolutions.
-        save_dir: Folder in which ``<domain>.safetensors`` is kept up to date after every epoch.
+        save_dir: Folder in which ``<domain>.safetensors`` is kept up to date after every epoch. The
+            file of an earlier fit is ``<domain>.safetensors.previous`` until this one has come to
+            its end, and is put back if it fails. Nothing is written with ``fast_dev_run``.
         predict: Predict the peak of a step; takes about as long as a few steps, once a fit.
         budget: The peak bytes that a step may take, as in `MemoryConfig`; None: as `config` says.
+        monitor: A logged metric: the file, of an earlier fit as well, is replaced only by an epoch
+            in which it is at least as good. None: by every epoch.
+        mode: Whether less of it is better (``"min"``) or more (``"max"``).
 
     Raises:
-        ConfigError: `num_classes` is given beside a dict of domains, or that is empty.
+        ConfigError: `num_classes` is given beside a dict of domains, or that is empty; or a metric
+            is monitored without a `save_dir`.
+        DomainError: With a `save_dir`, names differ by case alone.
     """
 
     def __init__(
@@ -83,6 +90,8 @@ class DA3Callback(EvaluatesByDomain):
         save_dir: str | None = None,
         predict: bool = True,
         budget: int | str | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
     ) -> None:
         super().__init__()
         self.domain = domain
@@ -90,7 +99,7 @@ class DA3Callback(EvaluatesByDomain):
         self.config = DA3Config.of(config).within(budget)
         self.backbone = backbone
         self.session = TrainingSession(_domains(domain, num_classes), self.config, backbone)
-        self.files = DomainFiles(save_dir)
+        self.files = DomainFiles(save_dir, self.session.domains, monitor, mode)
         self.figures = Figures(predict)
 
     @property
@@ -125,6 +134,8 @@ class DA3Callback(EvaluatesByDomain):
         self._check_alone(trainer)
         check_strategy(trainer.strategy)
         check_plugins(trainer)
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.files.check()
         if stage == "fit" and starts_processes(trainer.strategy):
             check_converted_before(trainer.strategy, pl_module, self.backbone)
         when_built(pl_module, partial(self._convert, trainer, pl_module))
@@ -162,6 +173,7 @@ class DA3Callback(EvaluatesByDomain):
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.session.end_fit()  # the last of a fit's hooks
+        self.files.end()
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -176,11 +188,23 @@ class DA3Callback(EvaluatesByDomain):
         model.gates_over_ranks = trainer.world_size > 1
         model.budget_policy.tell = rank_zero_info
         self.figures.start(trainer, pl_module, model)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            resumed = trainer.ckpt_path is not None and trainer.global_step > 0
+            self.files.begin(model, resumed=resumed, write=trainer.is_global_zero)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.session.network.gates_over_ranks = False
         self.session.network.gate_loss_scale = None  # another loop may follow
+        self._all_logged(trainer, last=True)
+
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._all_logged(trainer, last=not _validates_later(trainer))
+
+    def _all_logged(self, trainer: L.Trainer, *, last: bool) -> None:
+        """What modules log when an epoch ends, they log behind the hooks of callbacks."""
+        self.files.logged(self.session.network, trainer.callback_metrics, last=last)
 
     @override
     def on_train_batch_start(
@@ -221,9 +245,8 @@ class DA3Callback(EvaluatesByDomain):
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.figures.epoch_ends(pl_module)
-        if trainer.is_global_zero:
-            metrics = trainer.callback_metrics
-            self.files.save(self.session.network, self.session.domains, metrics)
+        model, metrics = self.session.network, trainer.callback_metrics
+        self.files.end_epoch(model, metrics)
 
     @override
     def on_exception(
@@ -231,6 +254,7 @@ class DA3Callback(EvaluatesByDomain):
     ) -> None:
         self.figures.abort()
         explain_targets_(exception, self.model)
+        self.files.abort()
         stop_waiting(pl_module)
         self.session.close_domains()
         if self.model is not None:
@@ -265,6 +289,11 @@ def _nothing_to_learn(model: DA3Model) -> str:
         "training step leaves the network out, detaches its output, or runs inside "
         "`torch.no_grad()`."
     )
+
+
+def _validates_later(trainer: L.Trainer) -> bool:
+    """Whether a validation that was not in this epoch may be in a later one."""
+    return trainer.enable_validation and trainer.check_val_every_n_epoch != 1
 
 
 def _progress(trainer: L.Trainer) -> float:
