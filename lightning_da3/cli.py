@@ -1,4 +1,7 @@
-"""``python -m lightning_da3 plan resnet50``: what training will cost, before it begins."""
+"""What training will cost, before it begins; and whether a conversion computes the same.
+
+``python -m lightning_da3 plan resnet50`` and ``python -m lightning_da3 verify resnet50``.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_da3.config import DA3Config, MemoryConfig
-from lightning_da3.converting import convert
+from lightning_da3.converting import compared, convert
 from lightning_da3.costs.steps import step_costs
 from lightning_da3.errors import ConfigError, DA3Error
+from lightning_da3.layers import CONVS
 from lightning_da3.memory import without_values
 from lightning_da3.plotting.memory import plot_step
 from lightning_da3.torch_private.fake import (
@@ -44,17 +48,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What stands behind the program's name; None: those of this process.
 
     Returns:
-        0. What is wrong ends the process with the exit code 2, and a line on standard error.
+        0; or 1, if a conversion computes something else. What is wrong ends the process with the
+        exit code 2, and a line on standard error.
     """
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of other packages, about weights that are not there
-            sys.stdout.write(_plan(given) + "\n")
+            text, code = given.run(given)
+            sys.stdout.write(text + "\n")
     except DA3Error as error:
         _refuse(parser, str(error))
-    return 0
+    return int(code)
 
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
@@ -64,26 +70,67 @@ def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lightning-da3", description="Learn domains in little.")
     commands = parser.add_subparsers(dest="command", required=True)
-    plan = commands.add_parser("plan", help="what training a domain will cost", description=__doc__)
-    plan.add_argument("network", help="a torchvision or timm name, or module:factory")
-    plan.add_argument("--image-size", type=int, nargs="+", help="of every spatial axis")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("network", help="a torchvision or timm name, or module:factory")
+    shared.add_argument(
+        "--image-size", "--size", type=int, nargs="+", help="of every spatial axis", metavar="N"
+    )
+    shared.add_argument("--exact", action="store_true", help="MemoryConfig(exact=True)")
+    shared.add_argument("--head", default="auto", help="name of the classifier; 'none': keep it")
+
+    about = "what training a domain will cost"
+    plan = commands.add_parser("plan", help=about, description=about, parents=[shared])
     plan.add_argument("--batch-size", type=int, default=1)
-    plan.add_argument("--exact", action="store_true", help="MemoryConfig(exact=True)")
     plan.add_argument("--budget", help="of the peak, such as 128MiB, or auto: splits the batch")
-    plan.add_argument("--head", default="auto", help="name of the classifier; 'none': keep it")
     plan.add_argument("--format", choices=("text", "json"), default="text")
     plan.add_argument("--plot", help="picture of the memory over the step, to write")
+    plan.set_defaults(run=_plan)
+
+    about = "whether the converted network computes what the network does"
+    verify = commands.add_parser("verify", help=about, description=about, parents=[shared])
+    verify.set_defaults(run=_verify)
     return parser
 
 
-def _plan(given: argparse.Namespace) -> str:
+def _verify(given: argparse.Namespace) -> tuple[str, int]:
+    """Every comparison, and 1 if anything differs. Weights are random, the same each time."""
+    torch.manual_seed(0)
+    network = _made(_factory(given.network), given.network)
+    config = DA3Config(memory=MemoryConfig(exact=given.exact), head=_head(given))
+    examples = None if given.image_size is None else _images(network, given.image_size)
+    model, found = compared(network, config, examples)
+    width = max((len(c.name) for c in found), default=0)
+    lines = [model.plan.headline]
+    for c in found:
+        how = c.note or f"{c.difference:.2g} of at most {c.tolerance:.2g}"
+        lines.append(f"{c.name:<{width}}  {'ok' if c.ok else 'differs':<7}  {how}")
+    return "\n".join(lines), int(not all(c.ok for c in found))
+
+
+def _images(network: nn.Module, sides: Sequence[int]) -> Tensor:
+    """Two images of a size that a network should be compared on."""
+    first = next((m for m in network.modules() if isinstance(m, CONVS)), None)
+    axes = 0 if first is None else first.weight.dim() - 2
+    if first is None or len(sides) not in (1, axes) or min(sides) < 1:
+        raise ConfigError(
+            f"`--image-size` must be one positive number or one for each spatial axis of what the "
+            f"network's first convolution takes, got {[*sides]}; without convolution, leave it out."
+        )
+    size = [*sides] * (axes // len(sides))
+    return torch.randn(2, first.in_channels, *size, dtype=first.weight.dtype)
+
+
+def _head(given: argparse.Namespace) -> str | None:
+    return None if given.head.lower() == "none" else str(given.head)
+
+
+def _plan(given: argparse.Namespace) -> tuple[str, int]:
     _check_plot(given.plot)
     network = network_without_values(_factory(given.network), given.network)
-    head = None if given.head.lower() == "none" else given.head
     digits = re.fullmatch("[0-9]{1,19}", given.budget or "")
     budget = int(given.budget) if digits else given.budget
     memory = MemoryConfig(exact=given.exact, budget=budget)
-    model = convert(network, DA3Config(memory=memory, head=head))
+    model = convert(network, DA3Config(memory=memory, head=_head(given)))
     costs = step_costs(model, given.batch_size, given.image_size)
     if given.plot is not None:
         figure = plot_step(costs.ours, costs.finetune, title=_title(given.network, costs.inputs))
@@ -91,7 +138,7 @@ def _plan(given: argparse.Namespace) -> str:
             figure.savefig(given.plot)
         except (OSError, ValueError) as error:  # ValueError: an ending it has no format for
             raise ConfigError(f"--plot: cannot write {given.plot!r}: {error}") from error
-    return json.dumps(costs.to_dict(), indent=1) if given.format == "json" else str(costs)
+    return json.dumps(costs.to_dict(), indent=1) if given.format == "json" else str(costs), 0
 
 
 def _check_plot(plot: str | None) -> None:
@@ -124,16 +171,21 @@ def network_without_values(factory: Callable[[], Any], name: str) -> nn.Module:
         ConfigError: `factory` fails, or makes something else.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with _Constructing(mode):
+        network = _made(factory, name)
+    return without_values(network, mode)
+
+
+def _made(factory: Callable[[], Any], name: str) -> nn.Module:
     try:
-        with _Constructing(mode):
-            network = factory()
+        network = factory()
     except DA3Error:
         raise
     except (Exception, SystemExit) as error:  # of the user's: anything can come
         raise ConfigError(f"{name!r} cannot be made: {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):
         raise ConfigError(f"{name!r} makes a {type(network).__name__}, not a torch.nn.Module.")
-    return without_values(network, mode)
+    return network
 
 
 class _Constructing(TorchDispatchMode):  # type: ignore[no-untyped-call]

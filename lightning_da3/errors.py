@@ -31,3 +31,7 @@ class CheckpointError(DA3Error):
 
 class PredictionWarning(UserWarning):
     """Training takes other memory than was predicted: do not rely on the prediction here."""
+
+
+class ConversionWarning(UserWarning):
+    """A part of the network stays Python, since its converted form computed something else."""

@@ -305,7 +305,9 @@ class DA3Model(MultiDomain):
         super().train(mode)
         hold_in_eval_(self.backbone)
         for path, _ in self.plan.python:
-            self.backbone.get_submodule(path).training = mode
+            module = self.backbone.get_submodule(path)
+            if not type(module).__module__.startswith("torch.nn."):
+                module.training = mode
         return self
 
     def set_progress(self, progress: float) -> None:

@@ -5,6 +5,7 @@ Shapes: see `torch.nn.Linear` and `torch.nn.MultiheadAttention`, whose places th
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any, cast
 
 import torch
@@ -65,14 +66,15 @@ def attends_plainly(layer: nn.Module) -> bool:
 FROZEN = {nn.Linear: FrozenLinear, nn.MultiheadAttention: FrozenAttention}
 
 
-def freeze_layers_(network: nn.Module) -> None:
+def freeze_layers_(network: nn.Module, without: Container[nn.Module] = ()) -> None:
     """Let every linear layer and attention of exactly PyTorch's own types be its frozen twin.
 
     Args:
         network: Edited in place; its parameters and their names stay.
+        without: Modules that stay what they are.
     """
     for module in network.modules():
-        if type(module) in FROZEN:
+        if type(module) in FROZEN and module not in without:
             module.__class__ = cast(Any, FROZEN[type(module)])
 
 

@@ -9,6 +9,9 @@ from lightning_da3.tracing.graphs import Traced
 
 
 def freeze_linear_layers_(traced: Traced, plan: Plan, config: DA3Config) -> None:
-    """Let every linear layer and attention be its frozen twin, in graphs and in Python parts."""
+    """Let every linear layer and attention be its frozen twin, in graphs and in Python parts.
+
+    What must itself stay Python stays what it is.
+    """
     del plan, config
-    freeze_layers_(traced.root)
+    freeze_layers_(traced.root, {traced.root.get_submodule(path) for path in traced.python})

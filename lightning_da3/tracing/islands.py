@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx, nn
 
 from lightning_da3.layers import has_frozen_form
+from lightning_da3.nn.python import PythonFunction
 from lightning_da3.torch_private.modules import FORWARD_HOOKS, HOOKS_WITH_KWARGS, hooks_of
 from lightning_da3.tracing.attempts import Session, traced_graph
 from lightning_da3.tracing.checks import check_convertible
@@ -37,7 +38,7 @@ def trace(
     Args:
         model: Any module; left unchanged.
         inputs: Its arguments, if they are known. Only shapes and types count.
-        python: Why modules must stay Python, by their paths.
+        python: Why modules must stay Python, by their paths. What they hold is traced.
 
     Raises:
         ConversionError: The model cannot be copied, is quantized, or has layers without weights.
@@ -45,7 +46,13 @@ def trace(
     check_convertible(model)
     twin = frozen_copy(model)
     network = type(twin).__name__
-    islands = _Islands(Session(inputs, dict(python or {})))
+    reasons = {}
+    for path, why in (python or {}).items():
+        layer = twin.get_submodule(path)
+        reasons[path] = f"{type(layer).__name__}: {why}"
+        if path and Tracer().is_leaf_module(layer, path):
+            twin.set_submodule(path, PythonFunction(layer))  # nothing is known of it any more
+    islands = _Islands(Session(inputs, reasons))
     with states_kept():
         root = islands.convert(twin, "")
     return Traced(root, tuple(islands.parts), islands.python, islands.functions, network)
@@ -85,6 +92,8 @@ class _Islands:
             gm = _single(module)
             self.parts.append(Part(path, gm, single=True))
             return gm
+        if isinstance(module, PythonFunction):
+            return module
         reason = self.session.python.get(path)
         called = sorted(asked.intersection(_methods(module)))
         if reason is None and called:

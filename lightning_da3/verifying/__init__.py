@@ -1,0 +1,1 @@
+"""Does the converted network compute what the user's computes? Runs both; edits neither."""

@@ -1,0 +1,176 @@
+"""What the user's network computes, recorded, to compare converted ones with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_da3.memory.fake import tensors_of
+from lightning_da3.memory.kernels import flops
+from lightning_da3.model.model import DA3Model
+from lightning_da3.torch_private.fake import TorchDispatchMode
+from lightning_da3.torch_private.trees import tree_map_only
+from lightning_da3.verifying.batches import Batch, Known, other_batches
+from lightning_da3.verifying.comparing import Comparison, Tolerance, compare
+from lightning_da3.verifying.running import Conditions, Outcome, run
+from lightning_da3.verifying.shadows import shadow
+
+# FLOPs of one sample, forward. A processor's core does some 30e9 a second
+THOROUGH_FLOPS = 2e9
+GRADIENT_FLOPS = 1e10
+MOST_FLOPS = 5e10
+THOROUGH_PARAMETERS = 1e8
+MOST_PARAMETERS = 3e8
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the original did, pass by pass.
+
+    Attributes:
+        passes: The conditions of each pass and what came of it, in order.
+        dtype: Of the networks that are compared; None: their own.
+    """
+
+    passes: tuple[tuple[Conditions, Outcome], ...]
+    dtype: torch.dtype | None
+
+    def compare(self, model: DA3Model) -> Iterator[Comparison]:
+        """Run a converted network through the same, and compare pass by pass.
+
+        Args:
+            model: Left unchanged: a copy runs.
+        """
+        copied, memory = shadow(model, self.dtype), model.config.memory
+        stored, wide = memory.stored_dtype or model.dtype, self.dtype == torch.double
+        tolerance = Tolerance.of(stored, wide=wide, exact=memory.exact)
+        for conditions, theirs in self.passes:
+            # what stays Python follows the mode, and may return something else
+            copied.train(conditions.training and not model.plan.python)
+            yield from compare(conditions, run(copied, conditions), theirs, tolerance)
+
+
+class TooMuch(Exception):  # noqa: N818  # it ends a run, nobody sees it
+    """A run takes more FLOPs than it may."""
+
+
+def expected_of(
+    network: nn.Module, known: Known, *, thorough: bool | None
+) -> Expected | Exception | None:
+    """Run the user's network.
+
+    Args:
+        network: Left unchanged: copies run.
+        known: Of its arguments.
+        thorough: In float64, in every mode and on another batch; None: if that is quick, else
+            briefly: one sample, as it is.
+
+    Returns:
+        What it computes; None, if that takes long; or what it raised on the last of the inputs.
+    """
+    parameters = sum(p.numel() for p in network.parameters())
+    if not thorough and parameters > MOST_PARAMETERS:
+        return None
+    index, tried = _fitting(network, known, math.inf if thorough else THOROUGH_FLOPS)
+    error = tried.error
+    if error is not None and not isinstance(error, TooMuch):
+        return error
+    if thorough or (error is None and parameters <= THOROUGH_PARAMETERS):
+        return _thoroughly(network, known.batch(index, samples=2), tried.drew)
+    return _briefly(network, known.batch(index, samples=1), tried.drew)
+
+
+def _fitting(network: nn.Module, known: Known, most: float) -> tuple[int, Outcome]:
+    """The number of the first arguments that the network takes, and what it did at last."""
+    outcome = Outcome(error=ValueError("nobody says what it takes"))
+    for index in range(known.choices):
+        copied = shadow(network)  # a forward that fails may leave something behind
+        conditions = Conditions("", _for(copied, known.batch(index, samples=1)))
+        with _Counted(most):
+            outcome = run(copied, conditions)
+        if outcome.error is None or isinstance(outcome.error, TooMuch):
+            return index, outcome
+    return 0, outcome
+
+
+def _thoroughly(network: nn.Module, batch: Batch, draws: bool) -> Expected | Exception:
+    """Every pass, in float64; as it is where the network's own code names other types."""
+    for dtype in (torch.double, None):
+        copied = shadow(network, dtype)
+        inputs = _for(copied, batch)
+        first = Conditions("eval, with gradients", inputs, gradients=True, draws=draws)
+        outcome = run(copied, first)
+        if outcome.error is None:
+            return Expected(((first, outcome), *_more(copied, first)), dtype)
+    assert outcome.error is not None
+    return outcome.error
+
+
+def _briefly(network: nn.Module, batch: Batch, draws: bool) -> Expected | Exception | None:
+    """What does not take long: outputs, and maybe gradients."""
+    copied = shadow(network)
+    once = Conditions("one sample", _for(copied, batch), training=True, draws=draws)
+    with _Counted(MOST_FLOPS) as counted:
+        outcome = run(copied, once)
+    if outcome.error is not None:
+        return None if isinstance(outcome.error, TooMuch) else outcome.error
+    passes = [(once, outcome)]
+    if counted.flops <= GRADIENT_FLOPS:
+        again = replace(once, name="one sample, with gradients", gradients=True)
+        passes.append((again, run(copied, again)))
+    return Expected(tuple(passes), None)
+
+
+def _more(network: nn.Module, first: Conditions) -> Iterator[tuple[Conditions, Outcome]]:
+    """The other passes that the network can make, after the first."""
+    plain = replace(first, gradients=False)
+    again = replace(plain, name="eval, again, without gradients")
+    yield again, run(network, again)
+    for other in other_batches(first.inputs):
+        conditions = replace(plain, name="eval, another batch", inputs=other)
+        copied = shadow(network)
+        outcome = run(copied, conditions)
+        if outcome.error is None:
+            network = copied
+            yield conditions, outcome
+            break
+    training = replace(first, name="train mode, with gradients", training=True)
+    yield training, run(network, training)
+
+
+def _for(network: nn.Module, batch: Batch) -> Batch:
+    """The batch on the network's device, in float64 if that is the network's type."""
+    like = next((t for t in tensors_of(network) if t.is_floating_point()), torch.empty(0))
+
+    def cast(x: Tensor) -> Tensor:
+        wide = x.is_floating_point() and like.dtype == torch.double
+        return x.to(like.device, torch.double if wide else x.dtype)
+
+    return tuple(tree_map_only(Tensor, cast, batch))
+
+
+class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts FLOPs, and ends what takes too many.
+
+    Args:
+        most: FLOPs.
+    """
+
+    def __init__(self, most: float) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most, self.flops = most, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        taken = flops(func, args, kwargs or {}, result)
+        self.flops += taken
+        if taken and self.flops > self.most:
+            raise TooMuch
+        return result

@@ -1,0 +1,42 @@
+"""Copies of a network to run: what a forward leaves behind stays in the copy."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lightning_da3.memory.fake import tensors_of
+from lightning_da3.torch_private.modules import FORWARD_HOOKS, HOOKS_WITH_KWARGS, hooks_of
+
+_KINDS = (*FORWARD_HOOKS, *HOOKS_WITH_KWARGS)
+
+
+def shadow(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy of a network in eval whose parameters need no gradient.
+
+    Args:
+        network: Left unchanged.
+        dtype: Of the copy's parameters and buffers, where they are floating-point; None: as they
+            are, and parameters share their memory with the network's.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in tensors_of(network):
+        cast = dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype
+        value = tensor.detach().to(dtype) if cast else tensor.detach()
+        if isinstance(tensor, nn.Parameter):
+            memo[id(tensor)] = nn.Parameter(value, requires_grad=False)
+        else:
+            memo[id(tensor)] = value if cast else value.clone()
+    left = (leaf for m in network.modules() for leaf in vars(m).values())
+    for value in left:  # what a forward left behind belongs to a graph, and refuses to be copied
+        if isinstance(value, Tensor) and value.grad_fn is not None:
+            memo[id(value)] = value.detach().clone()
+    copied = copy.deepcopy(network, memo).eval()
+    for module, twin in zip(network.modules(), copied.modules(), strict=True):
+        if isinstance(module, fx.GraphModule):  # whose copies have none of its hooks
+            for ours, theirs in zip(hooks_of(twin, _KINDS), hooks_of(module, _KINDS), strict=True):
+                ours.update(theirs)
+    return copied
