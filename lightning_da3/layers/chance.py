@@ -23,7 +23,10 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     "rrelu": ("input", "lower", "upper", "training"),
 }
 _DROPOUT = ("input", "p", "train")
-_BY_DEFAULT = {"scaled_dot_product_attention": {"dropout_p": 0.0}, "rrelu": {"training": False}}
+_BY_DEFAULT: dict[str, dict[str, Any]] = {
+    "scaled_dot_product_attention": {"dropout_p": 0.0},
+    "rrelu": {"training": False},
+}
 
 
 def may_draw(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -58,7 +61,7 @@ def without_chance(
         kwargs: What it is called with by name.
     """
     given = _arguments(function, name_of(function), args, kwargs)
-    off = {key: False for key in _OFF_IF_FALSE if key in given}
+    off: dict[str, bool | float] = {key: False for key in _OFF_IF_FALSE if key in given}
     off = off or {key: 0.0 for key in _OFF_IF_ZERO if key in given}
     return {**given, **off} if off else None
 

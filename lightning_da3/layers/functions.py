@@ -166,7 +166,7 @@ def layer_of(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.M
     """
     build = facts_of_function(target).layer
     computed: list[torch.fx.Node] = []  # such as sizes, alone or in tuples
-    torch.fx.map_arg((args, kwargs), computed.append)  # type: ignore[arg-type]
+    torch.fx.map_arg((args, kwargs), computed.append)
     if build is None or computed:
         return None
     try:
