@@ -10,14 +10,16 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lightning_da3.errors import CheckpointError
 from lightning_da3.files.reading import open_regular
 
+fcntl: Any  # None where there are no such locks
 try:
     import fcntl
 except ImportError:  # Windows, where a file that is open cannot be removed
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 _TEMPORARY = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{32}\.tmp")
 ABANDONED_AFTER_S = 3600.0

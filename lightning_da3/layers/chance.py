@@ -61,7 +61,7 @@ def without_chance(
         kwargs: What it is called with by name.
     """
     given = _arguments(function, name_of(function), args, kwargs)
-    off: dict[str, Any] = {key: False for key in _OFF_IF_FALSE if key in given}
+    off: dict[str, bool | float] = {key: False for key in _OFF_IF_FALSE if key in given}
     off = off or {key: 0.0 for key in _OFF_IF_ZERO if key in given}
     return {**given, **off} if off else None
 

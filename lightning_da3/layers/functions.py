@@ -135,7 +135,10 @@ _LAYER_OF: dict[str, Callable[..., nn.Module | None]] = {
     "adaptive_avg_pool2d": nn.AdaptiveAvgPool2d,
     "adaptive_avg_pool3d": nn.AdaptiveAvgPool3d,
 }
-TABLE.update({name: Facts(layer=layer) for name, layer in _LAYER_OF.items()})
+TABLE.update(
+    {name: Facts(layer=layer, sensitive="max_pool" in name) for name, layer in _LAYER_OF.items()}
+)
+_names("adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d", sensitive=True)
 
 
 # --- looking up -----------------------------------------------------------------------------------
@@ -166,7 +169,7 @@ def layer_of(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.M
     """
     build = facts_of_function(target).layer
     computed: list[torch.fx.Node] = []  # such as sizes, alone or in tuples
-    torch.fx.map_arg((args, kwargs), computed.append)  # type: ignore[arg-type]
+    torch.fx.map_arg((args, kwargs), computed.append)
     if build is None or computed:
         return None
     try:

@@ -225,7 +225,8 @@ class RegionFinder:
         if layer is not None:  # hooks run once, and graphs in the graph may train
             alone = has_hooks(layer) or isinstance(layer, fx.GraphModule)
             return not (alone or layer_may_draw(layer))
-        if not self.exact and facts_of_call(node).sensitive:
+        decided = planned is not None and planned.action == "replace"  # and kept in bits
+        if not (self.exact or decided) and facts_of_call(node).sensitive:
             return False
         pure = node.op == "call_method" or is_pure(node.target)
         return pure and not may_draw(node.target, node.args, node.kwargs)

@@ -142,4 +142,4 @@ def _difference(x: Tensor, y: Tensor) -> float:
         return torch.inf  # infinite or not a number in other places
     x, y = (torch.where(t.isfinite(), t, 0) for t in (x, y))
     noise = 10 * torch.finfo(dtype).eps * y.numel() ** 0.5  # of what should be zero
-    return (x - y).norm().item() / max(y.norm().item(), noise)
+    return float((x - y).norm().item() / max(y.norm().item(), noise))

@@ -22,7 +22,7 @@ def same_randomness(seed: int | None = None) -> Iterator[None]:
     Args:
         seed: Of all generators inside the block; None: they go on where they are.
     """
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # the user's forward
     with torch.random.fork_rng(devices=devices):
         try:

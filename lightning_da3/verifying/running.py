@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,8 +76,12 @@ def run(network: nn.Module, conditions: Conditions) -> Outcome:
 
     outcome = Outcome()
     arguments = tree_map_only(Tensor, given, conditions.inputs)
-    embeddings = _Embedded(network) if conditions.gradients and not sources else nullcontext([])
-    layouts = DrawsInOrder() if conditions.draws else nullcontext()
+    embeddings: AbstractContextManager[list[Tensor]] = nullcontext([])
+    if conditions.gradients and not sources:
+        embeddings = _Embedded(network)
+    layouts: AbstractContextManager[Any] = nullcontext()
+    if conditions.draws:
+        layouts = DrawsInOrder()  # type: ignore[no-untyped-call]
     with same_randomness(seed=0), layouts, embeddings as embedded:
         before = torch.random.get_rng_state()
         try:
@@ -118,7 +122,8 @@ class _Embedded:
     def _note(self, layer: nn.Module, args: Any, y: Tensor) -> Tensor:
         del layer, args
         self.found.append(y.detach().requires_grad_())
-        return self.found[-1] * 1.0
+        alone: Tensor = self.found[-1] * 1.0
+        return alone
 
 
 def _gradients(outputs: list[Tensor], sources: list[Tensor]) -> list[Tensor]:
