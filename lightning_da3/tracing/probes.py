@@ -32,6 +32,7 @@ _STATES = (
     *("dtype", "device", "type", "layout", "stride", "is_contiguous", "storage_offset", "data_ptr"),
     *("is_cuda", "is_cpu", "is_mps", "requires_grad", "grad_fn", "is_leaf", "grad"),
 )
+_VALUES = ("numpy", "tolist", "item", "__array__")  # of tensors: nothing that a probe has
 _UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException, NotImplementedError)
 
 
@@ -77,7 +78,7 @@ class Probes:
         if node.op == "placeholder":
             self._take(node)
             return
-        if any(PROBED not in i.meta for i in node.all_input_nodes):
+        if node.target in _VALUES or any(PROBED not in i.meta for i in node.all_input_nodes):
             return
         try:
             results = [self._run(node, root, number) for number in range(len(self.inputs))]

@@ -7,9 +7,11 @@ runs as Python each time.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import re
 import sys
+import weakref
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from types import CodeType
@@ -81,6 +83,8 @@ class Tracer(fx.Tracer):
         self._modes: Modes | None = None
         self._erased: set[fx.Node] = set()
         self._done = False
+        self._refused: CannotTrace | None = None
+        self._values: list[weakref.ref[Value]] = []
         self._forwards = frames.forwards_of_functions()
 
     # --- what torch.fx asks -----------------------------------------------------------------------
@@ -92,7 +96,9 @@ class Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> Value:
         """What stands for the value of a node."""
-        return Value(node, self)
+        value = Value(node, self)
+        self._values.append(weakref.ref(value))
+        return value
 
     def create_arg(self, a: Any) -> Any:
         """A value is its node, whatever it says that it is."""
@@ -166,6 +172,7 @@ class Tracer(fx.Tracer):
                 m, lambda *a, **k: self.look_into(m, forward, a, k), args, kwargs
             )
         except Exception as error:  # noqa: BLE001  # the user's own forward: anything can come
+            self._refused = None
             self._refine(error)
             self.python[path] = f"{type(m).__name__}: {first_line(error)}"
         for node in reversed(list(self.graph.nodes)[nodes:]):
@@ -204,7 +211,7 @@ class Tracer(fx.Tracer):
             before = random_states()
             try:
                 graph = super().trace(root, concrete_args)
-                self._check_unmoved(root, before)
+                self._check_done(root, before)
                 for module in inside:
                     self._check_unchanged(module)
             except Exception as error:
@@ -212,6 +219,7 @@ class Tracer(fx.Tracer):
                 raise
             finally:
                 self._modes = None
+            self._check_gone()
             self._done = True
         return graph
 
@@ -231,17 +239,20 @@ class Tracer(fx.Tracer):
             CannotTrace: Always.
         """
         line = frames.place(self._frames())
-        raise CannotTrace(f"{reason} ({line})" if line else reason)
+        self._refused = CannotTrace(f"{reason} ({line})" if line else reason)
+        raise self._refused
 
     def look_into(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a module's forward, and see that it does nothing that a graph would lose."""
         before = random_states()
         result = forward(*args, **kwargs)
-        self._check_unmoved(m, before)
+        self._check_done(m, before)
         self._check_unchanged(m)
         return result
 
-    def _check_unmoved(self, m: nn.Module, before: Any) -> None:
+    def _check_done(self, m: nn.Module, before: Any) -> None:
+        if self._refused is not None:
+            raise self._refused  # the forward went on with something else
         if random_states() != before:
             self.cannot(f"{type(m).__name__} draws random numbers of Python or NumPy")
 
@@ -249,6 +260,15 @@ class Tracer(fx.Tracer):
         changed = self._snapshot.changed(m)
         if changed:
             raise CannotTrace(f"its forward changes the attributes {changed}")
+
+    def _check_gone(self) -> None:
+        """Values that outlive the forward are where its callers look for more than its output."""
+        if any(ref() is not None for ref in self._values):
+            gc.collect()
+        kept = [value for ref in self._values if (value := ref()) is not None]
+        names = [value.node.name for value in kept if value.node not in self._erased]
+        if names:
+            raise CannotTrace(f"it leaves what it computed where others may find it: {names[:4]}")
 
     def _refine(self, error: Exception) -> None:
         """Look for a function, inside of what failed, that may be the node."""
@@ -276,7 +296,7 @@ class Tracer(fx.Tracer):
         """
         node = value.node
         if PROBED not in node.meta:
-            return super().to_bool(value)
+            self.cannot("it decides on a value that is not known")
         first, *others = node.meta[PROBED]
         if isinstance(first, Tensor):
             self.cannot("it decides on the values of a tensor")

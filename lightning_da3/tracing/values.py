@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from lightning_da3.torch_private.fake import is_fake
 from lightning_da3.tracing.probes import PROBED
 
 
@@ -25,9 +26,12 @@ class Value(fx.Proxy):
         probed = self.node.meta.get(PROBED) if type(self) is Value else None
         if probed is None or probed[0] is None:
             return type(self)
-        return Tensor if isinstance(probed[0], Tensor) else type(probed[0])
+        return Tensor if is_fake(probed[0]) else type(probed[0])
 
     def __getattr__(self, name: str) -> Any:
+        probed = self.node.meta.get(PROBED)
+        if probed is not None and not hasattr(probed[0], name):
+            raise AttributeError(f"{type(probed[0]).__name__!r} has no attribute {name!r}")
         return Field(self, name)
 
     def __int__(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_da3.layers import may_draw
 from lightning_da3.torch_private.autograd import version_of
 
 _MODULE_STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
@@ -175,7 +176,8 @@ class Draws(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         before = torch.get_rng_state()
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, fx.Proxy) or torch.equal(before, torch.get_rng_state()):
+        moved = may_draw(func, args, kwargs or {}) or not torch.equal(before, torch.get_rng_state())
+        if isinstance(result, fx.Proxy) or not moved:
             return result
         torch.set_rng_state(before)
         return self.told(func, args, kwargs or {})
