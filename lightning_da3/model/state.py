@@ -89,7 +89,7 @@ def _child(module: nn.Module, name: str) -> nn.Module | None:
     return dict(module.named_children()).get(name)
 
 
-def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def check_tensors(tensors: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
     """Refuse tensors that a module could not hold.
 
     Floating-point types may differ: values are converted.
