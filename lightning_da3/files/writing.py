@@ -15,11 +15,12 @@ from typing import Any
 from lightning_da3.errors import CheckpointError
 from lightning_da3.files.reading import open_regular
 
-fcntl: Any  # None where there are no such locks
 try:
     import fcntl
-except ImportError:  # Windows, where a file that is open cannot be removed
-    fcntl = None
+except ImportError:
+    LOCKS: Any = None  # Windows, where a file that is open cannot be removed
+else:
+    LOCKS = fcntl
 
 _TEMPORARY = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{32}\.tmp")
 ABANDONED_AFTER_S = 3600.0
@@ -86,8 +87,8 @@ def _remove_abandoned(path: Path, older_than_s: float) -> None:
     if not stat.S_ISREG(status.st_mode) or time.time() - status.st_mtime < older_than_s:
         return
     with open_regular(path) as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # raises where a writer holds it
+        if LOCKS is not None:
+            LOCKS.flock(file, LOCKS.LOCK_SH | LOCKS.LOCK_NB)  # raises where a writer holds it
     path.unlink()
 
 
@@ -95,13 +96,13 @@ def _remove_abandoned(path: Path, older_than_s: float) -> None:
 def _held(path: Path) -> Iterator[None]:
     """A new, empty file that is locked in the block, where the system can."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    if fcntl is None:
+    if LOCKS is None:
         os.close(descriptor)
         yield
         return
     try:
         with contextlib.suppress(OSError):  # of file systems without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            LOCKS.flock(descriptor, LOCKS.LOCK_EX | LOCKS.LOCK_NB)
         yield
     finally:
         os.close(descriptor)

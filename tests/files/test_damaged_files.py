@@ -250,7 +250,9 @@ def test_a_file_longer_than_it_declares_costs_no_time_and_no_memory(tmp_path, mo
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2, torch.complex64]
+)
 def test_values_that_are_no_numbers_are_refused_whatever_the_checksum(
     tmp_path, monkeypatch, value, dtype
 ):
