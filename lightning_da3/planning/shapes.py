@@ -20,6 +20,7 @@ from lightning_da3.planning.layers import layer_called
 from lightning_da3.torch_private.fake import FakeTensorMode
 from lightning_da3.tracing.guessing import first_sample, guesses
 from lightning_da3.tracing.probes import call_layer
+from lightning_da3.tracing.watching import unchanged
 
 Shapes = dict[fx.Node, tuple[int, ...]]
 
@@ -55,7 +56,7 @@ def find_shapes(gm: fx.GraphModule, examples: Sequence[Any] | None = None) -> Sh
     given = [] if examples is None else [first_sample(examples)]
     for inputs in itertools.chain(given, guesses(gm)):
         # the user's own forward on a guess: anything can go wrong, and then nothing is known
-        with quiet(), contextlib.suppress(Exception), mode:
+        with quiet(), contextlib.suppress(Exception), mode, unchanged(gm):
             recorder = _Recorder(gm)
             with torch.no_grad():
                 recorder.run(*[_without_values(i) for i in inputs])

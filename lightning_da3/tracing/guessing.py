@@ -34,10 +34,16 @@ def guesses(gm: fx.GraphModule) -> Iterator[list[Tensor]]:
 
 
 def first_guesses(network: nn.Module) -> Iterator[list[Tensor]]:
-    """Inputs that a network of one input may take, which its first layer with weights tells."""
+    """Inputs that a network of one input may take, as one of its layers takes them.
+
+    That is the layer that is registered first, or one with few channels, as images have.
+    """
     kinds = (*CONVS, nn.Linear, nn.Embedding, nn.RNNBase)
-    first = next((layer for layer in network.modules() if isinstance(layer, kinds)), None)
-    return _inputs_of([first], network)
+    layers = [layer for layer in network.modules() if isinstance(layer, kinds)]
+    convolutions = [layer for layer in layers if isinstance(layer, CONVS)]
+    few = min(convolutions, key=lambda layer: layer.in_channels, default=None)
+    for layer in dict.fromkeys([*layers[:1], few]):
+        yield from _inputs_of([layer], network)
 
 
 def _inputs_of(readers: Sequence[nn.Module | None], network: nn.Module) -> Iterator[list[Tensor]]:

@@ -329,21 +329,22 @@ class Tracer(fx.Tracer):
 
     def _as_node(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """What is called for a function that is a node."""
-        plain = function is len or getattr(function, "__name__", "") in FACTORIES
+        if function is len:
+            return self._length
+        factory = getattr(function, "__name__", "") in FACTORIES
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if self._probing or (plain and not _has_value(args, kwargs)):
+            if self._probing or (factory and not _has(args, kwargs, Value)):
                 return function(*args, **kwargs)
-            if plain:
-                return (
-                    self._noted(function, args)
-                    if function is len
-                    else self.create_proxy("call_function", function, args, kwargs)
-                )
+            if factory:
+                return self.create_proxy("call_function", function, args, kwargs)
             proxy = self.create_proxy("call_module", self._home(function), args, kwargs)
             return self._structured(proxy)
 
         return call
+
+    def _length(self, value: Any) -> Any:
+        return self._noted(len, (value,)) if isinstance(value, fx.Proxy) else len(value)
 
     def _home(self, function: Callable[..., Any]) -> str:
         """The name of the module that calls a function."""
@@ -392,10 +393,6 @@ class Tracer(fx.Tracer):
 def first_line(error: BaseException) -> str:
     """What an error says, in short."""
     return (str(error).split("\n") or [""])[0] or type(error).__name__
-
-
-def _has_value(args: Any, kwargs: Any) -> bool:
-    return _has(args, kwargs, Value)
 
 
 def _has(args: Any, kwargs: Any, kind: type) -> bool:

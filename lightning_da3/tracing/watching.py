@@ -59,8 +59,20 @@ class Snapshot:
             module._buffers.clear()
             for name, buffer in self._buffers[module].items():
                 if buffer is not None and version_of(buffer) != self._versions[id(buffer)]:
-                    buffer = self._values[id(buffer)].clone()
+                    with torch.no_grad():
+                        buffer.copy_(self._values[id(buffer)])
+                    self._versions[id(buffer)] = version_of(buffer)
                 module._buffers[name] = buffer
+
+
+@contextlib.contextmanager
+def unchanged(root: nn.Module) -> Iterator[None]:
+    """Behind the block a module, and all in it, is as it was."""
+    snapshot = Snapshot(root)
+    try:
+        yield
+    finally:
+        snapshot.restore()
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:

@@ -175,7 +175,7 @@ def test_what_is_drawn_is_drawn_in_every_call(function):
         np.random.seed(3)  # noqa: NPY002
         random.seed(3)
         with torch.no_grad():
-            return torch.stack([net(x) for _ in range(6)])
+            return torch.stack([net(x) for _ in range(9)])
 
     got, want = outputs(model), outputs(network)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
@@ -232,7 +232,8 @@ def test_what_changes_from_call_to_call_changes(kind):
     model = convert(network, CONFIG, verify=False)
     assert model.plan.head == "head"
     assert [path for path, _ in model.plan.python] == ["function"]
-    assert "changes the attributes" in dict(model.plan.python)["function"]
+    reason = dict(model.plan.python)["function"]
+    assert "changes the attributes" in reason or "it writes into" in reason
     with torch.no_grad():
         for _ in range(3):
             torch.testing.assert_close(model(x), network(x), rtol=1e-4, atol=1e-5)
@@ -288,7 +289,7 @@ reverse = Reverse.apply
 
 
 def by_its_class(x):
-    return Reverse.apply(x) + x
+    return Reverse.apply(x) * 0.5 + x
 
 
 def by_a_name(x):
@@ -296,7 +297,7 @@ def by_a_name(x):
 
 
 def in_a_helper(x):
-    return by_a_name(x) + x
+    return by_a_name(x) * 0.5 + x
 
 
 def without_gradients(x):
