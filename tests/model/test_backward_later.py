@@ -93,7 +93,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("exact", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_changes_before_the_backward_changes_nothing(change, exact):
     model = converted(Deep, "a", "b", exact=exact, gate=GateConfig())
@@ -116,7 +116,7 @@ def test_what_changes_before_the_backward_changes_nothing(change, exact):
 
 
 @pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("network", [small, Deep, lambda: Around(nn.GELU())])
+@pytest.mark.parametrize("network", [small, pytest.param(Deep, marks=pytest.mark.slow)])
 def test_a_backward_inside_autocast_is_one_outside(network, exact):
     model = converted(network, "a", exact=exact).float()
     model.set_domain("a")

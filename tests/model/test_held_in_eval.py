@@ -89,7 +89,7 @@ def assert_held(network):
     return model
 
 
-@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize("branches", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name, branches):
     model = assert_held(Tokens(LAYERS[name](), branches))
