@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,6 +67,27 @@ def explain_types(inputs: Any, dtype: torch.dtype, network: str, error: RuntimeE
                 f"`batch.to({dtype})`; convert the network, `model.to({x.dtype})`; or compute "
                 f"inside `torch.autocast({x.device.type!r}, dtype={x.dtype})`."
             ) from error
+
+
+def tell_that_nothing_trains(output: Any, domains: Sequence[str]) -> bool:
+    """Warn before PyTorch's backward says that there is no graph, which names no reason.
+
+    Args:
+        output: Of a call in train mode, with gradients, without an active domain.
+        domains: The names of the domains.
+
+    Returns:
+        Whether it was said: not where the output requires a gradient, of its input say.
+    """
+    if any(isinstance(y, Tensor) and y.requires_grad for y in tree_leaves(output)):
+        return False
+    warnings.warn(
+        f"No domain is active, so that nothing of the network can be trained. There are {domains}: "
+        "`set_domain(name)` to train one. To compute the backbone alone, call `eval()` or use "
+        "`torch.no_grad()`.",
+        stacklevel=5,
+    )
+    return True
 
 
 def laid_out(output: Any, inputs: Any) -> Any:

@@ -23,7 +23,13 @@ from lightning_da3.config import DA3Config, is_finite
 from lightning_da3.eager import KeepsLess
 from lightning_da3.errors import ConfigError, InputError
 from lightning_da3.formatting import shown
-from lightning_da3.model.batches import carrying, check_input, explain_types, laid_out
+from lightning_da3.model.batches import (
+    carrying,
+    check_input,
+    explain_types,
+    laid_out,
+    tell_that_nothing_trains,
+)
 from lightning_da3.model.mixed import NEAREST, Domains, by_sample, check_domains
 from lightning_da3.model.modes import hold_in_eval_
 from lightning_da3.model.multi_domain import MultiDomain
@@ -121,6 +127,9 @@ class DA3Model(MultiDomain):
         output, ledger = self._run_within_budget(self._noisy(call, args, kwargs), args, kwargs)
         executed = self._executed(ledger)
         output = laid_out(output, (args, kwargs))
+        trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if trains and self.bank and not self._was_set and call is self.calls.everywhere:
+            self._was_set = tell_that_nothing_trains(output, self.domains)
         if executed and self.config.gate and self.training and torch.is_grad_enabled():
             loss, scale = self.gate_loss(executed), self.gate_loss_scale
             if scale is None and call.unit is not None:

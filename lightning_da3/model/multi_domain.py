@@ -58,6 +58,7 @@ class MultiDomain(nn.Module):
         self.plan, self.config = plan, config
         self.fingerprint, self.architecture = fingerprint, architecture
         self._active: str | None = None
+        self._was_set = False  # somebody said which domain is to be active, or that none is
         self.calls = Calls()
         connect_(backbone, self.calls)
         self.register_load_state_dict_pre_hook(complete_state)  # type: ignore[no-untyped-call]
@@ -127,7 +128,7 @@ class MultiDomain(nn.Module):
         domain = None if name is None else self.domain(name)
         if domain is not None:
             domain.requires_grad_(True)
-        before, self._active = self._active, name
+        before, self._active, self._was_set = self._active, name, True
         self.calls.everywhere, self.calls.here.resting = self._slots.call(domain), None
         if before is not None and before != name:
             self.domain(before).requires_grad_(False)

@@ -92,7 +92,7 @@ def test_batches_of_another_type(dtype):
     assert y.isfinite().all()
     if dtype != torch.float64:
         with torch.autocast("cpu", dtype):
-            assert converted("a")(batch().to(dtype)).isfinite().all()
+            assert converted("a").eval()(batch().to(dtype)).isfinite().all()
 
 
 def test_errors_of_other_kinds_stay_pytorch_s_own():
@@ -127,3 +127,25 @@ def test_sizes_of_a_step(choices):
 def test_scales_of_accumulated_steps(scale):
     with refused(ConfigError, "`scale` must be a finite number above 0"):
         accumulated(converted("a"), lambda part: part, (batch(),), scale=scale)
+
+
+def test_training_without_an_active_domain_is_told_once():
+    model = converted().train()
+    model(batch())  # there is no domain yet
+    model.add_domain("a", 3)
+    with torch.no_grad():
+        model(batch())
+    model.eval()(batch())
+    model(batch().requires_grad_())
+    model.train()
+    with pytest.warns(UserWarning, match=r"No domain is active.*\['a'\]: `set_domain") as told:
+        loss = model(batch()).sum()
+    assert told[0].filename == __file__
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        loss.backward()
+    model(batch())
+    other = converted("a", "b").train()
+    with other.disable_adapters():
+        other(batch())  # as was asked for
+    other.set_domain(None)
+    other(batch())
