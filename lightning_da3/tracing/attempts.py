@@ -13,9 +13,11 @@ from torch import fx, nn
 from lightning_da3.errors import ConversionError
 from lightning_da3.memory import fake_mode_of
 from lightning_da3.torch_private.fake import FakeTensorMode
+from lightning_da3.tracing.guards import must_be_default
 from lightning_da3.tracing.guessing import first_guesses
 from lightning_da3.tracing.probes import ProbeFailed, Probes, probe_inputs
-from lightning_da3.tracing.tracer import NewLeaf, Tracer, must_be_default
+from lightning_da3.tracing.refusals import NewLeaf
+from lightning_da3.tracing.tracer import Tracer
 
 _MOST_LEAVES = 50  # functions that become nodes: a forward that has more of them stays Python
 
@@ -158,5 +160,5 @@ def _traced(
             graph,
             opaque,
             {p: why for p, why in tracer.python.items() if p in opaque},
-            {name: tracer.reason(f) for f, name in tracer.functions.items() if name in called},
+            {n: why for n, why in tracer.functions.reasons_by_name().items() if n in called},
         )

@@ -22,7 +22,8 @@ from lightning_da3.tracing.graphs import Part, Traced
 from lightning_da3.tracing.interception import names_asked
 from lightning_da3.tracing.normalizing import normalize_
 from lightning_da3.tracing.probes import PROBED
-from lightning_da3.tracing.tracer import Tracer, first_line
+from lightning_da3.tracing.refusals import first_line
+from lightning_da3.tracing.tracer import Tracer
 from lightning_da3.tracing.watching import states_kept
 
 LAYER = "layer"  # name of the one layer in the graph of a single layer

@@ -11,8 +11,8 @@ from lightning_da3.errors import ConversionError
 from lightning_da3.layers import facts_of, facts_of_call
 from lightning_da3.torch_private.modules import ASSERTION
 from lightning_da3.tracing.aliases import written
+from lightning_da3.tracing.guards import must_be
 from lightning_da3.tracing.layer_calls import call_layers_
-from lightning_da3.tracing.tracer import must_be
 from lightning_da3.tracing.values import IN_PLACE
 
 

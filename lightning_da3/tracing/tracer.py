@@ -8,8 +8,6 @@ runs as Python each time.
 from __future__ import annotations
 
 import gc
-import inspect
-import re
 import sys
 import weakref
 from collections.abc import Callable, Collection
@@ -19,32 +17,16 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from lightning_da3.errors import InputError
-from lightning_da3.layers import has_hooks, is_registered, register
-from lightning_da3.nn.python import PythonFunction
+from lightning_da3.layers import has_hooks, is_registered
 from lightning_da3.tracing import frames
 from lightning_da3.tracing.aliases import Aliases
+from lightning_da3.tracing.functions import PythonFunctions
+from lightning_da3.tracing.guards import must_be, must_be_default
 from lightning_da3.tracing.interception import FACTORIES, intercepted
 from lightning_da3.tracing.probes import PROBED, SIZE, VARIES, Probes, versions
+from lightning_da3.tracing.refusals import CannotTrace, NewLeaf, first_line
 from lightning_da3.tracing.values import Value
 from lightning_da3.tracing.watching import Draws, Modes, Snapshot, plain_modes, random_states
-
-
-class CannotTrace(fx.proxy.TraceError):
-    """A graph cannot hold what a forward does."""
-
-
-class NewLeaf(BaseException):  # no error of a user's forward
-    """A function is to become a node: trace again, with it among the leaves.
-
-    Args:
-        code: The function's.
-        reason: Why, in plain words.
-    """
-
-    def __init__(self, code: CodeType, reason: str) -> None:
-        super().__init__(reason)
-        self.code, self.reason = code, reason
 
 
 class Tracer(fx.Tracer):
@@ -78,7 +60,6 @@ class Tracer(fx.Tracer):
         self.leaves = {} if leaves is None else leaves
         self.python = {} if python is None else python
         self.opaque: dict[str, nn.Module] = {}
-        self.functions: dict[Any, str] = {}
         self.aliases = Aliases(whole=whole)
         self._modes: Modes | None = None
         self._erased: set[fx.Node] = set()
@@ -86,8 +67,6 @@ class Tracer(fx.Tracer):
         self._refused: CannotTrace | None = None
         self._values: list[weakref.ref[Value]] = []
         self._forwards = frames.forwards_of_functions()
-
-    # --- what torch.fx asks -----------------------------------------------------------------------
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """PyTorch's layers, ours and registered ones are nodes; everything else is looked into."""
@@ -203,7 +182,8 @@ class Tracer(fx.Tracer):
         with ExitStack() as stack:
             stack.enter_context(plain_modes())
             stack.enter_context(intercepted(self._as_node, self.leaves, looked_into))
-            stack.callback(self._forget_functions)
+            self.functions = PythonFunctions(root, self.leaves)
+            stack.callback(lambda: self._done or self.functions.forget())
             self._snapshot = Snapshot(root)
             stack.callback(self._snapshot.restore)
             stack.enter_context(Draws(self._drawn, lambda: self._probing))
@@ -222,13 +202,6 @@ class Tracer(fx.Tracer):
             self._check_gone()
             self._done = True
         return graph
-
-    def reason(self, function: Any) -> str:
-        """Why a function is a node, in plain words."""
-        owner = getattr(function, "__self__", None)  # of a bound `apply`
-        if owner is not None:
-            return f"{owner.__name__}: its backward is its own"
-        return self.leaves.get(inspect.unwrap(function).__code__, "")
 
     # --- what a graph cannot hold -----------------------------------------------------------------
 
@@ -279,11 +252,8 @@ class Tracer(fx.Tracer):
 
     def _frames(self) -> list[Any]:
         """The frames of the innermost module's forward that runs."""
-        code = Tracer.look_into.__code__ if self._in_module() else Tracer.trace.__code__
+        code = Tracer.look_into.__code__ if self.module_stack else Tracer.trace.__code__
         return frames.innermost_module(frames.frames_above(sys._getframe(1)), code)
-
-    def _in_module(self) -> bool:
-        return bool(self.module_stack)
 
     # --- decisions --------------------------------------------------------------------------------
 
@@ -303,7 +273,7 @@ class Tracer(fx.Tracer):
         if any(other != first for other in others):
             self.cannot("it decides on the size of its input")
         if node.meta[VARIES]:
-            at_root = not self._in_module() and node.meta[VARIES] == SIZE
+            at_root = not self.module_stack and node.meta[VARIES] == SIZE
             if not at_root or frames.leafable(self._frames(), self.leaves, self._forwards):
                 self.cannot(f"it decides on the {node.meta[VARIES]} of its input")
         if not isinstance(first, (int, float, str, type(None))) and not node.meta[VARIES]:
@@ -338,29 +308,13 @@ class Tracer(fx.Tracer):
                 return function(*args, **kwargs)
             if factory:
                 return self.create_proxy("call_function", function, args, kwargs)
-            proxy = self.create_proxy("call_module", self._home(function), args, kwargs)
+            proxy = self.create_proxy("call_module", self.functions.name_of(function), args, kwargs)
             return self._structured(proxy)
 
         return call
 
     def _length(self, value: Any) -> Any:
         return self._noted(len, (value,)) if isinstance(value, fx.Proxy) else len(value)
-
-    def _home(self, function: Callable[..., Any]) -> str:
-        """The name of the module that calls a function."""
-        if function not in self.functions:
-            owner = getattr(function, "__self__", function)  # of a bound `apply`
-            name = re.sub(r"\W", "", str(getattr(owner, "__name__", "function"))) or "function"
-            while hasattr(self.root, name):
-                name += "_"
-            self.root.add_module(name, PythonFunction(function))
-            self.functions[function] = name
-        return self.functions[function]
-
-    def _forget_functions(self) -> None:
-        """What calls functions is in the module if there is a graph that calls it."""
-        for name in self.functions.values() if not self._done else ():
-            delattr(self.root, name)
 
     def _drawn(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Random numbers that no traced value is asked for are drawn in every call."""
@@ -390,45 +344,7 @@ class Tracer(fx.Tracer):
         return [v for i in node.all_input_nodes for v in versions(i.meta.get(PROBED, ()))]
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in short."""
-    return (str(error).split("\n") or [""])[0] or type(error).__name__
-
-
 def _has(args: Any, kwargs: Any, kind: type) -> bool:
     found: list[Any] = []
     fx.node.map_aggregate((args, kwargs), lambda a: found.append(a) if isinstance(a, kind) else a)
     return bool(found)
-
-
-def must_be_default(value: Any, name: str, default: Any) -> None:
-    """Refuse an argument that the traced forward branches on.
-
-    Raises:
-        InputError: It is not what it is by default.
-    """
-    if value is not default and value != default:
-        raise InputError(
-            f"`{name}` was traced as {default!r}, which the network's forward branches on. To use "
-            f"it, convert a module whose forward always passes `{name}` on to the network."
-        )
-
-
-def must_be(value: Any, decided: Any, place: str) -> None:
-    """Refuse an input for which the traced forward would have taken another branch.
-
-    Raises:
-        InputError: It is not what it was.
-    """
-    if value != decided:
-        raise InputError(
-            f"The network's forward decides on the sizes of its input ({place}). It was traced "
-            f"where that is {decided!r}, and here it is {value!r}. Convert the network with "
-            "`example_inputs` like this input, or put what decides into a module of its own, which "
-            "then stays Python."
-        )
-
-
-register(must_be_default, keeps="nothing", pure=True)
-register(must_be, keeps="nothing", pure=True)
-register(PythonFunction, random=True)

@@ -25,6 +25,7 @@ from lightning_da3.model.state import (
     domain_state,
 )
 from lightning_da3.nn.statistics import Statistics
+from lightning_da3.trainer.example_inputs import inputs_of
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -90,7 +91,10 @@ def attach_(
     """
     name = find_backbone(module, backbone)
     network = module.get_submodule(name)
-    model = network if isinstance(network, DA3Model) else convert(network, config)
+    if isinstance(network, DA3Model):
+        model = network
+    else:
+        model = convert(network, config, inputs_of(module, network))
     for domain, num_classes in domains.items():
         _check_same(model, config, domain, num_classes)
     for domain, num_classes in domains.items():

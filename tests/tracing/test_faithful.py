@@ -327,7 +327,7 @@ FUNCTIONS += [without_gradients, calls_what_is_decorated, in_inference]
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_gradients_are_cut_and_turned_where_the_user_does(function):
-    network, x = Around(function).eval(), torch.randn(2, 3, 16, 16)
+    network = Around(function).eval()
     assert convert(network, CONFIG, verify=False).plan.head == "head"
     # rounding is what its backward does not see: codes may change what is rounded
     assert_same_gradients(function, codes=0.05 if function is not Rounds.apply else 0.5)
