@@ -52,4 +52,5 @@ def _hands_on(gm: fx.GraphModule, node: fx.Node, step: NodePlan | None) -> bool:
     if step is not None and (step.inplace or step.action in ("fold", "remove")):
         return True
     layer = module_of(gm, node)
-    return layer is not None and facts_of(layer).keeps == "nothing"  # such as a Flatten
+    facts = facts_of(layer)  # such as a Flatten's; what a matrix gives is new
+    return layer is not None and facts.keeps == "nothing" and not facts.mixes_channels

@@ -29,6 +29,7 @@ from lightning_da3.tracing.graphs import module_of
 
 # passing a convolution or a matrix product must make the kept value at least so much smaller
 WORTH = 2.0
+_GONE = ("fold", "remove")
 
 
 @dataclasses.dataclass
@@ -233,7 +234,7 @@ class RegionFinder:
 
     def _may_be_kept_from_writing(self, node: fx.Node, sources: list[fx.Node]) -> bool:
         """Whether a region's first operation can leave its input alone, and nobody would see it."""
-        if len(sources) > 1 or node.args[0] is not sources[0] or len(sources[0].users) > 1:
+        if len(sources) > 1 or not self._alone_reads(node, sources[0]):
             return False
         if node.op != "call_function":
             return node.op == "call_module"
@@ -241,6 +242,17 @@ class RegionFinder:
         if is_in_place(node):  # as torch.tanh_ is, whatever it is told
             return planned is not None and planned.action == "replace"
         return bool(node.kwargs.get("inplace")) or (planned is not None and planned.inplace)
+
+    def _alone_reads(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether `node` alone reads `source`, maybe past what is gone in the converted network."""
+        first = node.args[0]
+        while isinstance(first, fx.Node) and len(first.users) == 1:
+            if first is source:
+                return True
+            if first.name not in self.plan or self.plan[first.name].action not in _GONE:
+                return False
+            first = first.args[0]
+        return False
 
     def _saves(self, region: _Region) -> float:
         return sum(map(self._alone, region.keepers)) - sum(map(self._cost, region.sources))
