@@ -93,8 +93,14 @@ def test_a_run_that_died_often_ends_with_the_same_bits(tmp_path, way):
     assert not [name for name in left if name.endswith((".ckpt", ".tmp"))]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["by steps, validated", "validated in the epoch", "stopped early"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param("stopped early", marks=pytest.mark.slow),
+        pytest.param("by steps, validated", marks=pytest.mark.exhaustive),
+        pytest.param("validated in the epoch", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_wherever_a_run_died_it_ends_with_the_same_bits(tmp_path, way):
     total = total_batches(way, tmp_path / "whole")
     for after in range(total):
