@@ -83,7 +83,10 @@ class LossUnit:
     @property
     def number(self) -> float:
         """The value; 0 where there is none."""
-        return 0.0 if self.value is None or has_no_values(self.value) else float(self.value)
+        value = self.value
+        if value is None or value.is_meta or has_no_values(value):
+            return 0.0
+        return float(value)
 
     def on(self, device: torch.device) -> Tensor:
         """The value, which lives on this device from now on."""
