@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import ConfigError
@@ -52,6 +52,14 @@ class Domain(nn.Module):
         self.num_classes = num_classes
         self.class_names = checked_class_names(class_names, num_classes)
         self.loss_unit = LossUnit()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Domain:
+        """Move the unit along; whatever else becomes of the domain, it stays a float32."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        unit = self.loss_unit.value
+        if unit is not None:
+            self.loss_unit.on(fn(unit).device)
+        return self
 
     def adapter(self, host: str) -> Adapter:
         """The adapter of the host of this name."""

@@ -128,6 +128,7 @@ class MultiDomain(nn.Module):
         domain = None if name is None else self.domain(name)
         if domain is not None:
             domain.requires_grad_(True)
+            domain.loss_unit.on(self._device)  # now: a compiler could not make it
         before, self._active, self._was_set = self._active, name, True
         self.calls.everywhere, self.calls.here.resting = self._slots.call(domain), None
         if before is not None and before != name:
@@ -261,7 +262,7 @@ class MultiDomain(nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         """What a state dict must say beside its tensors; plain types only."""
         domains = {name: self.domain(name) for name in self.domains}
-        units = {name: float(domain.loss_unit.value) for name, domain in domains.items()}
+        units = {name: domain.loss_unit.number for name, domain in domains.items()}
         units = {name: unit for name, unit in units.items() if unit}  # of those that were measured
         return {
             "backbone": self.fingerprint,
@@ -275,7 +276,7 @@ class MultiDomain(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take what `complete_state` did not use before the tensors were loaded."""
         for name, unit in state.get("loss_units", {}).items():
-            self.domain(name).loss_unit.value.fill_(unit)
+            self.domain(name).loss_unit.value = torch.tensor(unit)
 
     # --- parts ------------------------------------------------------------------------------------
 

@@ -74,15 +74,25 @@ class LossUnit:
     """In what unit the losses of one domain come: see `lightning_da3.nn.gate.with_loss`.
 
     Attributes:
-        value: A scalar, zero before there was a loss.
+        value: A scalar, zero before there was a loss; None before it was asked for.
     """
 
     def __init__(self) -> None:
-        self.value = torch.zeros(())
+        self.value: Tensor | None = None
+
+    @property
+    def number(self) -> float:
+        """The value; 0 where there is none."""
+        value = self.value
+        if value is None or value.is_meta or has_no_values(value):
+            return 0.0
+        return float(value)
 
     def on(self, device: torch.device) -> Tensor:
         """The value, which lives on this device from now on."""
-        if self.value.device != device:
+        if self.value is None:
+            self.value = torch.zeros((), device=device)
+        elif self.value.device != device:
             self.value = self.value.to(device)
         return self.value
 

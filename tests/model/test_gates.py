@@ -251,8 +251,8 @@ def test_a_loss_by_itself_is_its_unit():
 
 def test_the_unit_of_a_domain_outlives_a_stop():
     model = converted("a")
-    assert "loss_units" not in model.get_extra_state()
     model.set_domain("a")
+    assert "loss_units" not in model.get_extra_state()  # there was no loss
     model.train()
     (64.0 * nn.functional.cross_entropy(model(batch()), torch.tensor([0, 1]))).backward()
     unit = model.domain("a").loss_unit.value
@@ -260,3 +260,15 @@ def test_the_unit_of_a_domain_outlives_a_stop():
     again = converted("a")
     again.load_state_dict(model.state_dict())
     assert_identical(again.domain("a").loss_unit.value, unit)
+
+
+def test_the_unit_of_a_domain_moves_with_it_and_stays_as_wide():
+    model = converted("a")
+    model.set_domain("a")
+    unit = model.domain("a").loss_unit
+    for move in (lambda: model.half(), lambda: model.double()):
+        move()
+        assert (unit.value.dtype, unit.value.device.type) == (torch.float32, "cpu")
+    model.to("meta")
+    assert unit.value.device.type == "meta"
+    assert "loss_units" not in model.get_extra_state()
