@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.fx.node import has_side_effect
+
 from lightning_da3.errors import InputError
 from lightning_da3.layers import register
 
@@ -36,5 +38,6 @@ def must_be(value: Any, decided: Any, place: str) -> None:
         )
 
 
-register(must_be_default, keeps="nothing", pure=True)
-register(must_be, keeps="nothing", pure=True)
+for _guard in (must_be_default, must_be):
+    register(_guard, keeps="nothing", pure=True)
+    has_side_effect(_guard)  # dead code elimination leaves them
