@@ -149,7 +149,11 @@ def _traced(
         tracer = Tracer(defaults, probes and probes.afresh(), session.leaves, known, whole=not path)
         try:
             graph = tracer.trace(module)
-        except NewLeaf as leaf:
+        except BaseException as error:
+            tracer.functions.forget()
+            if not isinstance(error, NewLeaf):
+                raise
+            leaf = error
             if len(session.leaves) >= _MOST_LEAVES:
                 raise ConversionError(leaf.reason) from leaf
             session.leaves[leaf.code] = leaf.reason

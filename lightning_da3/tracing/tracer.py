@@ -63,7 +63,6 @@ class Tracer(fx.Tracer):
         self.aliases = Aliases(whole=whole)
         self._modes: Modes | None = None
         self._erased: set[fx.Node] = set()
-        self._done = False
         self._refused: CannotTrace | None = None
         self._values: list[weakref.ref[Value]] = []
         self._forwards = frames.forwards_of_functions()
@@ -183,7 +182,6 @@ class Tracer(fx.Tracer):
             stack.enter_context(plain_modes())
             stack.enter_context(intercepted(self._as_node, self.leaves, looked_into))
             self.functions = PythonFunctions(root, self.leaves)
-            stack.callback(lambda: self._done or self.functions.forget())
             self._snapshot = Snapshot(root)
             stack.callback(self._snapshot.restore)
             stack.enter_context(Draws(self._drawn, lambda: self._probing))
@@ -200,7 +198,6 @@ class Tracer(fx.Tracer):
             finally:
                 self._modes = None
             self._check_gone()
-            self._done = True
         return graph
 
     # --- what a graph cannot hold -----------------------------------------------------------------

@@ -22,7 +22,8 @@ def same_randomness(seed: int | None = None) -> Iterator[None]:
     Args:
         seed: Of all generators inside the block; None: they go on where they are.
     """
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if used else ()
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # the user's forward
     with torch.random.fork_rng(devices=devices):
         try:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_da3.torch_private.trees import tree_leaves, tree_map_only
 from lightning_da3.verifying.randomness import DrawsInOrder, same_randomness
@@ -76,12 +77,9 @@ def run(network: nn.Module, conditions: Conditions) -> Outcome:
 
     outcome = Outcome()
     arguments = tree_map_only(Tensor, given, conditions.inputs)
-    embeddings: AbstractContextManager[list[Tensor]] = nullcontext([])
-    if conditions.gradients and not sources:
-        embeddings = _Embedded(network)
-    layouts: AbstractContextManager[Any] = nullcontext()
-    if conditions.draws:
-        layouts = DrawsInOrder()  # type: ignore[no-untyped-call]
+    needed = conditions.gradients and not sources
+    embeddings = _Embedded(network) if needed else nullcontext(list[Tensor]())
+    layouts = DrawsInOrder() if conditions.draws else nullcontext()  # type: ignore[no-untyped-call]
     with same_randomness(seed=0), layouts, embeddings as embedded:
         before = torch.random.get_rng_state()
         try:
@@ -107,7 +105,8 @@ class _Embedded:
     """In the block, what embeddings return is noted, and requires a gradient."""
 
     def __init__(self, network: nn.Module) -> None:
-        self.network, self.found, self.handles = network, [], []  # type: ignore[var-annotated]
+        self.network, self.handles = network, list[RemovableHandle]()
+        self.found: list[Tensor] = []
 
     def __enter__(self) -> list[Tensor]:
         kinds = (nn.Embedding, nn.EmbeddingBag)
@@ -121,9 +120,9 @@ class _Embedded:
 
     def _note(self, layer: nn.Module, args: Any, y: Tensor) -> Tensor:
         del layer, args
-        self.found.append(y.detach().requires_grad_())
-        alone: Tensor = self.found[-1] * 1.0
-        return alone
+        source = y.detach().requires_grad_()
+        self.found.append(source)
+        return source * 1.0
 
 
 def _gradients(outputs: list[Tensor], sources: list[Tensor]) -> list[Tensor]:
