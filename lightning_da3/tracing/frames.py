@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH = str(Path(inspect.getfile(torch)).parent)
 _HERE = str(Path(__file__).parents[1])
 
 

@@ -64,7 +64,7 @@ class Tracer(fx.Tracer):
         self._modes: Modes | None = None
         self._erased: set[fx.Node] = set()
         self._refused: CannotTrace | None = None
-        self._values: list[weakref.ref[Value]] = []
+        self._made: list[weakref.ref[Value]] = []
         self._forwards = frames.forwards_of_functions()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -75,7 +75,7 @@ class Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> Value:
         """What stands for the value of a node."""
         value = Value(node, self)
-        self._values.append(weakref.ref(value))
+        self._made.append(weakref.ref(value))
         return value
 
     def create_arg(self, a: Any) -> Any:
@@ -233,9 +233,9 @@ class Tracer(fx.Tracer):
 
     def _check_gone(self) -> None:
         """Values that outlive the forward are where its callers look for more than its output."""
-        if any(ref() is not None for ref in self._values):
+        if any(ref() is not None for ref in self._made):
             gc.collect()
-        kept = [value for ref in self._values if (value := ref()) is not None]
+        kept = [value for ref in self._made if (value := ref()) is not None]
         names = [value.node.name for value in kept if value.node not in self._erased]
         if names:
             raise CannotTrace(f"it leaves what it computed where others may find it: {names[:4]}")

@@ -29,7 +29,7 @@ class Snapshot:
         self._attributes = {m: _attributes(m) for m in root.modules()}
         self._buffers = {m: dict(m._buffers) for m in root.modules()}
         self._versions = {id(b): version_of(b) for b in root.buffers()}
-        self._values: dict[int, Tensor] = {id(b): b.detach().clone() for b in root.buffers()}
+        self._contents: dict[int, Tensor] = {id(b): b.detach().clone() for b in root.buffers()}
 
     def changed(self, module: nn.Module) -> list[str]:
         """Which attributes and buffers of a module are not what they were."""
@@ -60,7 +60,7 @@ class Snapshot:
             for name, buffer in self._buffers[module].items():
                 if buffer is not None and version_of(buffer) != self._versions[id(buffer)]:
                     with torch.no_grad():
-                        buffer.copy_(self._values[id(buffer)])
+                        buffer.copy_(self._contents[id(buffer)])
                     self._versions[id(buffer)] = version_of(buffer)
                 module._buffers[name] = buffer
 
@@ -188,8 +188,9 @@ class Draws(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         before = torch.get_rng_state()
         result = func(*args, **(kwargs or {}))
-        moved = may_draw(func, args, kwargs or {}) or not torch.equal(before, torch.get_rng_state())
-        if isinstance(result, fx.Proxy) or not moved:
+        if isinstance(result, fx.Proxy):
+            return result
+        if torch.equal(before, torch.get_rng_state()) and not may_draw(func, args, kwargs or {}):
             return result
         torch.set_rng_state(before)
         return self.told(func, args, kwargs or {})
