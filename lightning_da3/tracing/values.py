@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from lightning_da3.torch_private.fake import is_fake
-from lightning_da3.tracing.probes import PROBED
+from lightning_da3.tracing.probes import PROBED, SIZE, VARIES
 
 
 class Value(fx.Proxy):
@@ -41,6 +41,8 @@ class Value(fx.Proxy):
         return float(self.tracer.decided(self))
 
     def __index__(self) -> int:
+        if self.node.meta.get(VARIES, SIZE):  # PyTorch asks all that may be a size, and goes on
+            raise TypeError("it takes a size of its input for a number")
         return operator.index(self.tracer.decided(self))
 
     def __len__(self) -> int:

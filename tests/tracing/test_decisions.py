@@ -66,7 +66,12 @@ def ramp(x):
     return x + torch.arange(x.shape[-1], device=x.device, dtype=x.dtype) / x.shape[-1]
 
 
-DECIDE = [by_rank, by_channels, by_kind, by_attribute, over_channels, by_type, pads, ramp]
+def pools(x):
+    y = F.avg_pool2d(x, (x.size(2), x.size(3)))
+    return x + F.adaptive_avg_pool2d(y, (x.shape[2] // 2, 1)).mean((2, 3), keepdim=True)
+
+
+DECIDE = [pools, by_rank, by_channels, by_kind, by_attribute, over_channels, by_type, pads, ramp]
 
 
 @pytest.mark.parametrize("function", DECIDE)
