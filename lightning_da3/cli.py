@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import json
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -82,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--batch-size", type=int, default=1)
     plan.add_argument("--budget", help="of the peak, such as 128MiB, or auto: splits the batch")
     plan.add_argument("--format", choices=("text", "json"), default="text")
-    plan.add_argument("--plot", type=Path, help="picture of the memory over the step, to write")
+    plan.add_argument("--plot", help="picture of the memory over the step, to write")
     plan.set_defaults(run=_plan)
 
     about = "whether the converted network computes what the network does"
@@ -124,11 +125,10 @@ def _head(given: argparse.Namespace) -> str | None:
 
 
 def _plan(given: argparse.Namespace) -> tuple[str, int]:
-    folder = None if given.plot is None else given.plot.resolve().parent
-    if folder is not None and not folder.is_dir():
-        raise ConfigError(f"--plot: there is no folder {str(folder)!r}.")
+    _check_plot(given.plot)
     network = network_without_values(_factory(given.network), given.network)
-    budget = int(given.budget) if (given.budget or "").isdigit() else given.budget
+    digits = re.fullmatch("[0-9]{1,19}", given.budget or "")
+    budget = int(given.budget) if digits else given.budget
     memory = MemoryConfig(exact=given.exact, budget=budget)
     model = convert(network, DA3Config(memory=memory, head=_head(given)))
     costs = step_costs(model, given.batch_size, given.image_size)
@@ -137,8 +137,19 @@ def _plan(given: argparse.Namespace) -> tuple[str, int]:
         try:
             figure.savefig(given.plot)
         except (OSError, ValueError) as error:  # ValueError: an ending it has no format for
-            raise ConfigError(f"--plot: cannot write {str(given.plot)!r}: {error}") from error
+            raise ConfigError(f"--plot: cannot write {given.plot!r}: {error}") from error
     return json.dumps(costs.to_dict(), indent=1) if given.format == "json" else str(costs), 0
+
+
+def _check_plot(plot: str | None) -> None:
+    """Refuse a picture that cannot be written before anything is computed for it."""
+    if plot is None:
+        return
+    if not plot.strip() or Path(plot).is_dir():
+        raise ConfigError(f"--plot: {plot!r} is no file. Give the name of one, such as plan.png.")
+    folder = Path(plot).resolve().parent
+    if not folder.is_dir():
+        raise ConfigError(f"--plot: there is no folder {str(folder)!r}.")
 
 
 def _title(name: str, inputs: Sequence[Sequence[int]]) -> str:
@@ -170,7 +181,7 @@ def _made(factory: Callable[[], Any], name: str) -> nn.Module:
         network = factory()
     except DA3Error:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # of the user's: anything can come
         raise ConfigError(f"{name!r} cannot be made: {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):
         raise ConfigError(f"{name!r} makes a {type(network).__name__}, not a torch.nn.Module.")
@@ -266,7 +277,7 @@ def _imported(name: str) -> Callable[[], Any]:
         sys.path.insert(0, here)  # as `python -m` does for its own
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:  # of the user's module: anything can come
+    except (Exception, SystemExit) as error:  # of the user's module: anything can come
         raise ConfigError(
             f"The module of {name!r} cannot be imported: {type(error).__name__}: {error}"
         ) from error

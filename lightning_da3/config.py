@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeGuard, TypeVar, cast
 
 import torch
 
 from lightning_da3.errors import ConfigError
+from lightning_da3.formatting import shown
 
 CONFIG_VERSION = 1
+MOST_BYTES = 2**63
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 Budget = int | str  # bytes; or "128MiB", or "auto"
@@ -29,12 +32,22 @@ def _raise(problems: list[str]) -> None:
         raise ConfigError(" ".join(problems))
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def is_finite(value: object) -> bool:
+    """Whether a value is a number that a float can hold, and no bool."""
+    try:
+        return (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        )
+    except OverflowError:  # of an int
+        return False
+
+
+def _is_one_of(value: object, choices: Sequence[str]) -> bool:
+    return isinstance(value, str) and value in choices
 
 
 @dataclass(frozen=True)
@@ -65,17 +78,19 @@ class AdapterConfig:
             _require(
                 problems,
                 _is_int(value) and value >= 1,
-                f"`{name}` must be an int of at least 1, got {value!r}.",
+                f"`{name}` must be an int of at least 1, got {shown(value)}.",
             )
         _require(
             problems,
-            self.min_stride == "auto" or (_is_int(self.min_stride) and self.min_stride >= 1),
-            f'`min_stride` must be "auto" or an int of at least 1, got {self.min_stride!r}.',
+            self.min_stride >= 1
+            if _is_int(self.min_stride)
+            else _is_one_of(self.min_stride, ["auto"]),
+            f'`min_stride` must be "auto" or an int of at least 1, got {shown(self.min_stride)}.',
         )
         _require(
             problems,
             _is_int(self.kernel_size) and self.kernel_size in (1, 3),
-            f"`kernel_size` must be 1 or 3, got {self.kernel_size!r}.",
+            f"`kernel_size` must be 1 or 3, got {shown(self.kernel_size)}.",
         )
         _raise(problems)
 
@@ -102,16 +117,18 @@ class GateConfig:
         problems: list[str] = []
         _require(
             problems,
-            _is_number(self.target) and 0.0 < self.target <= 1.0,
-            f"`target` must lie in (0, 1], got {self.target!r}.",
+            is_finite(self.target) and 0.0 < self.target <= 1.0,
+            f"`target` must lie in (0, 1], got {shown(self.target)}.",
         )
         _require(
             problems,
-            _is_number(self.weight) and 0.0 <= self.weight < float("inf"),
-            f"`weight` must be finite and at least 0, got {self.weight!r}.",
+            is_finite(self.weight) and self.weight >= 0.0,
+            f"`weight` must be finite and at least 0, got {shown(self.weight)}.",
         )
         _require(
-            problems, isinstance(self.noise, bool), f"`noise` must be a bool, got {self.noise!r}."
+            problems,
+            isinstance(self.noise, bool),
+            f"`noise` must be a bool, got {shown(self.noise)}.",
         )
         _raise(problems)
 
@@ -150,23 +167,23 @@ class MemoryConfig:
         _require(
             problems,
             isinstance(self.exact, bool),
-            f"`exact` must be a bool, got {self.exact!r}.",
+            f"`exact` must be a bool, got {shown(self.exact)}.",
         )
         _require(
             problems,
-            self.weights in ("same", "bfloat16"),
-            f"`weights` must be 'same' or 'bfloat16', got {self.weights!r}.",
+            _is_one_of(self.weights, ("same", "bfloat16")),
+            f"`weights` must be 'same' or 'bfloat16', got {shown(self.weights)}.",
         )
         _require(
             problems,
-            self.budget in (None, "auto") or bytes_in(self.budget) > 0,
+            self.budget is None or _is_one_of(self.budget, ["auto"]) or bytes_in(self.budget) > 0,
             f"`budget` must be bytes, a number with a unit of {', '.join(UNITS)} such as "
-            f"'128MiB', 'auto' or None, got {self.budget!r}.",
+            f"'128MiB', 'auto' or None, got {shown(self.budget)}.",
         )
         _require(
             problems,
-            self.split in ("pieces", "accumulate"),
-            f"`split` must be 'pieces' or 'accumulate', got {self.split!r}.",
+            _is_one_of(self.split, ("pieces", "accumulate")),
+            f"`split` must be 'pieces' or 'accumulate', got {shown(self.split)}.",
         )
         _raise(problems)
 
@@ -177,11 +194,17 @@ class MemoryConfig:
 
 
 def bytes_in(text: object) -> int:
-    """The bytes that a number with a unit says, such as ``"1.5 GiB"``; 0 if it says none."""
+    """The bytes that a number with a unit says, such as ``"1.5 GiB"``; 0 if it says none.
+
+    More than any machine has are none, too.
+    """
     if _is_int(text):
-        return text  # type: ignore[return-value]
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", str(text))
-    return int(float(found[1]) * UNITS.get(found[2], 0)) if found else 0
+        return text if text < MOST_BYTES else 0
+    if not isinstance(text, str):
+        return 0
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*", text)
+    number = float(found[1]) * UNITS.get(found[2], 0) if found else 0.0
+    return int(number) if number < MOST_BYTES else 0
 
 
 MACHINE = [f.name for f in dataclasses.fields(MemoryConfig) if not f.compare]
@@ -212,17 +235,17 @@ class DA3Config:
             _require(
                 problems,
                 isinstance(value, kind),
-                f"`{name}` must be of type {kind.__name__}, got {value!r}.",
+                f"`{name}` must be of type {kind.__name__}, got {shown(value)}.",
             )
         _require(
             problems,
             self.gate is None or isinstance(self.gate, GateConfig),
-            f"`gate` must be a GateConfig or None, got {self.gate!r}.",
+            f"`gate` must be a GateConfig or None, got {shown(self.gate)}.",
         )
         _require(
             problems,
             self.head is None or (isinstance(self.head, str) and bool(self.head)),
-            f"`head` must be 'auto', a module name or None, got {self.head!r}.",
+            f"`head` must be 'auto', a module name or None, got {shown(self.head)}.",
         )
         _raise(problems)
 
@@ -247,12 +270,32 @@ class DA3Config:
         return {"version": CONFIG_VERSION, **values}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> DA3Config:
-        """Read what `to_dict` wrote.
+    def of(cls, value: DA3Config | Mapping[str, Any] | None) -> DA3Config:
+        """A config, from what stands for one.
+
+        Args:
+            value: A config; a dict, as `from_dict` takes it and YAML gives it; None: the defaults.
 
         Raises:
-            ConfigError: The version is newer than this library's, or a field is unknown or wrong.
+            ConfigError: It is none of these, or a field is unknown or wrong.
         """
+        if isinstance(value, cls):
+            return value
+        return cls() if value is None else cls.from_dict(cast(Mapping[str, Any], value))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DA3Config:
+        """Read what `to_dict` wrote, or a part of it: what is left out is as by default.
+
+        Raises:
+            ConfigError: It is no dict, the version is newer than this library's, or a field is
+                unknown or wrong.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                "`config` must be a DA3Config, a dict of its fields or None, got "
+                f"{shown(values)}, a {type(values).__name__}."
+            )
         fields = dict(values)
         version = fields.pop("version", CONFIG_VERSION)
         if not _is_int(version) or not 1 <= version <= CONFIG_VERSION:
@@ -279,7 +322,7 @@ def _today(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _build(kind: type[_Config], fields: Mapping[str, Any]) -> _Config:
     known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    unknown = sorted(set(fields) - set(known))
+    unknown = sorted(set(fields) - set(known), key=repr)
     if unknown:
         raise ConfigError(f"{kind.__name__} has no field {unknown}. It has {known}.")
     return kind(**fields)

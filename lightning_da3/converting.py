@@ -13,7 +13,7 @@ from lightning_da3.errors import ConfigError, ConversionError
 from lightning_da3.files.domain_file import fingerprint
 from lightning_da3.memory import fake_mode_of
 from lightning_da3.memory.fake import tensors_of
-from lightning_da3.model.identity import architecture, backbone_state
+from lightning_da3.model.identity import architecture, backbone_state, former_identity
 from lightning_da3.model.model import DA3Model
 from lightning_da3.model.original import Original
 from lightning_da3.passes.rewriting import rewrite
@@ -30,7 +30,7 @@ NO_FINGERPRINT = "0" * 64
 
 def convert(
     backbone: nn.Module,
-    config: DA3Config | None = None,
+    config: DA3Config | Mapping[str, Any] | None = None,
     example_inputs: Any = None,
     verify: bool | None = None,
 ) -> DA3Model:
@@ -46,7 +46,7 @@ def convert(
 
     Args:
         backbone: Any network that `torch.fx` can trace; left unchanged.
-        config: Choices; the defaults are good.
+        config: Choices, or a dict of them as YAML gives it; the defaults are good.
         example_inputs: A tensor or a tuple of the network's arguments. If given, their shapes
             decide what is computed again, instead of guessed ones, and the comparison runs on the
             first samples.
@@ -122,7 +122,7 @@ class _Builder:
     def __call__(self, python: Mapping[str, str]) -> DA3Model:
         """A conversion in which these modules stay Python; their paths, and why."""
         with self.mode or nullcontext():
-            traced = trace(self.backbone, python=python)
+            traced = trace(self.backbone, self.inputs, python)
             decided = make_plan(traced, self.config, self.inputs)
             if self.inputs is None and not python:
                 self.known = Known(None, guessed(traced), words_of(self.backbone))
@@ -130,7 +130,9 @@ class _Builder:
             rewritten = rewrite(traced, decided, self.config)
         mark = self._fingerprint(decided.head)
         self.original = self.original or Original(self.backbone)
-        return DA3Model(rewritten, decided, self.config, mark, layers, self.original)
+        model = DA3Model(rewritten, decided, self.config, mark, layers, self.original)
+        model.former = {} if self.mode else former_identity(self.backbone, decided.head)
+        return model
 
     def _fingerprint(self, head: str | None) -> str:
         if head not in self.marks:
@@ -143,7 +145,7 @@ def _has_values(network: nn.Module) -> bool:
     return not any(is_fake(t) or t.device.type == "meta" for t in tensors_of(network))
 
 
-def _checked(backbone: nn.Module, config: DA3Config | None) -> DA3Config:
+def _checked(backbone: nn.Module, config: DA3Config | Mapping[str, Any] | None) -> DA3Config:
     if not isinstance(backbone, nn.Module):
         raise ConfigError(f"`backbone` must be a torch.nn.Module, got {type(backbone).__name__}.")
     if any(isinstance(module, DA3Model) for module in backbone.modules()):
@@ -151,6 +153,4 @@ def _checked(backbone: nn.Module, config: DA3Config | None) -> DA3Config:
             f"{type(backbone).__name__} is converted already. One conversion serves every domain: "
             "call `add_domain` on the DA3Model instead."
         )
-    if config is not None and not isinstance(config, DA3Config):
-        raise ConfigError(f"`config` must be a DA3Config, got {type(config).__name__}.")
-    return config or DA3Config()
+    return DA3Config.of(config)

@@ -6,6 +6,7 @@ it always did; while it runs, those of them that something is known about are ca
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,7 +17,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_da3.errors import ConversionError
-from lightning_da3.layers import copying_name, facts_of_function, layer_of, replacement_for, writes
+from lightning_da3.layers import (
+    copying_name,
+    facts_of_function,
+    layer_of,
+    may_draw,
+    replacement_for,
+    without_chance,
+    writes,
+)
 from lightning_da3.ops.recomputed import recomputed
 from lightning_da3.ops.sampling import grid_sample
 from lightning_da3.ops.softmax import softmax
@@ -31,8 +40,8 @@ class KeepsLess(TorchFunctionMode):
     alone. Unless `exact`, softmax keeps codes of its result and a product of two activations codes
     of both: in groups, so that what is small beside its neighbours alone is rounded much. A fixed
     grid, as that of smooth activations, would round all of what a loss computes of probabilities.
-    Views that channels_last maps do not have are copies. Everything else, and what writes
-    in place, is as ever.
+    Views that channels_last maps do not have are copies. Dropout that follows ``self.training`` is
+    off: the backbone is held in eval. Everything else, and what writes in place, is as ever.
 
     Args:
         exact: Only what gives the exact gradient.
@@ -53,6 +62,8 @@ class KeepsLess(TorchFunctionMode):
         """Call `func`, or what stands for it."""
         del types
         kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _DROPS and may_draw(func, args, kwargs):
+            return _held_in_eval(func, args, kwargs)
         if copying_name(func):
             return self._viewed(func, args, kwargs)
         if self._copies and args and writes(func) and args[0] in self._copies:
@@ -90,6 +101,30 @@ _WRITES_INTO_A_COPY = (
     "`{}` writes through a view of shape {} into a map that lies channels_last in memory, where "
     "there is no such view. Write into the map itself, or view `x.contiguous()`."
 )
+
+
+# functions of PyTorch that drop at random if an argument says so
+_DROPS = frozenset(
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout "
+    "rrelu scaled_dot_product_attention multi_head_attention_forward".split()
+)
+
+
+def _held_in_eval(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function that drops; nothing is dropped if its caller asks for its mode."""
+    off = without_chance(func, args, kwargs) if _caller_asks_for_its_mode() else None
+    return func(*args, **kwargs) if off is None else func(**off)
+
+
+def _caller_asks_for_its_mode() -> bool:
+    """Whether the function that calls PyTorch's now reads an attribute named `training`."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        home = str(frame.f_globals.get("__name__", ""))
+        if home.startswith("torch.nn.modules.") or not home.startswith(("torch.", "lightning_da3")):
+            return "training" in frame.f_code.co_names
+        frame = frame.f_back
+    return False
 
 
 def _is_large(x: Any) -> bool:

@@ -19,3 +19,12 @@ def format_count(number: float) -> str:
             return f"{number:.4g}{unit}"
         number /= 1000
     return f"{number:.4g} T"
+
+
+def shown(value: object) -> str:
+    """A value for an error: as Python shows it, but short."""
+    try:
+        text = repr(value)
+    except ValueError:  # of an int with too many digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:120]}... ({len(text)} characters)"

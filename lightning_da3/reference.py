@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_da3.memory.names import mutable
 from lightning_da3.model.model import DA3Model
-from lightning_da3.nn.gate import Executed, annealed_target, budget_loss
+from lightning_da3.nn.call import Executed
+from lightning_da3.nn.gate import annealed_target, budget_loss
 from lightning_da3.ops.host import coarse_grid, pool, upsample
 from lightning_da3.ops.tokens import TokenGrid
 from lightning_da3.planning.plan import HostPlan, PartPlan
@@ -76,7 +77,10 @@ class PlainPyTorch:
             return self.root(*args, **kwargs)
 
     def loss(self) -> Tensor | float:
-        """The budget loss of the gates in the last call, 0 without gates."""
+        """The budget loss of the gates in the last call, 0 without gates.
+
+        Added to a loss, it has the gradients of a model whose `gate_loss_scale` is 1.
+        """
         gate = self.model.config.gate
         if gate is None or not self.executed:
             return 0.0

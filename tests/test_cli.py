@@ -37,6 +37,9 @@ def mine(tmp_path, monkeypatch):
     def number():
         return 3
 
+    def leaves():
+        raise SystemExit(3)
+
     def huge():
         return nn.Sequential(nn.Linear(10**6, 10**6), nn.ReLU(), nn.Linear(10**6, 2))
     """
@@ -90,6 +93,21 @@ def test_parameters_take_no_memory(mine, capsys):
         (["{mine}:net", "--head", "classifier"], "no Linear or convolution named"),
         (["{mine}:net", "--plot", "nowhere/plan.png"], "there is no folder"),
         (["{mine}:net", "--plot", "plan.nonsense"], "cannot write"),
+        (["{mine}:net", "--plot", ""], "--plot: '' is no file"),
+        (["{mine}:net", "--plot", " "], "--plot: ' ' is no file"),
+        (["{mine}:net", "--plot", "."], "--plot: '.' is no file"),
+        (["{mine}:leaves"], "cannot be made: SystemExit: 3"),
+        (["{mine}:net", "--budget", "²"], "`budget` must be bytes"),
+        (["{mine}:net", "--budget", "9" * 400], "`budget` must be bytes"),
+        (["{mine}:net", "--budget", "9" * 5000], "`budget` must be bytes"),
+        (["{mine}:net", "--budget", ""], "`budget` must be bytes"),
+        (["{mine}:net", "--budget", "-1"], "`budget` must be bytes"),
+        (["{mine}:net", "--head", ""], "`head` must be"),
+        (["{mine}:net", "--batch-size", "9" * 400], "at least 1"),
+        (["{mine}:net", "--image-size", "-3"], "at least 1"),
+        ([""], "no network ''"),
+        ([":"], "cannot be imported"),
+        (["{mine}:"], "has no ''"),
     ],
 )
 def test_bad_input_ends_with_exit_code_2(arguments, message, mine, capsys):

@@ -3,10 +3,23 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from lightning_da3 import AdapterConfig, ConfigError, DA3Config, DA3Error, GateConfig, MemoryConfig
+from lightning_da3 import (
+    AdapterConfig,
+    ConfigError,
+    DA3Callback,
+    DA3Config,
+    DA3Error,
+    DA3Strategy,
+    GateConfig,
+    MemoryConfig,
+    convert,
+    fit_sequence,
+)
 from lightning_da3.config import CONFIG_VERSION
 
 UNUSUAL = DA3Config(
@@ -136,6 +149,7 @@ def test_unknown_fields_are_refused_with_the_known_ones():
 def test_wrong_values_are_refused_from_a_dict_too():
     refused(lambda: DA3Config.from_dict({"adapter": {"kernel_size": 7}}), "`kernel_size`")
     refused(lambda: DA3Config.from_dict({"memory": 1}), "`memory` must be of type MemoryConfig")
+    refused(lambda: DA3Config.from_dict({5: 1, "x": 2}), "DA3Config has no field ['x', 5].")
 
 
 @pytest.mark.parametrize("version", [CONFIG_VERSION + 1, 0, -1, "1", 1.0, True, None])
@@ -169,3 +183,94 @@ def test_configs_from_before_the_weights_could_rest():
     values = DA3Config().to_dict()
     del values["memory"]["weights"]
     assert DA3Config.from_dict(values) == DA3Config()
+
+
+NINES = "9" * 400
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(
+            "²",
+            "²MiB",
+            "\uff11\uff12MiB",
+            "\u0663GB",
+            NINES,
+            f"{NINES}MiB",
+            "nanMiB",
+            "infGB",
+            "-1MB",
+            "",
+            " ",
+        ),
+        *(
+            0,
+            -1,
+            True,
+            False,
+            1.5,
+            float("nan"),
+            int(NINES),
+            10**5000,
+            2**63,
+            [],
+            {},
+            torch.ones(2),
+        ),
+        *(np.array([1, 2]), np.array(["auto"]), b"1MiB", "1 2MiB", "0.1B", "MiB", "1mib"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_budget(value):
+    with pytest.raises(ConfigError, match="`budget` must be bytes, a number with a unit") as caught:
+        MemoryConfig(budget=value)
+    assert len(str(caught.value)) < 500
+    with pytest.raises(ConfigError, match="`budget`"):
+        DA3Config().within(value)
+
+
+@pytest.mark.parametrize("value", [1, 2**62, "1B", " 1.5 GiB ", "007kB", "auto", None])
+def test_what_is_a_budget(value):
+    assert MemoryConfig(budget=value).budget == value
+
+
+WRONG = [0, 1.5, [], [1], "gates", True, float("nan"), ("gate", None), torch.ones(1), GateConfig()]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=lambda value: type(value).__name__)
+def test_what_stands_for_no_config(value):
+    for take in (
+        DA3Config.of,
+        lambda config: convert(nn.Sequential(nn.Conv2d(3, 4, 3)), config),
+        lambda config: DA3Callback("a", 2, config=config),
+        lambda config: DA3Strategy("a", 2, config=config),
+        lambda config: fit_sequence(None, {"a": (2, [])}, None, "nowhere", config=config),
+    ):
+        refused(lambda take=take: take(value), "`config` must be a DA3Config, a dict of its fields")
+
+
+def test_a_dict_is_a_config_as_in_yaml():
+    values = {"gate": None, "memory": {"budget": "1GiB"}, "adapter": {"hidden_channels": 3}}
+    want = DA3Config(gate=None, adapter=AdapterConfig(hidden_channels=3))
+    config = DA3Config.of(values)
+    assert config == want
+    assert config.memory.budget == "1GiB"
+    assert DA3Callback("a", 2, config=values).config == want
+    assert convert(nn.Sequential(nn.Conv2d(3, 4, 3)), {**values, "head": None}).config.gate is None
+    assert DA3Config.of({}) == DA3Config.of(None) == DA3Config()
+    assert DA3Config.of(config) is config
+    refused(lambda: DA3Callback("a", 2, config={"gates": None}), "DA3Config has no field ['gates']")
+
+
+@pytest.mark.parametrize("value", [np.array([0.1, 0.2]), torch.ones(3), 10**400, -(10**400), []])
+def test_no_value_breaks_the_checks(value):
+    for name in ("target", "weight", "noise"):
+        refused(lambda name=name: GateConfig(**{name: value}), f"`{name}`")
+    for name in ("exact", "weights", "split"):
+        refused(lambda name=name: MemoryConfig(**{name: value}), f"`{name}`")
+    for name in ("adapter", "gate", "memory", "head"):
+        refused(lambda name=name: DA3Config(**{name: value}), f"`{name}`")
+    for name in ("kernel_size", "min_stride"):
+        if name == "kernel_size" or not isinstance(value, int) or value < 0:
+            refused(lambda name=name: AdapterConfig(**{name: value}), f"`{name}`")

@@ -19,6 +19,7 @@ from lightning_da3 import AdapterConfig, DA3Config, MemoryConfig, convert
 from lightning_da3.memory import SavedActivations, StepPredictor, saved_activation_bytes
 from lightning_da3.nn import adapter as nn_adapter
 from lightning_da3.nn.adapter import HostInput
+from lightning_da3.nn.call import Call
 from lightning_da3.ops.recomputed import recomputed
 from lightning_da3.ops.tokens import TokenGrid, read_tokens
 from lightning_da3.reference import PlainPyTorch
@@ -75,9 +76,9 @@ def test_cells_of_several_tokens_and_narrow_ones_are_coded_apart(width, cells):
 
 @pytest.mark.parametrize("shape", [(2, 17, 256), (2, 3, 4, 256)], ids=str)
 def test_the_codes_that_a_host_input_hands_on_are_those_of_a_segment(shape):
-    door = HostInput(49, None, prefix_tokens=1)
+    door = HostInput("host", 49, None, prefix_tokens=1)
     adapter = nn_adapter.Adapter(256, 256, 4, 1, 1, gated=True, exact=False)
-    door.set_active(adapter)
+    door.calls.everywhere = Call({"host": adapter})
     x = torch.randn(shape, requires_grad=True)
     through, _, codes = door(x)
     assert codes is not None
@@ -139,6 +140,7 @@ def test_a_gate_keeps_no_means_that_follow_from_the_hosts_input(name, exact):
     predicted = StepPredictor(model)(x).saved_activation_bytes
     assert 0 <= predicted - saved(model, x).bytes < 64  # the loss
     plain = PlainPyTorch(network, model, folded=True)
+    model.gate_loss_scale = 1.0  # as `plain.loss` is added
     loss = score(plain(x)) + plain.loss()
     want = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
     got = gradients(model, (x,))

@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from lightning_da3.budget.microbatches import Microbatches, cut, samples_in
 from lightning_da3.budget.policy import BudgetPolicy
-from lightning_da3.errors import DA3Error
+from lightning_da3.config import is_finite
+from lightning_da3.errors import ConfigError, DA3Error
+from lightning_da3.formatting import shown
+from lightning_da3.nn.call import Calls, Noise
 
 Step = Callable[[Any], Any]
 
@@ -26,9 +29,9 @@ class Budgeted(Protocol):
     """The part of a DA3Model that is used here."""
 
     budget_policy: BudgetPolicy
-    gate_loss_scale: float
+    gate_loss_scale: float | None
     gates_over_ranks: bool
-    executed_flops_fraction: Tensor | None
+    calls: Calls
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of the network and of its domains."""
@@ -81,27 +84,32 @@ def accumulated(
 
     Raises:
         InputError: The samples of the batch are not known.
-        ConfigError: The budget cannot be held.
+        ConfigError: The budget cannot be held, or `scale` is no such factor.
         DA3Error: A part has no loss.
     """
+    if not (is_finite(scale) and scale > 0):
+        raise ConfigError(f"`scale` must be a finite number above 0, got {shown(scale)}.")
     known = [p for p in parameters or model.parameters() if p.requires_grad]
     sums: list[Tensor | None] = [None] * len(known)
     value, fraction, count = torch.zeros(()), torch.zeros(()), samples_in(batch)
+    here, noise, start = model.calls.here, Noise(count), 0
     for part, samples, last in _parts(model.budget_policy, batch, count):
-        weight = samples / count
-        with _gates_of(model, weight * (model.gate_loss_scale if last else scale)):
+        weight, own = samples / count, noise.part(start, samples)
+        start += samples
+        factor = model.gate_loss_scale if last else scale
+        with _gates_of(model, None if factor is None else weight * factor, own):
             with contextlib.nullcontext() if last else unsynced():
                 output = step(part)
-            if model.executed_flops_fraction is not None:
-                fraction = fraction + weight * model.executed_flops_fraction
+            if here.executed is not None:
+                fraction = fraction + weight * here.executed
             loss = _loss_of(output)
             if not last:
                 found = torch.autograd.grad(loss * (weight * scale), known, allow_unused=True)
                 sums = [_added(a, b) for a, b in zip(sums, found, strict=True)]
                 value = value + weight * loss.detach()
                 del output, loss, found  # and with them the part's graph
-    if model.executed_flops_fraction is not None:
-        model.executed_flops_fraction = fraction
+    if here.executed is not None:
+        here.executed = fraction
     unscaled = [None if g is None else g / scale for g in sums] if scale != 1.0 else sums
     total = _Sum.apply(loss, value, weight, *known, *unscaled)
     return {**output, "loss": total} if isinstance(output, Mapping) else total
@@ -125,13 +133,15 @@ def _parts(policy: BudgetPolicy, batch: Any, count: int) -> Iterator[tuple[Any, 
 
 
 @contextlib.contextmanager
-def _gates_of(model: Budgeted, scale: float) -> Iterator[None]:
+def _gates_of(model: Budgeted, scale: float | None, noise: Noise) -> Iterator[None]:
     """A part's gates have a budget of their own: another rank may have other parts."""
     before = model.gate_loss_scale, model.gates_over_ranks
     model.gate_loss_scale, model.gates_over_ranks = scale, False
+    model.calls.here.noise = noise
     try:
         yield
     finally:
+        model.calls.here.noise = None
         model.gate_loss_scale, model.gates_over_ranks = before
 
 

@@ -111,8 +111,8 @@ class MicrobatchCosts:
         sample_bytes: int,
     ) -> None:
         self._predictor = predictor
-        self._at = functools.cache(BatchPrediction(predict, predictor.cuts).at)
-        self._moments = functools.cache(lambda samples: _Moments.of(self._at(samples)))
+        self._at = functools.lru_cache(16)(BatchPrediction(predict, predictor.cuts).at)
+        self._moments = functools.lru_cache(1024)(lambda samples: _Moments.of(self._at(samples)))
         self.parameters, self.gradient_bytes = parameters, gradient_bytes
         self.sample_bytes = sample_bytes
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_da3.errors import InputError
-from lightning_da3.nn.gate import Executed
+from lightning_da3.nn.call import Executed
 from lightning_da3.ops.recomputed import recomputed
 from lightning_da3.torch_private.trees import (
     TreeSpec,
@@ -126,28 +126,30 @@ def _entries(x: Any, start: int, count: int) -> Any:
 
 
 def run_microbatches(
-    run: Run,
+    run_of: Callable[[int, int], Run],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     counts: Sequence[int],
     again: int = 0,
     parameters: Sequence[Tensor] = (),
 ) -> tuple[Any, Ledger]:
-    """What ``run(*args, **kwargs)`` returns, from microbatches.
+    """What a run on the whole batch returns, from microbatches.
 
     Args:
-        run: Gives an output, and by host what was executed.
-        args: The positional arguments of `run`.
-        kwargs: The keyword arguments of `run`.
+        run_of: From a microbatch's first sample and its number of samples to what runs it, which
+            gives an output, and by host what was executed.
+        args: The positional arguments of a run.
+        kwargs: The keyword arguments of a run.
         counts: The number of samples in every microbatch.
         again: How many microbatches, from the first, are computed again in the backward.
-        parameters: The trainable tensors that `run` uses by itself.
+        parameters: The trainable tensors that a run uses by itself.
 
     Raises:
         InputError: Outputs are not of one sample each along axis 0.
     """
     outputs, ledgers = [], []
     for i, (some, named) in enumerate(cut((args, kwargs), counts)):
+        run = run_of(sum(counts[:i]), counts[i])
         if i < again:
             output, ledger = _run_again(run, some, named, tuple(parameters))
         else:
@@ -162,7 +164,7 @@ def check_apart(run: Run, args: Sequence[Any], kwargs: Mapping[str, Any], networ
     """Refuse to split a batch whose samples act on each other; two of them tell.
 
     Args:
-        run: What `run_microbatches` takes; it should build no graph.
+        run: Gives an output, and by host what was executed; it should build no graph.
         args: The positional arguments of `run`.
         kwargs: The keyword arguments of `run`.
         network: The network's name, for the error.
@@ -173,7 +175,7 @@ def check_apart(run: Run, args: Sequence[Any], kwargs: Mapping[str, Any], networ
     pair = next(cut((args, kwargs), [2, (batch_size(args, kwargs) or 2) - 2]))
     whole, _ = run(*pair[0], **pair[1])
     with suppress(RuntimeError, InputError, AssertionError):  # of shapes, and of values
-        parts, _ = run_microbatches(run, pair[0], pair[1], [1, 1])
+        parts, _ = run_microbatches(lambda *_: run, pair[0], pair[1], [1, 1])
         torch.testing.assert_close(parts, whole, rtol=1e-2, atol=1e-2, equal_nan=True)
         return
     raise InputError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,31 @@ from lightning_da3.torch_private.trees import tree_leaves
 # Without a budget, batches of fewer bytes go whole: their steps peak at little, and what
 # predictions cost would be felt.
 LARGE_BYTES = 4 * 2**20
+# Kinds of batches that predictions are remembered of, with a copy of the network each, and batches
+# that decisions are: images may come in any number of sizes.
+MOST_KINDS, MOST_CHOICES = 8, 64
+
+Value = TypeVar("Value")
+
+
+class Recent(Generic[Value]):
+    """What was made for the latest keys.
+
+    Args:
+        most: The number of keys; the one not asked for longest is forgotten.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.entries: dict[Any, Value] = {}
+
+    def get(self, key: Any, make: Callable[[], Value]) -> Value:
+        """What was made for a key, or is made now."""
+        value = self.entries.pop(key) if key in self.entries else make()
+        self.entries[key] = value  # the latest stands last
+        while len(self.entries) > self.most:
+            del self.entries[next(iter(self.entries))]
+        return value
 
 
 class BudgetPolicy:
@@ -47,19 +72,19 @@ class BudgetPolicy:
         self.split: Microbatches | None = None
         self.predicted: StepPrediction | None = None
         self.tell: Callable[[str], object] | None = None
-        self._costs: dict[Any, MicrobatchCosts] = {}
-        self._chosen: dict[Any, Choice] = {}
+        self._costs = Recent[MicrobatchCosts](MOST_KINDS)
+        self._chosen = Recent[Choice](MOST_CHOICES)
         self._keeping: tuple[Names, list[Recomputed]] | None = None  # what keeps now
-        self._parts: dict[Any, int] = {}  # the most samples of a part, by kind of batch
+        self._parts = Recent[int](MOST_CHOICES)  # the most samples of a part, by kind of batch
         self._part: int | None = None  # the same for what the network was given last
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without what was predicted."""
         empty: dict[str, Any] = {
-            "_costs": {},
-            "_chosen": {},
+            "_costs": Recent(MOST_KINDS),
+            "_chosen": Recent(MOST_CHOICES),
             "_keeping": None,
-            "_parts": {},
+            "_parts": Recent(MOST_CHOICES),
             "predicted": None,
         }
         return {**vars(self), **empty}
@@ -73,7 +98,7 @@ class BudgetPolicy:
     @property
     def chosen(self) -> list[tuple[int, Microbatches | None]]:
         """Sizes of the batches met so far, and how each goes through the network."""
-        return [(key[-1], choice.split) for key, choice in self._chosen.items()]
+        return [(key[-1], choice.split) for key, choice in self._chosen.entries.items()]
 
     def microbatches_for(
         self, model: Any, args: Any, kwargs: Any, check: Callable[[Any, Any], None]
@@ -108,9 +133,7 @@ class BudgetPolicy:
                 "MemoryConfig(split='accumulate') splits the step instead."
             )
         key = (_signature(args, kwargs, count), count)
-        if key not in self._chosen:
-            self._chosen[key] = self._choice(model, args, kwargs, check)
-        choice = self._chosen[key]
+        choice = self._chosen.get(key, lambda: self._choice(model, args, kwargs, check))
         self._keep(model, choice.kept)
         self.predicted = choice.step
         return choice.split
@@ -164,12 +187,12 @@ class BudgetPolicy:
 
     def part_of(self, kind: Any) -> int | None:
         """The most samples of a part of such a batch; None if that is not known."""
-        return self._parts.get(kind)
+        return self._parts.entries.get(kind)
 
     def remember_part(self, kind: Any) -> None:
         """Remember that what the network was given last is a part of such a batch."""
-        self._parts[kind] = self._part or 1
-        self._say(f"training steps on at most {self._parts[kind]} samples, whose gradients add up")
+        most = self._parts.get(kind, lambda: self._part or 1)
+        self._say(f"training steps on at most {most} samples, whose gradients add up")
 
     def _say(self, what: str) -> None:
         if self.tell is not None:
@@ -200,10 +223,12 @@ class BudgetPolicy:
         """
         count = batch_size(args, kwargs)
         key = _signature(args, kwargs, count)
-        if key not in self._costs:
+
+        def make() -> MicrobatchCosts:
             predictor = StepPredictor(model, prepare=without_budget)
-            self._costs[key] = microbatch_costs(predictor, args, kwargs)
-        return self._costs[key]
+            return microbatch_costs(predictor, args, kwargs)
+
+        return self._costs.get(key, make)
 
     def bytes_on(self, device: torch.device) -> int:
         """The budget in bytes."""

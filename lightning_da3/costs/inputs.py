@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from lightning_da3.errors import ConfigError
+from lightning_da3.formatting import shown
 from lightning_da3.model.model import DA3Model
-from lightning_da3.planning.shapes import SIDES, guesses
+from lightning_da3.tracing.guessing import SIDES, guesses
 
 
 def inputs_for(
@@ -27,10 +28,13 @@ def inputs_for(
         ConfigError: A size is not positive, or the network has no images to have a size.
     """
     plan = model.plan
-    sides = [image_size] if isinstance(image_size, int) else list(image_size or ())
-    if not isinstance(batch_size, int) or batch_size < 1 or any(side < 1 for side in sides):
+    given: Any = image_size
+    listed = isinstance(given, Sequence) and not isinstance(given, str)
+    sides = list(given) if listed else [] if given is None else [given]
+    if not all(map(_is_size, [batch_size, *sides])) or (image_size is not None and not sides):
         raise ConfigError(
-            f"`batch_size` and `image_size` must be at least 1, got {batch_size} and {image_size}."
+            "`batch_size` and `image_size` must be ints of at least 1, got "
+            f"{shown(batch_size)} and {shown(image_size)}."
         )
     if plan.input_channels is not None:
         axes, channels = plan.input_channels
@@ -52,3 +56,7 @@ def inputs_for(
     elif isinstance(model.backbone, fx.GraphModule):
         for sample in guesses(model.backbone):
             yield tuple(x.new_empty(batch_size, *x.shape[1:]) for x in sample)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**20

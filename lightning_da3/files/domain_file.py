@@ -11,8 +11,8 @@ import hashlib
 import json
 import math
 import os
-import stat
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lightning_da3.errors import CheckpointError
+from lightning_da3.files.reading import open_regular
 from lightning_da3.files.writing import replacing
 
 FORMAT = "lightning_da3"
@@ -29,6 +30,7 @@ FORMAT_VERSION = 1
 _LENGTH_BYTES = 8  # a safetensors file opens with the length of its JSON header
 _MOST_AXES = 64
 _MOST_HEADER_BYTES = 2**23  # parsed JSON is larger than its text
+_MOST_BYTES = 2**32  # a sparse file may be said to be as long as a disk
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -110,6 +112,7 @@ def write_domain(
         with _as_checkpoint_error("safetensors cannot hold these tensors", "Give other tensors."):
             content = save(plain, strings)
         _check_header_bytes(int.from_bytes(content[:_LENGTH_BYTES], "little"))
+        _check_bytes(len(content))
         with replacing(target) as temporary:
             temporary.write_bytes(content)
 
@@ -141,8 +144,9 @@ def domain_file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
 def read_domain(path: str | os.PathLike[str]) -> DomainFile:
     """Reads a domain file and checks all of it.
 
-    The file is read once, into memory that the tensors then share: no more than it is long,
-    whatever it declares. It is not mapped: reading a map of a file that shrinks kills the process.
+    Its header must account for every byte of it before the rest is read, once, into memory that
+    the tensors then share. It is not mapped: reading a map of a file that shrinks kills the
+    process.
 
     Args:
         path: A file that `write_domain` wrote.
@@ -151,7 +155,8 @@ def read_domain(path: str | os.PathLike[str]) -> DomainFile:
         Its tensors and metadata.
 
     Raises:
-        CheckpointError: If the file is missing, damaged, foreign, or of a newer format.
+        CheckpointError: If the file is missing, damaged, foreign, or of a newer format, or holds
+            NaN or infinite values.
     """
     with _explained(f"Cannot read the domain file {str(path)!r}"):
         with _as_checkpoint_error("it is damaged or no domain file", _REMEDY):
@@ -160,6 +165,8 @@ def read_domain(path: str | os.PathLike[str]) -> DomainFile:
             text = strings.get("metadata", "")
             if strings.get("sha256") != _checksum(tensors, text):
                 raise CheckpointError(f"its content does not match its checksum. {_REMEDY}")
+            if bad := _not_finite(tensors):
+                raise CheckpointError(f"NaN or infinite values in {bad}. {_REMEDY}")
             metadata = json.loads(text)
         if not isinstance(metadata, dict):
             raise CheckpointError(f"its metadata is not a JSON object. {_REMEDY}")
@@ -187,7 +194,8 @@ def _as_checkpoint_error(what: str, remedy: str) -> Iterator[None]:
     except (CheckpointError, OSError):
         raise
     except Exception as error:
-        raise CheckpointError(f"{what} ({error}). {remedy}") from error
+        reason = str(error) or type(error).__name__
+        raise CheckpointError(f"{what} ({reason}). {remedy}") from error
 
 
 def _plain(name: str, tensor: Tensor) -> Tensor:
@@ -202,18 +210,26 @@ def _check_names_and_values(tensors: Mapping[str, Tensor]) -> None:
     bad = [name for name in tensors if not isinstance(name, str) or name == "__metadata__"]
     if bad:
         raise CheckpointError(f"{bad} cannot name tensors. Use other strings.")
-    bad = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
-    if bad:
+    if bad := _not_finite(tensors):
         raise CheckpointError(
             f"NaN or infinite values in {bad}; the last good file is kept. "
             "Lower the learning rate or clip gradients, and train again from that file."
         )
 
 
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+
+
 def _is_finite(tensor: Tensor) -> bool:
-    if tensor.is_floating_point() and tensor.itemsize == 1:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    if tensor.itemsize == 1:
         tensor = tensor.float()  # 8-bit floats have few operations
-    return bool(torch.isfinite(tensor).all())
+    # the extremes are NaN if one value is, and take no memory, as `isfinite` of each would
+    return all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
 def _string_metadata(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -237,28 +253,52 @@ def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    content, data_start = _content(path)
-    header = json.loads(content[_LENGTH_BYTES:data_start])
-    strings = header.pop("__metadata__", {})
-    if not all(isinstance(value, str) for value in strings.values()):
-        raise CheckpointError(f"its metadata are not strings. {_REMEDY}")
-    tensors, end = {}, 0
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        header = _header(file, size)
+        strings = header.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in strings.values()):
+            raise CheckpointError(f"its metadata are not strings. {_REMEDY}")
+        content_bytes = size - file.tell()
+        places = _places(header, content_bytes)
+        content = bytearray(content_bytes)
+        if file.readinto(content) != content_bytes:
+            raise CheckpointError(f"it shrank while it was read. {_REMEDY}")
+    return {name: _view(content, *place) for name, place in places.items()}, strings
+
+
+def _header(file: BufferedReader, size: int) -> dict[str, Any]:
+    """What stands before the tensors of a file of `size` bytes."""
+    if size == 0:
+        raise CheckpointError(f"it is empty. {_REMEDY}")
+    length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+    if _LENGTH_BYTES + length > size:
+        raise CheckpointError(
+            f"it is {size} bytes long and declares a header of {length} bytes: it is truncated or "
+            f"no domain file. {_REMEDY}"
+        )
+    _check_header_bytes(length)
+    _check_bytes(size)
+    header: dict[str, Any] = json.loads(file.read(length))
+    return header
+
+
+def _places(
+    header: Mapping[str, Any], content_bytes: int
+) -> dict[str, tuple[int, torch.dtype, list[int]]]:
+    """Where every tensor starts, its type and its shape: one behind the other, to the very end."""
+    places, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape = _DTYPES[entry["dtype"]], [int(n) for n in entry["shape"][:_MOST_AXES]]
-        start, end_before = entry["data_offsets"][0], end
-        end = start + math.prod(shape) * dtype.itemsize
-        if (
-            start != end_before
-            or entry["data_offsets"] != [start, end]
-            or min(shape, default=0) < 0
-        ):
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        if entry["data_offsets"] != [start, end] or min(shape, default=0) < 0:
             raise CheckpointError(f"tensor {name!r} is not where it should be. {_REMEDY}")
-        if data_start + end > len(content):
+        if end > content_bytes:
             raise CheckpointError(f"tensor {name!r} ends behind the file. {_REMEDY}")
-        tensors[name] = _view(content, data_start + start, dtype, shape)
-    if data_start + end != len(content):
+        places[name] = (start, dtype, shape)
+    if end != content_bytes:
         raise CheckpointError(f"it is longer than its tensors. {_REMEDY}")
-    return tensors, strings
+    return places
 
 
 def _check_header_bytes(count: int) -> None:
@@ -266,6 +306,13 @@ def _check_header_bytes(count: int) -> None:
         raise CheckpointError(
             f"its header, with the metadata, has {count} bytes; at most {_MOST_HEADER_BYTES} are "
             "allowed. Give less metadata."
+        )
+
+
+def _check_bytes(count: int) -> None:
+    if count > _MOST_BYTES:
+        raise CheckpointError(
+            f"it has {count} bytes; at most {_MOST_BYTES} are allowed. Learn a smaller domain."
         )
 
 
@@ -295,28 +342,3 @@ def _format_version(strings: Mapping[str, str]) -> int:
         given = strings.get("format_version")
         raise CheckpointError(f"it has no valid format version ({given!r}). {_REMEDY}")
     return version
-
-
-def _content(path: Path) -> tuple[bytearray, int]:
-    """All of a file, and where its tensors begin; what is no such file is not read."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
-        raise CheckpointError(f"it is {kind}. Give the path of a domain file.")
-    if status.st_size == 0:
-        raise CheckpointError(f"it is empty. {_REMEDY}")
-    with path.open("rb") as file:
-        length = file.read(_LENGTH_BYTES)
-        data_start = _LENGTH_BYTES + int.from_bytes(length, "little")
-        if data_start > status.st_size:
-            raise CheckpointError(
-                f"it is {status.st_size} bytes long and declares a header of "
-                f"{data_start - _LENGTH_BYTES} bytes: it is truncated or no domain file. {_REMEDY}"
-            )
-        _check_header_bytes(data_start - _LENGTH_BYTES)
-        content = bytearray(status.st_size)
-        content[:_LENGTH_BYTES] = length
-        read = file.readinto(memoryview(content)[_LENGTH_BYTES:])
-    if read != status.st_size - _LENGTH_BYTES:
-        raise CheckpointError(f"it shrank while it was read. {_REMEDY}")
-    return content, data_start

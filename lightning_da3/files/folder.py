@@ -10,12 +10,15 @@ from typing import Any, Protocol
 from lightning_da3.errors import CheckpointError, DomainError
 from lightning_da3.files.domain_file import read_domain
 from lightning_da3.files.folders import make_folder
-from lightning_da3.files.names import check_name
+from lightning_da3.files.names import check_apart, check_name
+from lightning_da3.files.reading import open_regular
 from lightning_da3.files.writing import replacing
 
 INDEX = "index.json"
 INDEX_VERSION = 1
 SUFFIX = ".safetensors"
+
+_MOST_INDEX_BYTES = 2**26  # what is longer is made again from the files
 
 _Entry = dict[str, Any]
 
@@ -36,7 +39,8 @@ class DomainFolder:
     The files are the truth. ``index.json`` repeats what they say, for a quick look at many: an
     entry is used only while its file is the one that it was made from; the rest, or an index that
     is missing or damaged, is read from the files again. A file that was renamed is a domain of its
-    new name.
+    new name. Names that differ by case alone are kept from meeting: on many systems they would be
+    one file.
 
     Args:
         path: The folder; it is made when the first domain is saved.
@@ -66,13 +70,25 @@ class DomainFolder:
             The path of its file.
 
         Raises:
-            DomainError: There is no such domain.
+            DomainError: There is no such domain, or another's name differs by case alone.
             CheckpointError: It cannot be written; a file that was there stays.
         """
-        path = self.file(name)
+        self.file(name)  # an ill-formed name makes no folder
         self.make()
+        path = self.place(name)
         model.save_domain(name, path, **metadata)
         self.index()
+        return path
+
+    def place(self, name: str) -> Path:
+        """Where a domain of this name may be written.
+
+        Raises:
+            DomainError: The name is ill-formed, or differs from another's by case alone.
+            CheckpointError: The folder cannot be read.
+        """
+        path = self.file(name)
+        check_apart(name, [file.stem for file in self._files()])
         return path
 
     def make(self) -> None:
@@ -90,11 +106,13 @@ class DomainFolder:
             DomainError: The folder has no such file, or `model` has a domain of that name.
             CheckpointError: The file is damaged, or was made for another backbone or config.
         """
-        if not self.file(name).exists():
+        path = self.file(name)
+        # looked for among the names: some systems would find "a" under "A"
+        if name not in [file.stem for file in self._files()]:
             raise DomainError(
                 f"There is no domain {name!r} in {str(self.path)!r}. There are {self.names()}."
             )
-        model.load_domain(self.file(name), name)
+        model.load_domain(path, name)
 
     def names(self) -> list[str]:
         """The names of the domains whose files are good, sorted."""
@@ -121,15 +139,14 @@ class DomainFolder:
     def _index(self, before: dict[str, _Entry]) -> dict[str, _Entry]:
         now: dict[str, _Entry] = {}
         for path in self._files():
-            try:
-                stamp = _stamp(path)
-            except FileNotFoundError:
+            stamp = _stamp(path)
+            if stamp is None and not os.path.lexists(path):
                 continue  # deleted since the folder was listed
             entry = before.get(path.stem)
             about = None
-            if isinstance(entry, dict) and entry.get("stamp") == stamp:
+            if stamp is not None and isinstance(entry, dict) and entry.get("stamp") == stamp:
                 about = entry.get("about")
-            if not isinstance(about, dict):
+            if not isinstance(about, dict) or "error" in about:  # which may have been remedied
                 about = _about(path)
             now[path.stem] = {"stamp": stamp, "about": about}
         if now != before:
@@ -137,24 +154,29 @@ class DomainFolder:
         return {name: entry["about"] for name, entry in now.items()}
 
     def _files(self) -> list[Path]:
-        if not self.path.exists():
-            return []
         try:
             return sorted(
                 path
                 for path in self.path.iterdir()
                 if path.suffix == SUFFIX and not path.name.startswith(".")
             )
-        except OSError as error:
-            raise CheckpointError(f"Cannot read the folder {str(self.path)!r}: {error}.") from error
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:  # ValueError: a path that no system could have
+            raise CheckpointError(
+                f"Cannot read the folder {str(self.path)!r}: "
+                f"{getattr(error, 'strerror', None) or error}. Check its path and permissions."
+            ) from error
 
     def _indexed(self) -> dict[str, _Entry]:
         try:
-            index = json.loads((self.path / INDEX).read_text())
+            with open_regular(self.path / INDEX) as file:
+                text = file.read(_MOST_INDEX_BYTES + 1)
+            index = json.loads(text) if len(text) <= _MOST_INDEX_BYTES else {}
             good = index["version"] == INDEX_VERSION
             domains = index["domains"] if good else {}
             return domains if isinstance(domains, dict) else {}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (CheckpointError, OSError, ValueError, KeyError, TypeError, RecursionError):
             return {}  # it is made again
 
     def _write(self, domains: dict[str, _Entry]) -> None:
@@ -165,9 +187,12 @@ class DomainFolder:
             return  # a read-only folder has no index, and is as good without one
 
 
-def _stamp(path: Path) -> list[int]:
-    """Another one for every file that was ever written here."""
-    status = path.stat()
+def _stamp(path: Path) -> list[int] | None:
+    """Another one for every file that was ever written here; None where the system tells none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
     return [status.st_ino, status.st_size, status.st_mtime_ns]
 
 

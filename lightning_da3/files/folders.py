@@ -21,6 +21,9 @@ def make_folder(path: Path) -> Path:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"Cannot make the folder {str(path)!r}: {error}.") from error
+    except (OSError, ValueError) as error:  # ValueError: a path that no system could have
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"Cannot make the folder {str(path)!r}: {reason}. Check its path and permissions."
+        ) from error
     return path

@@ -78,12 +78,12 @@ def pull_domain(
         The path of ``<folder>/<name>.safetensors``. A file that was there is replaced.
 
     Raises:
-        DomainError: The name is ill-formed.
+        DomainError: The name is ill-formed, or differs from another in `folder` by case alone.
         CheckpointError: The server has no such file, or it is damaged or foreign; a file that was
             there stays.
     """
     target = DomainFolder(folder)
-    path = target.file(name)
+    path = target.place(name)
     try:
         api = api or _default_api()
         downloaded = api.hf_hub_download(repo_id, path.name, revision=revision)

@@ -1,5 +1,6 @@
 """What is known of a layer, function or method: one table, which users add to with `register`."""
 
+from lightning_da3.layers.chance import layer_may_draw, may_draw, without_chance
 from lightning_da3.layers.facts import Facts, Replacement, register
 from lightning_da3.layers.functions import convolution_of, facts_of_function, layer_of
 from lightning_da3.layers.modules import ADAPTIVE_POOLS, BATCH_NORMS, CONVS, TRANSPOSED
@@ -14,9 +15,9 @@ from lightning_da3.layers.queries import (
     has_modes,
     is_in_place,
     is_pure,
-    is_random,
     is_registered,
     kinds_that_call,
+    may_share,
     operation,
     replacement_for,
     writes,
@@ -41,12 +42,15 @@ __all__ = [
     "has_modes",
     "is_in_place",
     "is_pure",
-    "is_random",
     "is_registered",
     "kinds_that_call",
+    "layer_may_draw",
     "layer_of",
+    "may_draw",
+    "may_share",
     "operation",
     "register",
     "replacement_for",
+    "without_chance",
     "writes",
 ]

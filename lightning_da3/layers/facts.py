@@ -72,6 +72,10 @@ class Facts:
         gives_number: The result is not a tensor but a size, a number of axes or the like.
         has_modes: A layer of PyTorch may compute something else in train mode. Others' always may.
         pure: The result depends on nothing but the arguments.
+        random: It draws random numbers, in eval too. Layers of others always may, unless they are
+            registered.
+        sensitive: Its gradient is far off where its argument is rounded a little, as where it
+            divides by differences of eigenvalues or selects: it is not computed from codes.
         rank: The number of axes of input and output, the batch among them. 0: any.
         function: The function that a layer calls on its input and its own tensors.
         arguments: The names of those tensors and of the layer's other attributes, in the order in
@@ -91,6 +95,8 @@ class Facts:
     gives_number: bool = False
     has_modes: bool = False
     pure: bool = False
+    random: bool = False
+    sensitive: bool = False
     rank: int = 0
     function: Callable[..., Any] | None = None
     arguments: tuple[str, ...] = ()

@@ -45,7 +45,9 @@ _names(
     "swapdims narrow select squeeze unsqueeze expand detach unsafe_chunk",
     **_VIEW,
 )
-_names("tensor_split diagonal real", view=True)
+_names("tensor_split hsplit vsplit diagonal real imag as_strided expand_as", view=True)
+# where nothing is to be done, the argument itself
+_names("contiguous to float half double bfloat16 type type_as", **_VIEW)
 
 _names(
     "size dim ndimension numel len stride is_floating_point element_size",
@@ -54,10 +56,20 @@ _names(
 )
 
 _names(
-    "stack hstack vstack contiguous clone getattr repeat mean sum to float half double bfloat16 "
-    "type pad floordiv mod eq ne lt le gt ge _assert roll flip interpolate upsample pixel_shuffle "
-    "pixel_unshuffle unfold fold constant_pad_nd one_hot ones_like zeros_like linear index_select",
+    "stack hstack vstack clone getattr repeat mean sum pad floordiv mod eq ne lt le gt ge _assert "
+    "roll flip interpolate upsample pixel_shuffle pixel_unshuffle unfold fold constant_pad_nd "
+    "one_hot ones_like zeros_like linear index_select",
     keeps="nothing",
+)
+
+_names(
+    "linalg_eig linalg_eigh linalg_eigvals linalg_eigvalsh linalg_svd linalg_svdvals linalg_qr "
+    "linalg_inv linalg_pinv linalg_det linalg_slogdet linalg_cholesky linalg_solve linalg_lstsq "
+    "linalg_lu linalg_solve_triangular svd qr inverse pinverse det logdet slogdet cholesky "
+    "cholesky_inverse cholesky_solve lu_solve triangular_solve topk sort msort argsort kthvalue "
+    "median nanmedian mode max min amax amin aminmax argmax argmin cummax cummin "
+    "sign sgn angle frac round floor ceil trunc",
+    sensitive=True,
 )
 
 # attributes of a tensor that are not tensors
@@ -123,7 +135,10 @@ _LAYER_OF: dict[str, Callable[..., nn.Module | None]] = {
     "adaptive_avg_pool2d": nn.AdaptiveAvgPool2d,
     "adaptive_avg_pool3d": nn.AdaptiveAvgPool3d,
 }
-TABLE.update({name: Facts(layer=layer) for name, layer in _LAYER_OF.items()})
+TABLE.update(
+    {name: Facts(layer=layer, sensitive="max_pool" in name) for name, layer in _LAYER_OF.items()}
+)
+_names("adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d", sensitive=True)
 
 
 # --- looking up -----------------------------------------------------------------------------------
@@ -153,8 +168,9 @@ def layer_of(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.M
         kwargs: What it passes by name.
     """
     build = facts_of_function(target).layer
-    values = (*args, *kwargs.values())
-    if build is None or any(isinstance(value, torch.fx.Node) for value in values):
+    computed: list[torch.fx.Node] = []  # such as sizes, alone or in tuples
+    torch.fx.map_arg((args, kwargs), computed.append)
+    if build is None or computed:
         return None
     try:
         return build(*args, **kwargs)

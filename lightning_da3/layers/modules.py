@@ -82,6 +82,8 @@ register(
     has_modes=True,
 )
 
+register(nn.FractionalMaxPool2d, nn.FractionalMaxPool3d, random=True, by_sample=True)
+
 # --- layers with a replacement --------------------------------------------------------------------
 
 

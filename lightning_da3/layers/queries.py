@@ -11,7 +11,12 @@ from lightning_da3.errors import ConfigError
 from lightning_da3.layers.facts import TABLE, UNKNOWN, Facts, Replacement, name_of
 from lightning_da3.layers.functions import NUMBERS, facts_of_function
 from lightning_da3.layers.modules import BATCH_NORMS, CONVS
-from lightning_da3.torch_private.modules import BACKWARD_HOOKS, FORWARD_HOOKS, hooks_of
+from lightning_da3.torch_private.modules import (
+    BACKWARD_HOOKS,
+    DROPOUT_LAYERS,
+    FORWARD_HOOKS,
+    hooks_of,
+)
 
 # --- layers ---------------------------------------------------------------------------------------
 
@@ -65,10 +70,9 @@ def has_frozen_form(layer: nn.Module) -> bool:
 
 def has_modes(layer: nn.Module) -> bool:
     """Whether a layer of the rewritten network may compute something else in train mode."""
-    home = type(layer).__module__
-    if home.startswith("torch.nn."):
-        return facts_of(layer).has_modes
-    return not isinstance(layer, fx.GraphModule) and not home.startswith("lightning_da3.")
+    if not type(layer).__module__.startswith(("torch.nn.", "lightning_da3.")):
+        return not isinstance(layer, fx.GraphModule)
+    return any(facts_of_kind(kind).has_modes for kind in type(layer).__mro__)  # ours inherit
 
 
 def kinds_that_call(function: Any) -> tuple[type[nn.Module], ...]:
@@ -103,6 +107,27 @@ def is_in_place(node: fx.Node) -> bool:
     )
 
 
+# their results are their input itself, where there is nothing to do
+_AT_TIMES_THE_SAME = (
+    "contiguous to float half double bfloat16 type type_as cpu cuda expand_as broadcast_to ravel "
+    "atleast_1d atleast_2d atleast_3d as_strided unfold view_as_real view_as_complex real imag "
+    "getattr dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout data "
+    "requires_grad_ swapaxes_ squeeze_ unsqueeze_ identity checkpoint reshape_as resolve_conj"
+).split()
+
+
+def may_share(node: fx.Node, layer: nn.Module | None = None) -> bool:
+    """Whether a node's value may lie in the memory of its first argument.
+
+    Args:
+        node: Any node.
+        layer: What it calls, if that is a module.
+    """
+    if layer is not None:
+        return isinstance(layer, (nn.Identity, nn.Flatten, nn.Unflatten, DROPOUT_LAYERS))
+    return facts_of_call(node).view or operation(node) in _AT_TIMES_THE_SAME
+
+
 def attribute_is_number(name: Any) -> bool:
     """Whether this attribute of a tensor is not a tensor, such as its shape."""
     return name in NUMBERS
@@ -115,15 +140,9 @@ def copying_name(function: Any) -> str:
 
 # functions of these depend on nothing but their arguments, unless their name says otherwise
 _PURE = ("torch", "_operator", "operator", "math", "torchvision", "timm", "einops", "builtins")
-_RANDOM = ("dropout", "rand", "bernoulli", "multinomial")
 
 
 def is_pure(function: Any) -> bool:
     """Whether what a function computes depends on nothing but its arguments and chance."""
     home = str(getattr(function, "__module__", "") or "")
     return facts_of_function(function).pure or home.split(".")[0] in _PURE
-
-
-def is_random(function: Any) -> bool:
-    """Whether a function's name says that chance takes part."""
-    return any(word in name_of(function) for word in _RANDOM)

@@ -30,7 +30,7 @@ class BatchPrediction:
         predict: Callable[[int], StepPrediction],
         cuts: Callable[[], Iterable[tuple[int, int]]] = tuple,
     ) -> None:
-        self._predict = functools.cache(predict)
+        self._predict = functools.lru_cache(16)(predict)
         least = self.SIZES[0]
         self._predict(least)  # so that the cuts are known
         # a second microbatch grows until it is as large as the first; a third takes no more memory

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import ConfigError
+from lightning_da3.formatting import shown
 from lightning_da3.nn.adapter import Adapter
+from lightning_da3.nn.call import LossUnit
 from lightning_da3.nn.head import Head, new_head
 from lightning_da3.nn.statistics import Statistics
 from lightning_da3.passes.hosts import host_key
 from lightning_da3.planning.plan import HostPlan, Plan
+
+MOST_CLASSES = 2**31
 
 
 class Domain(nn.Module):
@@ -25,6 +30,9 @@ class Domain(nn.Module):
         head: The domain's classifier, or None if it uses the backbone's own.
         num_classes: The number of scores that the head gives.
         class_names: One name for every score, or None.
+
+    Attributes:
+        loss_unit: In what unit its losses come.
 
     Raises:
         ConfigError: `class_names` are no strings, or not as many as there are classes.
@@ -43,6 +51,15 @@ class Domain(nn.Module):
         self.head = head
         self.num_classes = num_classes
         self.class_names = checked_class_names(class_names, num_classes)
+        self.loss_unit = LossUnit()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Domain:
+        """Move the unit along; whatever else becomes of the domain, it stays a float32."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        unit = self.loss_unit.value
+        if unit is not None:
+            self.loss_unit.on(fn(unit).device)
+        return self
 
     def adapter(self, host: str) -> Adapter:
         """The adapter of the host of this name."""
@@ -111,8 +128,8 @@ def _check_classes(plan: Plan, config: DA3Config, num_classes: object, *, replac
         if config.head is not None:
             why = f"no single Linear or convolution leads to the output of {plan.network}"
         raise ConfigError(
-            f"`num_classes` is {num_classes!r}, but every domain keeps the network's own head: "
-            f"{why}. Leave `num_classes` out, or name a layer to replace: "
+            f"`num_classes` is {shown(num_classes)}, but every domain keeps the network's own "
+            f"head: {why}. Leave `num_classes` out, or name a layer to replace: "
             "DA3Config(head='classifier.4'), say."
         )
     if replaced and num_classes is None:
@@ -120,9 +137,21 @@ def _check_classes(plan: Plan, config: DA3Config, num_classes: object, *, replac
             f"`num_classes` is missing: every domain gets its own {plan.head!r}. "
             "Say how many classes, as in `add_domain('flowers', num_classes=102)`."
         )
+    if replaced:
+        check_num_classes(num_classes)
+
+
+def check_num_classes(num_classes: object) -> None:
+    """Refuse what is no number of classes.
+
+    Raises:
+        ConfigError: It is none.
+    """
     is_count = isinstance(num_classes, int) and not isinstance(num_classes, bool)
-    if replaced and not (is_count and cast(int, num_classes) >= 1):
-        raise ConfigError(f"`num_classes` must be an int of at least 1, got {num_classes!r}.")
+    if not (is_count and cast(int, num_classes) >= 1):
+        raise ConfigError(f"`num_classes` must be an int of at least 1, got {shown(num_classes)}.")
+    if cast(int, num_classes) >= MOST_CLASSES:
+        raise ConfigError(f"`num_classes` must be below 2^31, got {shown(num_classes)}.")
 
 
 def checked_class_names(names: Sequence[str] | None, num_classes: int | None) -> list[str] | None:
@@ -133,11 +162,12 @@ def checked_class_names(names: Sequence[str] | None, num_classes: int | None) ->
     """
     if names is None:
         return None
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"`class_names` must be a sequence of str, got {names!r}.")
+    listed = isinstance(names, Sequence | np.ndarray) and not isinstance(names, str)
+    if not (listed and all(isinstance(name, str) for name in names)):
+        raise ConfigError(f"`class_names` must be a sequence of str, got {shown(names)}.")
     if len(names) != num_classes:
         raise ConfigError(
             f"`class_names` must have one name for each of the {num_classes} classes, got "
             f"{len(names)}."
         )
-    return list(names)
+    return [str(name) for name in names]

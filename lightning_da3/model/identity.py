@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import CheckpointError, ConfigError
+from lightning_da3.files.domain_file import fingerprint
 from lightning_da3.planning.plan import Plan
 
 CONFIG_PARTS = ("adapter", "gate", "head")  # that a domain must have been learned with
@@ -30,6 +31,7 @@ class HasIdentity(Protocol):
     plan: Plan
     fingerprint: str
     architecture: str
+    former: Mapping[str, str]
 
 
 def identity(model: HasIdentity) -> dict[str, Any]:
@@ -59,15 +61,43 @@ def architecture(network: nn.Module, head: str | None) -> str:
         head: The module name of the head that domains replace, or None.
 
     Returns:
-        A SHA-256 digest: the same on every device and for every dtype.
+        A SHA-256 digest: the same on every device, for every dtype, and whether or not
+        `torch.compile` made parts of the network.
     """
+    return _architecture(network, head, uncompiled_name)
+
+
+def _architecture(network: nn.Module, head: str | None, name_of: Callable[[str], str]) -> str:
     layers = [
-        [name, type(layer).__name__, {key: _plain(getattr(layer, key, None)) for key in SETTINGS}]
+        [
+            name_of(name),
+            type(layer).__name__,
+            {k: _plain(getattr(layer, k, None)) for k in SETTINGS},
+        ]
         for name, layer in network.named_modules()
-        if name != head and not list(layer.children())
+        if name_of(name) != head and not list(layer.children())
     ]
-    shapes = {k: list(v.shape) for k, v in backbone_state(network.state_dict(), head).items()}
-    return _digest([layers, shapes])
+    state = _backbone_state(network.state_dict(), head, name_of)
+    return _digest([layers, {name: list(value.shape) for name, value in state.items()}])
+
+
+def former_identity(network: nn.Module, head: str | None) -> dict[str, str]:
+    """What earlier versions called a network of which `torch.compile` made parts; else nothing.
+
+    They took ``_orig_mod`` for a part of names. Their files are to load.
+    """
+    state = network.state_dict()
+    if all(name == uncompiled_name(name) for name in state):
+        return {}
+    return {
+        "backbone": fingerprint(_backbone_state(state, head, str)),
+        "architecture": _architecture(network, head, str),
+    }
+
+
+def uncompiled_name(name: str) -> str:
+    """The dotted name that a part of a network has without `torch.compile`."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _plain(value: object) -> object:
@@ -106,7 +136,10 @@ def check_identity(model: HasIdentity, about: Mapping[str, Any], path: str) -> N
 
 def _differences(about: Mapping[str, Any], model: HasIdentity) -> Iterator[str]:
     here = identity(model)
-    same = {key: about.get(key, here[key]) == here[key] for key in here}
+    same = {
+        key: about.get(key, here[key]) in (here[key], model.former.get(key, here[key]))
+        for key in here
+    }
     if not same["backbone"]:
         what = "" if "architecture" not in about else f"{_what_differs(same['architecture'])} "
         yield (
@@ -171,11 +204,21 @@ def backbone_state(state: Mapping[str, Any], head: str | None) -> dict[str, Tens
     Args:
         state: The state dict of the user's network.
         head: The module name of that head, or None.
+
+    Returns:
+        Tensors by the names that they have without `torch.compile`.
     """
+    return _backbone_state(state, head, uncompiled_name)
+
+
+def _backbone_state(
+    state: Mapping[str, Any], head: str | None, name_of: Callable[[str], str]
+) -> dict[str, Tensor]:
+    named = {name_of(name): value for name, value in state.items()}
     skip = () if head is None else (f"{head}.",)
     return {
         name: value
-        for name, value in state.items()
+        for name, value in named.items()
         if isinstance(value, Tensor)
         and not name.startswith(skip)
         and not name.endswith("num_batches_tracked")

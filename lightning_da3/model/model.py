@@ -12,31 +12,38 @@ from torch import Tensor, nn
 
 from lightning_da3.budget.microbatches import (
     Ledger,
+    Run,
     batch_size,
     check_apart,
     run_microbatches,
     samples_in,
 )
 from lightning_da3.budget.policy import BudgetPolicy
-from lightning_da3.config import DA3Config
+from lightning_da3.config import DA3Config, is_finite
 from lightning_da3.eager import KeepsLess
-from lightning_da3.errors import InputError
-from lightning_da3.model.batches import carrying, check_input, laid_out
+from lightning_da3.errors import ConfigError, InputError
+from lightning_da3.formatting import shown
+from lightning_da3.model.batches import (
+    carrying,
+    check_input,
+    explain_types,
+    laid_out,
+    tell_that_nothing_trains,
+)
 from lightning_da3.model.mixed import NEAREST, Domains, by_sample, check_domains
 from lightning_da3.model.modes import hold_in_eval_
 from lightning_da3.model.multi_domain import MultiDomain
 from lightning_da3.model.nearest import (
     check_known,
-    features_of,
+    joined_features,
     likeliest,
     new_statistics,
     read_hosts,
 )
 from lightning_da3.model.original import Original
-from lightning_da3.nn.adapter import Adapter
+from lightning_da3.model.pending import trains_later_
+from lightning_da3.nn.call import Call, Executed, Noise
 from lightning_da3.nn.gate import (
-    Executed,
-    Recorder,
     annealed_target,
     budget_loss,
     executed_fraction,
@@ -66,9 +73,11 @@ class DA3Model(MultiDomain):
         bank: The domains by name.
         budget_policy: Splits training batches so that a step stays within a budget.
         progress: How far training is, in [0, 1].
-        gate_loss_scale: A factor of the gates' loss.
+        gate_loss_scale: What the loss is multiplied by before its backward, such as 1/k where the
+            gradients of k batches add up, so that the gates' loss is as well. None: measured by
+            the gradients that come in (`lightning_da3.nn.gate.with_loss`). A Trainer that steps
+            automatically says it.
         gates_over_ranks: Every training batch is a rank's part of a global one.
-        executed_flops_fraction: The share of the hosts' FLOPs that the last pass executed.
     """
 
     def __init__(
@@ -84,13 +93,8 @@ class DA3Model(MultiDomain):
         self.original = original or Original()
         self.budget_policy = BudgetPolicy(config.memory)
         self.progress = 1.0
-        self.gate_loss_scale = 1.0
+        self.gate_loss_scale: float | None = None
         self.gates_over_ranks = False
-        self.executed_flops_fraction: Tensor | None = None
-        self._ledger: Ledger = []  # of one forward pass
-        for module in backbone.modules():
-            if isinstance(module, Recorder):
-                module.write_into(self._ledger)
         self.train(self.training)
 
     # --- computing: forward, then what it calls, in order -----------------------------------------
@@ -119,11 +123,21 @@ class DA3Model(MultiDomain):
         check_input(args, self.plan)
         if domains is not None:
             return self._run_mixed(domains, args, kwargs)
-        output, ledger = self._run_within_budget(args, kwargs)
+        call, name = self.calls.resting, self._active
+        output, ledger = self._run_within_budget(self._noisy(call, args, kwargs), args, kwargs)
         executed = self._executed(ledger)
         output = laid_out(output, (args, kwargs))
+        trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if trains and self.bank and not self._was_set and call is self.calls.everywhere:
+            self._was_set = tell_that_nothing_trains(output, self.domains)
         if executed and self.config.gate and self.training and torch.is_grad_enabled():
-            return carrying(output, self.gate_loss(executed), self.gate_loss_scale)
+            loss, scale = self.gate_loss(executed), self.gate_loss_scale
+            if scale is None and call.unit is not None:
+                output = carrying(output, loss, call.unit.on(loss.device))
+            else:
+                output = carrying(output, loss, scale)
+        if name is not None and torch.is_grad_enabled():
+            trains_later_(output, self.domain(name), lambda: self._active == name)
         return output
 
     def _run_mixed(self, domains: Domains, args: Any, kwargs: Any) -> list[Any]:
@@ -140,41 +154,52 @@ class DA3Model(MultiDomain):
         check_domains(domains, count)
         own = [None if name is None else self.domain(name) for name in domains]
         slots = self._slots
-        with torch.no_grad(), slots.mixed(own, self._device):
-            output, ledger = self._run(*args, **kwargs)
+        with torch.no_grad():
+            output, ledger = self._run(slots.mixed(own, self._device), *args, **kwargs)
         self._executed(ledger)
         heads = [head for domain in own if (head := slots.head_of(domain)) is not None]
         axis = class_axis(heads[0]) if heads else -1
         listed = isinstance(batch[0], (list, tuple))
         return by_sample(output, count, [classes_of(h) for h in heads], axis, listed=listed)
 
-    def _run_within_budget(self, args: Any, kwargs: Any) -> tuple[Any, Ledger]:
+    def _noisy(self, call: Call, args: Any, kwargs: Any) -> Call:
+        """The call of a whole batch, with noise on its gates while they are learned."""
+        gate = self.config.gate
+        if gate is None or not (gate.noise and self.training and self.progress < NOISE_UNTIL):
+            return call
+        noise = self.calls.here.noise or Noise(batch_size(args, kwargs) or 0)
+        return call.with_noise(noise)
+
+    def _run_within_budget(self, call: Call, args: Any, kwargs: Any) -> tuple[Any, Ledger]:
         """`_run`; a training step's batch goes in microbatches if it would exceed the budget."""
-        policy = self.budget_policy
-        trained = [p for p in self.parameters() if p.requires_grad]
+        policy, trains = self.budget_policy, self.backbone if call.alone else self
+        trained = [p for p in trains.parameters() if p.requires_grad]
         if not (trained and torch.is_grad_enabled()):
-            return self._run(*args, **kwargs)
+            return self._run(call, *args, **kwargs)
         count = batch_size(args, kwargs)
         split = policy.microbatches_for(self, args, kwargs, self._check_apart)
         if split is None or not count or split.samples >= count:
-            return self._run(*args, **kwargs)
-        return run_microbatches(self._run, args, kwargs, split.counts(count), split.again, trained)
+            return self._run(call, *args, **kwargs)
+
+        def run_of(start: int, samples: int) -> Run:
+            return partial(self._run, call.part(start, samples))
+
+        return run_microbatches(run_of, args, kwargs, split.counts(count), split.again, trained)
 
     @torch.no_grad()
     def _check_apart(self, args: Any, kwargs: Any) -> None:
         """Before a batch is split for the first time: refuse samples that act on each other."""
-        with self._slots.mixed([None, None], self._device):
-            check_apart(self._run, args, kwargs, self.plan.network)
+        check_apart(partial(self._run, Call()), args, kwargs, self.plan.network)
 
-    def _run(self, *args: Any, **kwargs: Any) -> tuple[Any, Ledger]:
+    def _run(self, call: Call, *args: Any, **kwargs: Any) -> tuple[Any, Ledger]:
         """One pass through the backbone: the output, and how much of every host was executed."""
-        self._ledger.clear()
-        try:
-            with self._python():
-                output = self.backbone(*args, **kwargs)
-            return output, list(self._ledger)
-        finally:
-            self._ledger.clear()
+        ledger: Ledger = []
+        with self.calls.running(call.noted_in(ledger)), self._python():
+            try:
+                return self.backbone(*args, **kwargs), ledger
+            except RuntimeError as error:
+                explain_types((args, kwargs), self.dtype, self.plan.network, error)
+                raise
 
     def _python(self) -> AbstractContextManager[Any]:
         """What stays Python keeps less inside; a compiler sees to that by itself."""
@@ -186,8 +211,13 @@ class DA3Model(MultiDomain):
         """What was executed; its share is remembered."""
         executed = [entry for _, entry in ledger]
         share = executed_fraction(executed).detach() if executed else None
-        self.executed_flops_fraction = share
+        self.calls.here.executed = share
         return executed
+
+    @property
+    def executed_flops_fraction(self) -> Tensor | None:
+        """The share of the hosts' FLOPs that the last pass of this thread executed."""
+        return self.calls.here.executed
 
     def gate_loss(self, executed: Sequence[Executed]) -> Tensor:
         """The weighted budget loss of one forward pass, a scalar."""
@@ -207,7 +237,10 @@ class DA3Model(MultiDomain):
         Returns:
             Zeros and ones of shape (N, 1, *grid) by host name, in the order of the plan.
         """
-        maps = {name: executed.gate for name, executed in self._run(*args, **kwargs)[1]}
+        maps = {
+            name: executed.gate
+            for name, executed in self._run(self.calls.resting, *args, **kwargs)[1]
+        }
         return {host.name: maps[host.name] for host in self.plan.hosts if host.name in maps}
 
     # --- the nearest domain -----------------------------------------------------------------------
@@ -226,9 +259,14 @@ class DA3Model(MultiDomain):
 
         Raises:
             DomainError: There is no such domain.
+            ConfigError: `batches` are none.
             InputError: A batch does not fit the network, or there are fewer than two samples.
         """
         domain, device = self.domain(name), self._device
+        if not isinstance(batches, Iterable):
+            raise ConfigError(
+                f"`batches` must be a list or a loader of batches, got {type(batches).__name__}."
+            )
         statistics = new_statistics(self.plan, device)
         firsts = (batch[0] if isinstance(batch, (list, tuple)) else batch for batch in batches)
         statistics.fit(
@@ -259,10 +297,10 @@ class DA3Model(MultiDomain):
     def _features(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the backbone alone gives the adapters to read first and last, pooled: (N, D)."""
         check_input(args, self.plan)
-        count, slots = samples_in((*args, *kwargs.values())), self._slots
-        places = [slots.inputs[host.name] for host in read_hosts(self.plan)]
-        with slots.mixed([None] * count, self._device):
-            return features_of(places, partial(self._run, *args, **kwargs), count)
+        count = samples_in((*args, *kwargs.values()))
+        found: dict[str, Tensor | None] = {host.name: None for host in read_hosts(self.plan)}
+        self._run(Call(features=found), *args, **kwargs)
+        return joined_features(found, count)
 
     # --- modes ------------------------------------------------------------------------------------
 
@@ -282,12 +320,17 @@ class DA3Model(MultiDomain):
         return self
 
     def set_progress(self, progress: float) -> None:
-        """Say how far training is, in [0, 1]: closes the gates slowly and ends their noise."""
+        """Say how far training is, in [0, 1]: closes the gates slowly and ends their noise.
+
+        Raises:
+            ConfigError: It is no such number.
+        """
+        if not (is_finite(progress) and 0.0 <= progress <= 1.0):
+            raise ConfigError(
+                "`progress` must be a number in [0, 1], such as step / steps, got "
+                f"{shown(progress)}."
+            )
         self.progress = progress
-        gate = self.config.gate
-        for adapter in self.bank.modules():
-            if isinstance(adapter, Adapter):
-                adapter.noisy = gate is not None and gate.noise and progress < NOISE_UNTIL
 
     def extra_repr(self) -> str:
         """What no layer shows by itself."""

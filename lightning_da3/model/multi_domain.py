@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_da3.config import DA3Config
-from lightning_da3.errors import CheckpointError, DA3Error, DomainError
+from lightning_da3.errors import CheckpointError, ConfigError, DA3Error, DomainError
 from lightning_da3.files.domain_file import domain_file_bytes, read_domain, write_domain
 from lightning_da3.files.names import check_name
+from lightning_da3.formatting import shown
 from lightning_da3.model.domain import Bank, Domain, new_domain
 from lightning_da3.model.identity import check_identity, identity
 from lightning_da3.model.nearest import new_statistics
-from lightning_da3.model.slots import Slots
+from lightning_da3.model.slots import Slots, connect_
 from lightning_da3.model.state import HAS_STATISTICS, check_tensors, complete_state
+from lightning_da3.nn.call import Call, Calls
 from lightning_da3.planning.plan import Plan
 
 
@@ -34,7 +37,12 @@ class MultiDomain(nn.Module):
 
     Attributes:
         bank: The domains by name.
+        calls: What new calls compute with, and those that run.
+        former: What earlier versions called the backbone, where they called it otherwise
+            (`lightning_da3.model.identity.former_identity`).
     """
+
+    former: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self,
@@ -50,6 +58,9 @@ class MultiDomain(nn.Module):
         self.plan, self.config = plan, config
         self.fingerprint, self.architecture = fingerprint, architecture
         self._active: str | None = None
+        self._was_set = False  # somebody said which domain is to be active, or that none is
+        self.calls = Calls()
+        connect_(backbone, self.calls)
         self.register_load_state_dict_pre_hook(complete_state)  # type: ignore[no-untyped-call]
 
     @property
@@ -60,7 +71,7 @@ class MultiDomain(nn.Module):
     @property
     def active_domain(self) -> str | None:
         """The domain that `forward` computes, or None for the backbone alone."""
-        return self._active
+        return None if self.calls.here.resting else self._active
 
     def domain(self, name: str) -> Domain:
         """The modules of one domain.
@@ -68,9 +79,9 @@ class MultiDomain(nn.Module):
         Raises:
             DomainError: There is no such domain.
         """
-        if name not in self.bank:
+        if not isinstance(name, str) or name not in self.bank:
             raise DomainError(
-                f"There is no domain {name!r}. There are {self.domains}; "
+                f"There is no domain {shown(name)}. There are {self.domains}; "
                 "`add_domain(name, num_classes)` makes a new one."
             )
         return cast(Domain, self.bank[name])
@@ -105,7 +116,8 @@ class MultiDomain(nn.Module):
     def set_domain(self, name: str | None) -> None:
         """Activate a domain by changing references; None leaves the backbone alone.
 
-        Parameters of the active domain require a gradient, all others do not.
+        Parameters of the active domain require a gradient, all others do not. Calls that run in
+        other threads end with the domain that they began with.
 
         Args:
             name: One of `domains`, or None.
@@ -114,12 +126,13 @@ class MultiDomain(nn.Module):
             DomainError: There is no such domain.
         """
         domain = None if name is None else self.domain(name)
-        if self._active is not None and self._active != name:
-            self.domain(self._active).requires_grad_(False)
-        self._slots.activate(domain)
         if domain is not None:
             domain.requires_grad_(True)
-        self._active = name
+            domain.loss_unit.on(self._device)  # now: a compiler could not make it
+        before, self._active, self._was_set = self._active, name, True
+        self.calls.everywhere, self.calls.here.resting = self._slots.call(domain), None
+        if before is not None and before != name:
+            self.domain(before).requires_grad_(False)
 
     def delete_domain(self, name: str) -> None:
         """Remove a domain and its parameters; if it was active, the backbone alone remains.
@@ -134,13 +147,18 @@ class MultiDomain(nn.Module):
 
     @contextmanager
     def disable_adapters(self) -> Iterator[None]:
-        """The backbone alone inside a ``with`` block; afterwards the same domain as before."""
-        before = self._active
-        self.set_domain(None)
+        """The backbone alone inside a ``with`` block, for calls of this thread.
+
+        Afterwards the same domain as before is active. One that is set inside is active until then.
+        """
+        here, before, alone = self.calls.here, self._active, Call()
+        outside, here.resting = here.resting, alone
         try:
             yield
         finally:
-            self.set_domain(before)
+            if here.resting is not alone:  # a domain was set inside
+                self.set_domain(before)
+            here.resting = outside
 
     # --- files ------------------------------------------------------------------------------------
 
@@ -198,13 +216,11 @@ class MultiDomain(nn.Module):
         about, has_statistics = file.metadata, HAS_STATISTICS in file.tensors
         classes = (about["num_classes"], about.get("class_names"))
         try:
-            check_name(about["domain"])
-            # nothing is allocated before it is known that the file has as much to put there
-            expected = self._new_domain(*classes, torch.device("meta"))
-            if has_statistics:
-                expected.statistics = new_statistics(self.plan, "meta")
-            check_tensors(file.tensors, expected.state_dict())
-        except (DA3Error, RuntimeError, TypeError) as error:  # PyTorch's own, of absurd sizes
+            if name is None:  # a name that was good enough once can be replaced here
+                check_name(about["domain"])
+            expected = self.expected_tensors(*classes, statistics=has_statistics)
+            check_tensors(file.tensors, expected)
+        except DA3Error as error:
             raise CheckpointError(
                 f"The domain file {str(path)!r} does not fit this model: {error}"
             ) from error
@@ -217,6 +233,27 @@ class MultiDomain(nn.Module):
 
     # --- state ------------------------------------------------------------------------------------
 
+    def expected_tensors(
+        self, num_classes: int | None, class_names: Any, *, statistics: bool
+    ) -> dict[str, Tensor]:
+        """What a domain holds, without values: nothing is allocated for what nobody has yet.
+
+        Args:
+            num_classes: As for `add_domain`, but not to be trusted.
+            class_names: Likewise.
+            statistics: Whether it has some.
+
+        Raises:
+            ConfigError: No domain could be so.
+        """
+        try:
+            domain = self._new_domain(num_classes, class_names, torch.device("meta"))
+        except (RuntimeError, TypeError, OverflowError) as error:  # PyTorch's own, of absurd sizes
+            raise ConfigError(f"There cannot be {num_classes!r} classes: {error}") from error
+        if statistics:
+            domain.statistics = new_statistics(self.plan, "meta")
+        return dict(domain.state_dict())
+
     def expect_statistics(self, name: str) -> None:
         """Make room for statistics that are about to be loaded."""
         if self.domain(name).statistics is None:
@@ -225,16 +262,21 @@ class MultiDomain(nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         """What a state dict must say beside its tensors; plain types only."""
         domains = {name: self.domain(name) for name in self.domains}
+        units = {name: domain.loss_unit.number for name, domain in domains.items()}
+        units = {name: unit for name, unit in units.items() if unit}  # of those that were measured
         return {
             "backbone": self.fingerprint,
             "config": self.config.to_dict(),
             "num_classes": {name: domain.num_classes for name, domain in domains.items()},
             "class_names": {name: domain.class_names for name, domain in domains.items()},
             "active": self._active,
+            **({"loss_units": units} if units else {}),
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Do nothing: `complete_state` used all of it before the tensors were loaded."""
+        """Take what `complete_state` did not use before the tensors were loaded."""
+        for name, unit in state.get("loss_units", {}).items():
+            self.domain(name).loss_unit.value = torch.tensor(unit)
 
     # --- parts ------------------------------------------------------------------------------------
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_da3.errors import DomainError, InputError
-from lightning_da3.nn.adapter import HostInput
 from lightning_da3.nn.statistics import Statistics
 from lightning_da3.planning.plan import HostPlan, Plan
 
@@ -21,40 +19,33 @@ def read_hosts(plan: Plan) -> list[HostPlan]:
 
 
 def new_statistics(plan: Plan, device: torch.device | str) -> Statistics:
-    """Statistics of the features that `features_of` gives, before they are fitted."""
+    """Statistics of the features that `joined_features` gives, before they are fitted."""
     return Statistics([host.in_channels for host in read_hosts(plan)]).to(device)
 
 
-def features_of(places: Sequence[HostInput], run: Callable[[], object], count: int) -> Tensor:
-    """What the backbone gives some hosts to read, pooled: (N, D).
+def joined_features(found: Mapping[str, Tensor | None], count: int) -> Tensor:
+    """What the backbone gives some hosts to read, pooled, side by side: (N, D).
 
     Args:
-        places: The inputs of the hosts.
-        run: Computes the backbone alone.
-        count: The number of samples that it computes.
+        found: What each of them reads, (N, C), by its name; None: it was not called.
+        count: The number of samples of the batch.
 
     Raises:
         InputError: The hosts do not read one row for every sample.
     """
-    found: dict[nn.Module, Tensor] = {}
+    rows = [features for features in found.values() if features is not None]
+    for features in rows:
+        if len(features) != count:
+            raise InputError(_NOT_APART.format(len(features), count))
+    if len(rows) < len(found):
+        raise InputError(_NOT_APART.format(0, count))
+    return torch.cat(rows, dim=1)
 
-    def note(place: nn.Module, inputs: tuple[Tensor]) -> None:
-        found[place] = cast(HostInput, place).features(inputs[0])
 
-    hooks = [place.register_forward_pre_hook(note) for place in places]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for place in places:
-        rows = len(found.get(place, ()))
-        if rows != count:
-            raise InputError(
-                f"The network reads {rows} rows of features from {count} samples, which cannot be "
-                "told apart: nearest domains need a host that works on whole batches."
-            )
-    return torch.cat([found[place] for place in places], dim=1)
+_NOT_APART = (
+    "The network reads {} rows of features from {} samples, which cannot be told apart: nearest "
+    "domains need a host that works on whole batches."
+)
 
 
 def check_known(statistics: Mapping[str, Statistics | None]) -> dict[str, Statistics]:

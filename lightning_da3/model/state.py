@@ -8,10 +8,16 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from lightning_da3.config import DA3Config
-from lightning_da3.errors import CheckpointError
+from lightning_da3.errors import CheckpointError, DA3Error
 from lightning_da3.files.domain_file import fingerprint
+from lightning_da3.files.names import check_name
 from lightning_da3.model.domain import Bank, Domain
-from lightning_da3.model.identity import backbone_state, computing, config_differences
+from lightning_da3.model.identity import (
+    backbone_state,
+    computing,
+    config_differences,
+    uncompiled_name,
+)
 from lightning_da3.nn.convolution import FrozenConv, FrozenConvTranspose
 from lightning_da3.nn.head import HeadSlot
 from lightning_da3.nn.normalization import FrozenAffine
@@ -19,6 +25,11 @@ from lightning_da3.planning.plan import Plan
 
 EXTRA = "_extra_state"  # PyTorch's own key
 HAS_STATISTICS = "statistics.mean"  # a tensor that a domain has if it has statistics
+EXTRA_TYPES: dict[str, type | tuple[type, ...]] = {  # of what is always there
+    "backbone": str,
+    "num_classes": Mapping,
+    "active": (str, type(None)),
+}
 
 
 class HoldsDomains(Protocol):
@@ -28,6 +39,7 @@ class HoldsDomains(Protocol):
     plan: Plan
     config: DA3Config
     fingerprint: str
+    former: Mapping[str, str]
 
     @property
     def domains(self) -> list[str]:
@@ -40,6 +52,11 @@ class HoldsDomains(Protocol):
         self, name: str, num_classes: int | None = None, class_names: Any = None
     ) -> None:
         """Make a fresh domain."""
+
+    def expected_tensors(
+        self, num_classes: int | None, class_names: Any, *, statistics: bool
+    ) -> dict[str, Tensor]:
+        """What a domain holds, without values."""
 
     def expect_statistics(self, name: str) -> None:
         """Make room for statistics that are about to be loaded."""
@@ -72,7 +89,7 @@ def _child(module: nn.Module, name: str) -> nn.Module | None:
     return dict(module.named_children()).get(name)
 
 
-def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def check_tensors(tensors: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
     """Refuse tensors that a module could not hold.
 
     Floating-point types may differ: values are converted.
@@ -88,6 +105,8 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor])
     for name, tensor in tensors.items():
         if name not in expected:
             problems.append(f"It has {name!r}, which is not expected.")
+        elif not isinstance(tensor, Tensor):
+            problems.append(f"{name!r} is a {type(tensor).__name__}, not a tensor.")
         elif tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
             problems.append(f"{name!r} has the shape {shapes}.")
@@ -105,16 +124,18 @@ def complete_state(model: HoldsDomains, state: dict[str, Any], prefix: str, *_: 
     model lacks are added; those that only the model has are kept.
 
     Raises:
-        CheckpointError: The state's domains were learned on another backbone or with another
-            config.
+        CheckpointError: As for `check_state`.
     """
+    if not any(key.startswith(prefix) for key in state):
+        return  # PyTorch says so, or does not, as `strict` has it
+    check_state(model, state, prefix)
     extra = state.get(prefix + EXTRA)
     mine = {prefix + key: value for key, value in _own_tensors(model).items()}
-    if extra is not None:
-        _check_extra(model, extra)
+    if extra is not None and _is_ours(model, state, prefix):
         _make_room(model, extra, state, prefix)
     elif not any(key in mine for key in state):
         _from_network_(model, state, prefix)
+        extra = None
     has_backbone = any(key.startswith(prefix + "backbone.") for key in state)
     stored = () if extra is None else tuple(f"{prefix}bank.{n}." for n in extra["num_classes"])
     statistics = _keys_of_statistics(model, prefix)
@@ -128,18 +149,101 @@ def complete_state(model: HoldsDomains, state: dict[str, Any], prefix: str, *_: 
     state.setdefault(prefix + EXTRA, model.get_extra_state())
 
 
+def check_state(model: HoldsDomains, state: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse what `model` could load in part at most; nothing is changed, and nothing allocated.
+
+    Args:
+        model: The `DA3Model`.
+        state: Of `model`, of its domains alone, or of the user's network.
+        prefix: What its names begin with.
+
+    Raises:
+        CheckpointError: The state holds nothing of the model; its domains were learned on another
+            backbone or with another config; or they lack something, or have something of another
+            shape or kind.
+    """
+    if not any(key.startswith(prefix) for key in state):
+        raise CheckpointError(
+            f"The checkpoint holds nothing of the network {prefix.removesuffix('.')!r}: neither "
+            "domains nor weights. Give one that was saved from this network."
+        )
+    if _is_ours(model, state, prefix):
+        extra = checked_extra(state[prefix + EXTRA])
+        _check_extra(model, extra)
+        _check_domains(model, extra, state, prefix)
+
+
+def _is_ours(model: HoldsDomains, state: Mapping[str, Any], prefix: str) -> bool:
+    """Whether a state is of a `DA3Model`; a user's network may have an extra state of its own."""
+    extra = state.get(prefix + EXTRA)
+    if isinstance(extra, Mapping) and {*EXTRA_TYPES} <= {*extra}:
+        return True
+    own = any(prefix + key in state for key in _own_tensors(model))
+    return extra is not None and (own or any(k.startswith(prefix + "bank.") for k in state))
+
+
+def checked_extra(extra: Any) -> dict[str, Any]:
+    """What a state says beside its tensors, if it is what `DA3Model.get_extra_state` makes.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    good = (
+        isinstance(extra, Mapping)
+        and all(isinstance(extra.get(name, ...), kind) for name, kind in EXTRA_TYPES.items())
+        and isinstance(extra.get("class_names", {}), Mapping)
+        and isinstance(extra.get("config", {}), Mapping)
+        and (extra["active"] is None or extra["active"] in extra["num_classes"])
+    )
+    if not good:
+        raise CheckpointError(
+            f"The checkpoint does not say whose domains it holds: {str(extra)[:200]!r}. It is "
+            "damaged, or not of `lightning_da3`. Give another one."
+        )
+    return dict(extra)
+
+
 def _check_extra(model: HoldsDomains, extra: Mapping[str, Any]) -> None:
     """Refuse domains that were learned with another backbone or config."""
-    if extra["backbone"] != model.fingerprint:
+    if extra["backbone"] not in (model.fingerprint, model.former.get("backbone")):
         raise CheckpointError(
             f"The checkpoint's domains {list(extra['num_classes'])} were learned on another "
             f"backbone (fingerprint {extra['backbone'][:12]}, here {model.fingerprint[:12]}). "
             "Convert the backbone that they were learned on."
         )
-    configs = (computing(c) for c in (extra.get("config", {}), model.config.to_dict()))
-    others = list(config_differences(*configs))
+    try:
+        configs = [computing(c) for c in (extra.get("config", {}), model.config.to_dict())]
+        others = list(config_differences(*configs))
+    except AttributeError as error:  # a part that has no parts
+        raise CheckpointError(f"The checkpoint's config cannot be read: {error}.") from error
     if others:
         raise CheckpointError(f"The checkpoint does not fit this model: {' '.join(others)}")
+
+
+def _check_domains(
+    model: HoldsDomains, extra: Mapping[str, Any], state: Mapping[str, Any], prefix: str
+) -> None:
+    """Refuse domains that lack something, or have something else than a domain here has."""
+    bank = f"{prefix}bank."
+    expected: dict[str, Tensor] = {}
+    try:
+        for name, num_classes in extra["num_classes"].items():
+            if name not in model.domains:
+                check_name(name)
+            class_names = extra.get("class_names", {}).get(name)
+            has_statistics = f"{bank}{name}.{HAS_STATISTICS}" in state
+            tensors = model.expected_tensors(num_classes, class_names, statistics=has_statistics)
+            expected.update({f"{bank}{name}.{key}": value for key, value in tensors.items()})
+            if name in model.domains:
+                _check_classes(name, num_classes, model.domain(name).num_classes)
+        check_tensors({k: v for k, v in state.items() if k.startswith(bank)}, expected)
+    except DA3Error as error:
+        raise CheckpointError(f"The checkpoint does not fit this model: {error}") from error
+
+
+def _check_classes(name: str, theirs: int | None, mine: int | None) -> None:
+    if theirs != mine:
+        raise CheckpointError(f"Its domain {name!r} has {theirs} classes, the one here {mine}.")
 
 
 def _make_room(
@@ -169,7 +273,8 @@ def _own_tensors(model: HoldsDomains) -> dict[str, Tensor]:
 def _from_network_(model: HoldsDomains, state: dict[str, Any], prefix: str) -> None:
     """Fold the user's network's own tensors into the frozen layers' keys, in place."""
     names = [key for key in state if key.startswith(prefix)]
-    theirs = {key.removeprefix(prefix): state.pop(key) for key in names}
+    theirs = {uncompiled_name(key.removeprefix(prefix)): state.pop(key) for key in names}
+    theirs.pop(EXTRA, None)
     if not theirs:
         return
     for path, layer in model.backbone.named_modules():
@@ -187,3 +292,4 @@ def _from_network_(model: HoldsDomains, state: dict[str, Any], prefix: str) -> N
         if name.removeprefix("backbone.") in theirs:
             state.setdefault(prefix + name, theirs[name.removeprefix("backbone.")])
     model.fingerprint = fingerprint(backbone_state(theirs, model.plan.head))
+    model.former = {}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_da3.errors import InputError
+from lightning_da3.nn.call import Noise, Place
 from lightning_da3.nn.convolution import FrozenConv
 from lightning_da3.ops.adapter import KeptInput, adapt, keep
 from lightning_da3.ops.adapter_cells import AdapterOptions, Weights
@@ -91,15 +92,14 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.value.bias)
         nn.init.constant_(self.attend.bias, OPEN_LOGIT)
         self.gated, self.exact = gated, exact
-        self.noisy = False  # set while training is far from over
 
-    def forward(self, p: Tensor) -> AdapterOutput:
-        """(N, C, *grid) to the addend (N, O, *grid) and the gate (N, 1, *grid)."""
-        noise = None
-        if self.gated and self.noisy and self.training:
-            cells = (len(p), p.shape[2:].numel(), 1)
-            uniform = torch.rand(cells, dtype=p.dtype, device=p.device)
-            noise = torch.logit(uniform.clamp_(1e-6, 1 - 1e-6))
+    def forward(self, p: Tensor, noise: Tensor | None = None) -> AdapterOutput:
+        """(N, C, *grid) to the addend (N, O, *grid) and the gate (N, 1, *grid).
+
+        Args:
+            p: (N, C, *grid) of G cells.
+            noise: Added to s before the gate decides, (N, G, 1), or None.
+        """
         options, weights = AdapterOptions(self.norm.eps, self.gated, self.exact), self.weights
         kept = keep(p, weights, options)
         return AdapterOutput(*adapt(p, noise, weights, options, kept), kept)
@@ -130,7 +130,7 @@ class MixedAdapters(nn.Module):
         count: The number of samples in the batch.
     """
 
-    noisy = False  # its adapters know by themselves; nothing is computed again
+    gated = False  # its gates have no noise: it does not train
     exact = False  # they keep rows of their own
 
     def __init__(
@@ -165,29 +165,29 @@ class MixedAdapters(nn.Module):
         return whole
 
 
-class HostInput(nn.Module):
+class HostInput(Place):
     """Where a host begins: ``x`` becomes ``x, adapter(pool(x)), codes``.
 
-    Refers to the active domain's adapter, which lives (and is saved) with its domain.
+    The adapter is that of the call that runs; it lives (and is saved) with its domain.
 
     Args:
+        host: The host's name.
         max_cells: Most cells of the coarse grid.
         stride: The stride of the whole host, one number an axis; None for tokens.
         prefix_tokens: Leading tokens that are cells by themselves.
     """
 
-    active: Adapter | MixedAdapters | None
-
     def __init__(
-        self, max_cells: int, stride: tuple[int, ...] | None, prefix_tokens: int = 0
+        self, host: str, max_cells: int, stride: tuple[int, ...] | None, prefix_tokens: int = 0
     ) -> None:
         super().__init__()
+        self.host = host
         self.max_cells, self.stride, self.prefix_tokens = max_cells, stride, prefix_tokens
-        self.set_active(None)
 
-    def set_active(self, adapter: Adapter | MixedAdapters | None) -> None:
-        """Refer to `adapter` without owning it."""
-        object.__setattr__(self, "active", adapter)
+    @property
+    def active(self) -> Adapter | MixedAdapters | None:
+        """The adapter of the call that runs; None: the backbone alone."""
+        return cast(Adapter | MixedAdapters | None, self.calls.now.adapters.get(self.host))
 
     def features(self, x: Tensor) -> Tensor:
         """The means of x over its positions, (N, C)."""
@@ -197,21 +197,33 @@ class HostInput(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, AdapterOutput | None, Tensor | None]:
         """x, the adapter's output for it, and codes of x itself if the adapter keeps such."""
-        if self.active is None:
+        call = self.calls.now
+        if call.features is not None and self.host in call.features:
+            call.features[self.host] = self.features(x)
+        active = self.active
+        if active is None:
             return x, None, None
         if self.stride is None:
             tokens = x.unsqueeze(1) if x.dim() == 2 else x  # one token a sample
             place = TokenGrid.of(tokens.shape[1:-1], self.prefix_tokens, self.max_cells)
-            tokens, pooled = read_tokens(tokens, place, apart=self.active.exact)
-            adapted = self.active(pooled)
+            tokens, pooled = read_tokens(tokens, place, apart=active.exact)
+            adapted = _adapted(active, pooled, call.noise, self.host)
             codes = _codes_of(tokens, adapted.kept) if place.whole else None
             x = tokens.squeeze(1) if x.dim() == 2 else tokens
             return x, adapted.alone, codes
         out = [-(-n // s) for n, s in zip(x.shape[2:], self.stride, strict=True)]
         grid = coarse_grid(out, self.max_cells)
         x, pooled = read(x, grid)
-        adapted = self.active(pooled)
+        adapted = _adapted(active, pooled, call.noise, self.host)
         return x, adapted if x.shape[2:] == grid else adapted.alone, None
+
+
+def _adapted(
+    adapter: Adapter | MixedAdapters, p: Tensor, noise: Noise | None, host: str
+) -> AdapterOutput:
+    if noise is None or not adapter.gated:
+        return cast(AdapterOutput, adapter(p))
+    return cast(AdapterOutput, adapter(p, noise.draw(host, p)))
 
 
 def _codes_of(tokens: Tensor, kept: KeptInput | None) -> Tensor | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_da3.errors import CheckpointError
+from lightning_da3.errors import CheckpointError, InputError
 from lightning_da3.nn.frozen import frozen, numbers
 from lightning_da3.nn.normalization import BatchNorm, BatchNormStatistics, fold
 from lightning_da3.ops.convolution import (
@@ -192,15 +192,38 @@ class FrozenConvTranspose(nn.Module):
         """
         return {key: state[f"{self.name}.{key}"] for key in self.state_dict()}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, *in) to (N, O, *out)."""
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """(N, C, *in) to (N, O, *out); `output_size` is out, or all of the shape, if given."""
         return frozen_conv_transpose(
             x,
             self.weight,
             self.bias,
             self.stride,
             self.padding,
-            self.output_padding,
+            self.output_padding if output_size is None else self._padding_for(x, output_size),
             self.groups,
             self.dilation,
         )
+
+    def _padding_for(self, x: Tensor, output_size: Sequence[int]) -> tuple[int, ...]:
+        """What is added to one side, so that the output has this size.
+
+        Raises:
+            InputError: No padding gives that size.
+        """
+        axes = len(self.stride)
+        wanted, kernel = tuple(output_size)[-axes:], self.weight.shape[2:]
+        least = [
+            (n - 1) * s - 2 * p + d * (k - 1) + 1
+            for n, s, p, d, k in zip(
+                x.shape[2:], self.stride, self.padding, self.dilation, kernel, strict=True
+            )
+        ]
+        most = [n + s - 1 for n, s in zip(least, self.stride, strict=True)]
+        fits = len(output_size) in (axes, axes + 2)
+        if not fits or not all(a <= n <= b for a, n, b in zip(least, wanted, most, strict=True)):
+            raise InputError(
+                f"`output_size` of a transposed convolution must be {axes} numbers from {least} to "
+                f"{most} for an input of shape {tuple(x.shape)}, got {tuple(output_size)}."
+            )
+        return tuple(n - a for n, a in zip(wanted, least, strict=True))

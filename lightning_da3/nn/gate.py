@@ -8,45 +8,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+
+from lightning_da3.nn.call import Executed, Place
 
 
-class Executed(NamedTuple):
-    """How much of one host ran.
-
-    Attributes:
-        gate: Zeros and ones, (N, 1, *grid).
-        macs: Multiply-accumulates of the host for one sample if every gate is open.
-    """
-
-    gate: Tensor
-    macs: float
-
-
-class Recorder(nn.Module):
-    """Notes how much of one host ran, once a call, in a list that the whole model shares.
+class Recorder(Place):
+    """Notes how much of one host ran in the call that runs.
 
     Args:
         host: Name of the host.
     """
 
+    _is_impure = True  # what it notes, nobody reads in the graph: `torch.fx` must not drop it
+
     def __init__(self, host: str) -> None:
         super().__init__()
         self.host = host
-        self.write_into([])
-
-    def write_into(self, ledger: list[tuple[str, Executed]]) -> None:
-        """Use this list from now on."""
-        self.ledger = ledger
 
     def forward(self, gate: Tensor | None, macs: float | None) -> None:
         """Note a host's gate and its multiply-accumulates."""
-        if gate is not None and macs is not None:
-            self.ledger.append((self.host, Executed(gate, macs)))
+        ledger = self.calls.now.ledger
+        if ledger is not None and gate is not None and macs is not None:
+            ledger.append((self.host, Executed(gate, macs)))
 
 
 def executed_fraction(executed: Sequence[Executed]) -> Tensor:
@@ -109,7 +97,7 @@ def budget_loss(executed: Sequence[Executed], target: float, *, over_ranks: bool
 
 class _WithLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, loss: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, output: Tensor, loss: Tensor, scale: float | Tensor) -> Tensor:
         ctx.scale, ctx.like = scale, (loss.dtype, loss.device)
         return output.view_as(output)
 
@@ -117,21 +105,49 @@ class _WithLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dtype, device = ctx.like
-        return grad, torch.full((), ctx.scale, dtype=dtype, device=device), None
+        if not isinstance(ctx.scale, Tensor):
+            return grad, torch.full((), ctx.scale, dtype=dtype, device=device), None
+        now, unit = _largest(grad), ctx.scale
+        unit.mul_(KEEPS)
+        unit.copy_(torch.where(now.isfinite() & (now > unit), now.to(unit.device), unit))
+        return grad, unit.to(device, dtype, copy=True), None
 
 
-def with_loss(output: Tensor, loss: Tensor, scale: float = 1.0) -> Tensor:
+KEEPS = 0.999  # of the unit of the loss from one step to the next
+
+
+def _largest(grad: Tensor) -> Tensor:
+    """How much the loss of a sample changes, at most, if all its outputs move by a half.
+
+    Cross entropy with the mean over samples: the largest chance that a sample's class does not get.
+    """
+    if grad.dim() == 0:  # a loss by itself
+        return grad.abs().float()
+    axes, wide = tuple(range(1, grad.dim())), torch.promote_types(grad.dtype, torch.float32)
+    each = torch.linalg.vector_norm(grad, 1, dim=axes, dtype=wide) if axes else grad.abs()
+    largest = each.max() if len(each) else each.sum()  # an empty batch
+    return (0.5 * len(grad) * largest).float()
+
+
+def with_loss(output: Tensor, loss: Tensor, scale: float | Tensor | None = None) -> Tensor:
     """`output` unchanged, but whoever differentiates it also minimises `loss`.
 
     So a training step that never heard of gates trains them: its own loss needs no extra term.
 
+    What that loss is multiplied by before the backward, by a loss scaler or because the gradients
+    of several batches add up, must multiply `loss` as well. Where nobody says it, it is measured by
+    the gradients of `output` that come in, which grow with it: the unit of `loss` is the largest
+    change in the loss of any sample so far, which lasts when the samples have been learned. It
+    forgets slowly, as loss scalers change slowly.
+
     Args:
-        output: Any shape; must require a gradient.
+        output: Any shape; must require a gradient. Samples along axis 0.
         loss: Scalar.
-        scale: A factor of the loss: a loss scaler's, or 1/k under k-fold gradient accumulation.
+        scale: A factor of the loss. A tensor: the unit, zero in the beginning, which the backward
+            updates; None: 1.
 
     Returns:
         `output`, same shape.
     """
-    result: Tensor = _WithLoss.apply(output, loss, scale)
+    result: Tensor = _WithLoss.apply(output, loss, 1.0 if scale is None else scale)
     return result

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_da3.errors import InputError
+from lightning_da3.nn.call import Place
 
 Head = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -80,27 +81,26 @@ class MixedHeads(nn.Module):
         return whole
 
 
-class HeadSlot(nn.Module):
-    """Where the classifier goes: the active domain's, or the backbone's own.
+class HeadSlot(Place):
+    """Where the classifier goes: that of the call that runs, or the backbone's own.
 
     Args:
         original: The backbone's classifier; frozen.
     """
 
-    active: nn.Module | None
-
     def __init__(self, original: Head) -> None:
         super().__init__()
         self.original = original
-        self.set_active(None)
 
-    def set_active(self, head: nn.Module | None) -> None:
-        """Refer to `head` without owning it; None is the backbone's own."""
-        object.__setattr__(self, "active", head)
+    @property
+    def active(self) -> nn.Module | None:
+        """The head of the call that runs; None is the backbone's own."""
+        return self.calls.now.head
 
     def forward(self, x: Tensor) -> Tensor:
         """Features to scores."""
-        head = self.original if self.active is None else self.active
+        active = self.active
+        head = self.original if active is None else active
         if isinstance(head, nn.Linear):
             x = x.contiguous()  # a class token is a view: all tokens would be kept
         return cast(Tensor, head(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -106,13 +107,15 @@ class Recomputed(nn.Module):
         if self.shortcut is not None and not torch.compiler.is_compiling():
             return (self.shortcut(x, exact=self.exact, codes=codes),)
         active = [m.active for m in self.slots if m.active is not None]
+        piece: Callable[..., Any] = self.piece
+        if active and not torch.compiler.is_compiling():
+            piece = self.slots[0].calls.bound(piece)  # another may run when it is computed again
         return recomputed(
-            self.piece,
+            piece,
             x,
             *rest,
             exact=self.exact,
             parameters=tuple(p for module in active for p in module.parameters()),
-            random=any(getattr(m, "noisy", False) and m.training for m in active),
             codes=None if self.exact else codes,
         )
 

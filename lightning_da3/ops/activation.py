@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_da3.ops.backward import once_differentiable
 from lightning_da3.ops.bits import dense, pack_between, unpack
 from lightning_da3.ops.masks import recorded
 
@@ -69,7 +70,7 @@ class _PiecewiseLinear(torch.autograd.Function):
         return x  # the argument itself, as torch.compile needs it
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
         return ctx.slopes.gradient(grad, bits, ctx.size, ctx.stride), None, None, None
@@ -105,7 +106,7 @@ class _HardSigmoid(torch.autograd.Function):
         return F.hardsigmoid(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (bits,) = ctx.saved_tensors
         slopes = unpack(bits, ctx.size, ctx.stride).to(grad.dtype)

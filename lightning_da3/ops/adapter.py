@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_da3.ops.adapter_cells import AdapterOptions, Weights, gradients, respond, squeezed
+from lightning_da3.ops.backward import once_differentiable
 from lightning_da3.ops.codes import Rows
 from lightning_da3.ops.opaque_adapter import opaque_adapt, opaque_gradients
 
@@ -65,7 +66,7 @@ class _Adapt(torch.autograd.Function):
         return addend, gate
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(
         ctx: Any, grad_addend: Tensor | None, grad_gate: Tensor | None
     ) -> tuple[Tensor | None, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_da3.torch_private.fake import is_fake
+from lightning_da3.torch_private.fake import is_fake, proxy_mode
 
 _NUMPY_DTYPES = (torch.float32, torch.float64, torch.float16)
 AT_ONCE = 1 << 17  # elements, a multiple of 8, that stay in a core's cache from step to step
@@ -42,9 +42,24 @@ def lies_channels_last(x: Tensor) -> bool:
     return layout is not None and not x.is_contiguous() and x.is_contiguous(memory_format=layout)
 
 
+def layout_of(x: Tensor) -> torch.memory_format:
+    """How `x` lies in memory: what gradients of it should be like.
+
+    PyTorch's own backward of instance norm takes it for granted on CPUs.
+    """
+    if not lies_channels_last(x):
+        return torch.contiguous_format
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+
+
 def has_no_values(x: Tensor) -> bool:
-    """Whether `x` is fake, a shape without values, and nothing is being compiled."""
-    return not torch.compiler.is_compiling() and is_fake(x)
+    """Whether `x` is fake, a shape without values, and no program is made of what is done to it."""
+    return not is_recorded() and is_fake(x)
+
+
+def is_recorded() -> bool:
+    """Whether operations become a program, for other values: only PyTorch's own will do then."""
+    return torch.compiler.is_compiling() or proxy_mode() is not None
 
 
 def _memory_order(stride: Sequence[int]) -> list[int]:
@@ -111,7 +126,7 @@ def unpack(bits: Tensor, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
 
 
 def _use_numpy(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not is_recorded()
 
 
 def _pack_numpy(x: Tensor, low: float, high: float) -> Tensor:

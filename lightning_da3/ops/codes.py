@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_da3.ops.bits import dense, flat, has_no_values
+from lightning_da3.ops.bits import dense, flat, has_no_values, is_recorded
 from lightning_da3.torch_private.kernels import DECODE_ROWS, ENCODE_ROWS
 
 GROUP = 256  # elements that share one range
@@ -67,7 +67,7 @@ def _encode_rows(rows: Tensor) -> Tensor:
 
 def _by_fbgemm(rows: Tensor) -> bool:
     # compiled code fuses plain arithmetic; and PyTorch's rule for the type of the result is wrong
-    return rows.device.type == "cpu" and _HAS_FBGEMM and not torch.compiler.is_compiling()
+    return rows.device.type == "cpu" and _HAS_FBGEMM and not is_recorded()
 
 
 def to_bytes(x: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def _decode_rows(rows: Tensor) -> Tensor:
 
 
 def _largest_divisor(number: int, most: int) -> int:
-    if torch.compiler.is_compiling():  # a compiler warns of caches
+    if is_recorded():  # a compiler warns of caches, and its sizes may be symbols
         return _first_divisor(number, most)
     return _known_divisor(number, most)
 

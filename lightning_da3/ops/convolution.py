@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_da3.ops.backward import once_differentiable
+from lightning_da3.ops.bits import layout_of
 from lightning_da3.ops.linear import cast_weight, cast_weight_backward, is_fast, product
 from lightning_da3.ops.opaque_convolution import is_opaque, lowered, opaque_convolution
 
@@ -35,15 +37,16 @@ class _FrozenConv(torch.autograd.Function):
         geometry: _Geometry,
     ) -> Tensor:
         ctx.size, ctx.dtype, ctx.geometry = x.size(), x.dtype, geometry
+        ctx.layout = layout_of(x)
         ctx.save_for_backward(weight)
         return conv(x, weight, bias, *geometry)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         grad_x = conv_input_gradient(grad, weight, ctx.size, *ctx.geometry)
-        return grad_x.to(ctx.dtype), None, None, None
+        return grad_x.to(ctx.dtype).contiguous(memory_format=ctx.layout), None, None, None
 
 
 _PLAIN = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}  # autocast knows these
@@ -194,11 +197,11 @@ class _FrozenConvTranspose(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.dtype, ctx.geometry = x.dtype, geometry
+        ctx.dtype, ctx.geometry, ctx.layout = x.dtype, geometry, layout_of(x)
         return _conv_transpose(x, weight, bias, *geometry)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         stride, padding, _, groups, dilation = ctx.geometry
@@ -209,7 +212,7 @@ class _FrozenConvTranspose(torch.autograd.Function):
         else:
             weight = cast_weight_backward(weight, grad)
             grad_x = _PLAIN[len(stride)](grad, weight, None, stride, padding, dilation, groups)
-        return grad_x.to(ctx.dtype), *[None] * 7
+        return grad_x.to(ctx.dtype).contiguous(memory_format=ctx.layout), *[None] * 7
 
 
 def _conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
@@ -277,13 +280,13 @@ def pad_mode(x: Tensor, padding: Sequence[int], mode: str) -> Tensor:
 class _Pad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, padding: tuple[int, ...], mode: str) -> Tensor:
-        ctx.size, ctx.padding, ctx.mode = x.size(), padding, mode
+        ctx.size, ctx.padding, ctx.mode, ctx.layout = x.size(), padding, mode, layout_of(x)
         return F.pad(x, padding, mode)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():  # the transpose of a linear map, taken at any point
             point = torch.empty(ctx.size, dtype=grad.dtype, device=grad.device, requires_grad=True)
             (grad_x,) = torch.autograd.grad(F.pad(point, ctx.padding, ctx.mode), point, grad)
-        return grad_x, None, None
+        return grad_x.contiguous(memory_format=ctx.layout), None, None

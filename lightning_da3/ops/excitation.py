@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_da3.ops.backward import once_differentiable
 from lightning_da3.ops.codes import kept_of, read_back
 from lightning_da3.ops.linear import cast_weight_backward, plain_linear
 from lightning_da3.ops.masks import record_masks
@@ -62,7 +63,7 @@ class _Excited(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, squeezed, weight, *noted = ctx.saved_tensors
         x = v = read_back(kept, ctx.code)

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_da3.ops.backward import once_differentiable
+from lightning_da3.ops.bits import layout_of
 from lightning_da3.ops.codes import Rows
 from lightning_da3.torch_private.kernels import (
     ADAPTIVE_AVG_POOL_BACKWARD,
@@ -99,14 +101,16 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.size = x.size()
+        ctx.size, ctx.layout = x.size(), layout_of(x)
         return x.view_as(x), pool(x, grid)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(
         ctx: Any, grad: Tensor | None, grad_pooled: Tensor | None
     ) -> tuple[Tensor | None, None]:
+        if grad is not None:
+            grad = grad.contiguous(memory_format=ctx.layout)
         if grad_pooled is None:
             return grad, None
         grad = writable(grad, ctx.size, grad_pooled)
@@ -211,7 +215,7 @@ class _Write(torch.autograd.Function):
         return f
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sums = cell_sums(grad, ctx.grid)  # (N, O, *grid)
         if not ctx.gated:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_da3.ops.backward import once_differentiable
 from lightning_da3.torch_private.kernels import LINEAR_POINTWISE
 
 _HAS_ONEDNN: bool = (
@@ -73,7 +74,7 @@ class _FrozenLinear(torch.autograd.Function):
         return _linear(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         weight = cast_weight_backward(weight, grad)

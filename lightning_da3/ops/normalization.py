@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_da3.ops.backward import once_differentiable
+
 
 def _channels(vector: Tensor, x: Tensor) -> Tensor:
     return vector.view(-1, *[1] * (x.dim() - 2))  # (C, 1, ..)
@@ -31,7 +33,7 @@ class _FrozenAffine(torch.autograd.Function):
         return x  # the argument itself, as torch.compile needs it
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = ctx.saved_tensors
         return grad * _channels(scale, grad), None, None, None

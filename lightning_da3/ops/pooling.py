@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_da3.ops.backward import once_differentiable
 from lightning_da3.ops.bits import pack_pairs, unpack_pairs
 from lightning_da3.torch_private.kernels import (
     ADAPTIVE_AVG_POOL_BACKWARD,
@@ -49,7 +50,7 @@ class _MaxPool(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (offset,) = ctx.saved_tensors
         kernel, stride, padding, dilation, ceil_mode = ctx.geometry
@@ -182,7 +183,7 @@ class _ShapeOnly(torch.autograd.Function):
         return forward(x, *args)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.transpose(grad, _shape_only(grad, ctx.size), *ctx.args), None, None, None
 
@@ -239,7 +240,7 @@ class _Mean(torch.autograd.Function):
         return x.mean(dim=tuple(range(-axes, 0)), keepdim=True)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return (grad / ctx.pixels).expand(ctx.size), None
 

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lightning_da3.ops.backward import once_differentiable
 from lightning_da3.ops.bits import dense, has_no_values
 from lightning_da3.ops.codes import Code, decode, encode, kept_of, read_back, sample_group
 from lightning_da3.ops.masks import record_masks, replay_masks
 from lightning_da3.ops.smooth import Smooth, widened
 from lightning_da3.torch_private.autograd import is_view, storage_key, without_base
+from lightning_da3.torch_private.trees import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 Piece = Callable[..., tuple[Any, ...]]
 
@@ -44,7 +46,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.autocast = autocast_of(x.device.type)
         ctx.codes = [
-            Code.of(t) if (i == 0 or need) and not how.exact else None
+            Code.of(t) if (i == 0 or need) and not how.exact and t.is_floating_point() else None
             for i, (t, need) in enumerate(zip(activations, needed, strict=True))
         ]
         ctx.others = [_Kept if isinstance(t, Tensor) else t for t in activations]
@@ -60,44 +62,64 @@ class _Recomputed(torch.autograd.Function):
         ctx.noted = len(noted)
         ctx.save_for_backward(*parameters, *noted, *kept)
         ctx.mark_non_differentiable(
-            *[y for y in outputs if isinstance(y, Tensor) and not y.is_floating_point()]
+            *[y for y in outputs if isinstance(y, Tensor) and not _may_be_differentiated(y)]
         )
         return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        parameters = list(itertools.islice(saved, ctx.how.parameters))
+        saved, needed, count = iter(ctx.saved_tensors), ctx.needs_input_grad[3:], ctx.how.parameters
+        parameters = list(itertools.islice(saved, count))
         noted = list(itertools.islice(saved, ctx.noted))
         activations = [
             _leaf(next(saved), code, need) if other is _Kept else other
-            for other, code, need in zip(
-                ctx.others,
-                ctx.codes,
-                ctx.needs_input_grad[3 + ctx.how.parameters :],
-                strict=True,
-            )
+            for other, code, need in zip(ctx.others, ctx.codes, needed[count:], strict=True)
         ]
+        inputs = zip((*parameters, *activations), needed, strict=True)
+        leaves = [t for t, need in inputs if need]
         again = contextlib.nullcontext() if ctx.random is None else ctx.random.again()
         decisions = contextlib.nullcontext() if ctx.how.exact else replay_masks(noted)
         with torch.enable_grad(), ctx.autocast(), again, decisions:
             outputs = ctx.piece(*activations)
-        wanted = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None]
-        wanted = [(y, g) for y, g in wanted if y.requires_grad]
-        leaves = [
-            t if isinstance(t, Tensor) and t.requires_grad else None
-            for t in (*parameters, *activations)
-        ]
-        sources = [t for t in leaves if t is not None]
-        found = iter(
-            torch.autograd.grad(
-                [y for y, _ in wanted], sources, [g for _, g in wanted], allow_unused=True
-            )
-            if wanted and sources
-            else [None] * len(sources)
-        )
-        return None, None, None, *[None if t is None else next(found) for t in leaves]
+        found = iter(_gradients(outputs, leaves, grads))
+        return None, None, None, *[next(found) if need else None for need in needed]
+
+
+def _gradients(
+    outputs: Sequence[Any], leaves: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
+    wanted = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None]
+    wanted = [(y, g) for y, g in wanted if y.requires_grad]
+    if not (wanted and leaves):
+        return [None] * len(leaves)
+    values, cotangents = zip(*wanted, strict=True)
+    return torch.autograd.grad(values, leaves, cotangents, allow_unused=True)
+
+
+def _may_be_differentiated(y: Tensor) -> bool:
+    return y.is_floating_point() or y.is_complex()
+
+
+class _Flat:
+    """A piece that returns tensors and numbers alone, in the place of tuples and lists of them."""
+
+    def __init__(self, piece: Piece) -> None:
+        self.piece = piece
+        self.spec: TreeSpec | None = None  # of what the piece returned; None: nothing is nested
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        outputs = self.piece(*inputs)
+        if all(isinstance(y, Tensor) for y in outputs):
+            return outputs
+        leaves, self.spec = tree_flatten(outputs)
+        return tuple(leaves)
+
+    def nested(self, leaves: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What the piece returns, of these leaves."""
+        if self.spec is None:
+            return leaves
+        return tree_unflatten(leaves, self.spec)  # type: ignore[no-any-return]
 
 
 class _Kept:
@@ -180,7 +202,7 @@ class _Activated(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, *noted = ctx.saved_tensors
         with ctx.autocast():
@@ -254,7 +276,7 @@ def _compiled(
     The piece is called twice, but what comes from the codes matters for the backward alone, so that
     the compiler leaves it out of the forward.
     """
-    if exact:
+    if exact or not x.is_floating_point():
         return checkpoint(piece, x, *rest, use_reentrant=False)
     with torch.no_grad():
         outputs = piece(x, *rest)
@@ -267,11 +289,13 @@ def _compiled(
         again = decode(codes, size, stride, dtype, group)
         return piece(_Instead.apply(again, x), *rest)
 
-    carriers = checkpoint(from_codes, codes, x, use_reentrant=False)
-    return tuple(
+    carriers = tree_leaves(checkpoint(from_codes, codes, x, use_reentrant=False))
+    leaves, spec = tree_flatten(outputs)
+    leaves = [
         _Instead.apply(y, carrier) if isinstance(carrier, Tensor) and carrier.requires_grad else y
-        for y, carrier in zip(outputs, carriers, strict=True)
-    )
+        for y, carrier in zip(leaves, carriers, strict=True)
+    ]
+    return tree_unflatten(leaves, spec)  # type: ignore[no-any-return]
 
 
 def recomputed(
@@ -304,5 +328,5 @@ def recomputed(
     if torch.compiler.is_compiling():
         return _compiled(piece, x, *rest, exact=exact, codes=codes)
     how = _Options(exact, random, len(parameters))
-    result: tuple[Any, ...] = _Recomputed.apply(piece, how, codes, *parameters, x, *rest)
-    return result
+    flat = _Flat(piece)
+    return flat.nested(_Recomputed.apply(flat, how, codes, *parameters, x, *rest))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_da3.ops.backward import once_differentiable
 from lightning_da3.torch_private.kernels import GRID_SAMPLE_BACKWARD
 
 _BILINEAR, _PADDING = 0, {"zeros": 0, "border": 1}
@@ -26,7 +27,7 @@ class _Sample(torch.autograd.Function):
         return F.grid_sample(x, grid, "bilinear", padding, align_corners)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (grid,) = ctx.saved_tensors
         shape_only = grad.new_empty(1).expand(ctx.size)

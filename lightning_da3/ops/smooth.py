@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_da3.errors import ConfigError
+from lightning_da3.ops.backward import once_differentiable
 from lightning_da3.ops.codes import to_bytes
 from lightning_da3.ops.masks import computed_twice, settled
 from lightning_da3.torch_private.kernels import (
@@ -120,7 +121,7 @@ class _Coded(torch.autograd.Function):
         return x  # the argument itself, as torch.compile needs it
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (codes,) = ctx.saved_tensors
         slopes = widened(codes, grad.dtype).mul_(ctx.step).add_(ctx.low)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_da3.ops.backward import once_differentiable
 from lightning_da3.ops.bits import dense
 from lightning_da3.ops.codes import decode, encode, sample_group
 
@@ -28,7 +29,7 @@ class _Softmax(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (codes,) = ctx.saved_tensors
         y = decode(codes, *ctx.like)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_da3.ops.backward import once_differentiable
 from lightning_da3.ops.host import (
     Means,
     add_pool_gradient_,
@@ -90,7 +91,7 @@ class _ReadTokens(torch.autograd.Function):
         return x.view_as(x), _cells(x, place, apart)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(
         ctx: Any, grad: Tensor | None, grad_cells: Tensor | None
     ) -> tuple[Tensor | None, None, None]:
@@ -150,7 +151,7 @@ class _WriteTokens(torch.autograd.Function):
         return _written(f, addend, gate, place)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         place = ctx.place
         sums = place.in_row(grad, cell_sums(place.maps(grad), place.grid))

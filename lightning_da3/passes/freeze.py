@@ -77,10 +77,12 @@ def _call(gm: fx.GraphModule, node: fx.Node, step: NodePlan, layer: nn.Module) -
     """Let `node` call `layer`, in the step's place."""
     if step.action == "freeze" and node.op == "call_function":
         _, node.args = cast(Any, convolution_of(node.target, node.args, dict(node.kwargs)))
-    elif step.action != "accumulate":
-        node.args = node.args[:1]
+    elif step.action != "accumulate" and node.op != "call_module":
+        node.args = node.args[:1]  # the layer was made of the others
     gm.add_submodule(step.place, layer)
-    node.op, node.target, node.kwargs = "call_module", step.place, {}
+    if node.op != "call_module":
+        node.kwargs = {}
+    node.op, node.target = "call_module", step.place
 
 
 def _bypass(gm: fx.GraphModule, node: fx.Node) -> None:

@@ -16,3 +16,8 @@ def put_slot_(traced: Traced, plan: Plan, config: DA3Config) -> None:
     if plan.head is not None:
         head = cast(Head, traced.root.get_submodule(plan.head))
         traced.root.set_submodule(plan.head, HeadSlot(head))
+        for part in traced.parts:
+            for node in part.gm.graph.nodes:  # what a forward asks of the classifier's weights
+                owner, _, name = str(node.target).rpartition(".")
+                if node.op == "get_attr" and part.user_name(owner) == plan.head:
+                    node.target = f"{owner}.original.{name}"

@@ -32,7 +32,9 @@ def _attach(
 ) -> fx.Node:
     """The node whose value is the host's output, with what was added."""
     key, cells, tokens = host_key(host.name), config.adapter.max_cells, host.stride is None
-    gm.add_submodule(f"{INPUTS}.{key}", HostInput(cells, host.stride, host.prefix_tokens))
+    gm.add_submodule(
+        f"{INPUTS}.{key}", HostInput(host.name, cells, host.stride, host.prefix_tokens)
+    )
     gm.add_submodule(
         f"{OUTPUTS}.{key}",
         HostOutput(

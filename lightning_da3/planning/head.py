@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx, nn
@@ -37,26 +38,42 @@ def find_head(traced: Traced, head: str | None) -> str | None:
                 f"head. It has {candidates[-8:]} (the last ones)."
             )
         return head
-    if traced.python:
+    if "" in traced.python:
         return None
     gm = traced.parts[0].gm
-    return _walk_to_head(gm, output_node(gm.graph).args[0])
-
-
-def _walk_to_head(gm: fx.GraphModule, node: Any) -> str | None:
-    """Back from the output through whatever has one input, to the first layer with weights.
-
-    If the output has several values, the first counts: ``{"out": .., "aux": ..}``.
-    """
     flow = Flow(gm.graph)
-    while isinstance(node, (dict, list, tuple)) and node:
-        node = next(iter(node.values() if isinstance(node, dict) else node))
-    while isinstance(node, fx.Node):
+    found = (_walk_to_head(gm, flow, node) for node in _outputs(output_node(gm.graph).args[0]))
+    return next((name for name in found if name is not None), None)
+
+
+_LOGITS = ("logits", "out")
+
+
+def _outputs(value: Any) -> Iterator[fx.Node]:
+    """The values of an output, what is called the logits first: ``{"aux": .., "out": ..}``."""
+    if isinstance(value, fx.Node):
+        yield value
+    elif isinstance(value, dict):
+        for name in sorted(value, key=lambda name: name not in _LOGITS):
+            yield from _outputs(value[name])
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _outputs(item)
+
+
+def _walk_to_head(gm: fx.GraphModule, flow: Flow, node: fx.Node) -> str | None:
+    """Back from an output through whatever has one input, to the first layer with weights.
+
+    None if something else reads what is between, or a norm with statistics is.
+    """
+    while True:
+        if len([user for user in node.users if user not in flow.numbers]) > 1:
+            return None
         layer = module_of(gm, node)
         if isinstance(layer, nn.Linear) or (isinstance(layer, CONVS) and layer.groups == 1):
             return str(node.target)
         tensors = [i for i in node.all_input_nodes if i not in flow.numbers]
-        if len(tensors) != 1 or (layer is not None and any(True for _ in layer.parameters())):
+        held = layer is not None and any(True for _ in (*layer.parameters(), *layer.buffers()))
+        if len(tensors) != 1 or held:
             return None
         node = tensors[0]
-    return None

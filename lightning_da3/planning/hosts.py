@@ -22,6 +22,7 @@ from lightning_da3.planning.layers import (
     is_spatial,
     layer_called,
 )
+from lightning_da3.planning.macs import macs_per_position
 from lightning_da3.planning.plan import HostPlan
 from lightning_da3.planning.shapes import Shapes, reductions
 from lightning_da3.tracing.graphs import Part, module_of
@@ -217,6 +218,8 @@ class HostFinder:
         axes = self._axes(layers) if not tokens else 0
         if not tokens and not axes:
             return None
+        here = self.shapes.get(last)
+        positions = None if here is None else math.prod(here) / channels
         return HostPlan(
             name=self._name(depthwise[0] if depthwise else _common_path(named)),
             source=x.name,
@@ -225,7 +228,7 @@ class HostFinder:
             in_channels=channels,
             out_channels=channels,
             stride=None if tokens else (1,) * axes,
-            macs_per_output=_macs(self.gm, inside),
+            macs_per_output=macs_per_position(self.gm, inside, self.shapes, positions),
             prefix_tokens=self._prefix_tokens(x) if tokens else 0,
         )
 
@@ -313,18 +316,6 @@ def _mixes_channels(gm: fx.GraphModule, inside: Nodes) -> bool:
         for n in inside
         for i in n.all_input_nodes
     )
-
-
-def _macs(gm: fx.GraphModule, inside: Nodes) -> float:
-    """Multiply-accumulates of linear maps for one position, as if all maps had one size."""
-    macs = 0.0
-    for node in inside:
-        layer = module_of(gm, node)
-        if isinstance(layer, (nn.Linear, *CONVS)):
-            macs += layer.weight.numel()
-        elif isinstance(layer, nn.MultiheadAttention):
-            macs += 4.0 * layer.embed_dim**2
-    return macs or 1.0
 
 
 def _common_path(targets: list[str]) -> str:

@@ -64,6 +64,8 @@ def _is_free(node: fx.Node, fresh: set[str]) -> bool:
 def _is_fresh(node: fx.Node, planned: NodePlan, fresh: set[str]) -> bool:
     facts = facts_of_call(node)
     gone = planned.action in ("fold", "remove")
+    if is_in_place(node) and planned.action == "leave" and not facts.elementwise:
+        return False  # its backward may read what it wrote, as that of torch.tanh_ does
     if planned.inplace or gone or is_in_place(node):
         return _is_free(node, fresh)  # the memory of what it reads, under a second name
     if planned.action in ("freeze", "affine", "replace"):

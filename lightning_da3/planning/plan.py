@@ -148,6 +148,7 @@ class Plan:
         head: The module name of the classifier that domains replace, or None.
         input_channels: (spatial axes, channels) of the first argument, where a convolution tells.
         python: Modules that could not be traced and stay Python: path and reason.
+        functions: Functions of the user that are called as they are: path of the node and reason.
     """
 
     network: str
@@ -155,6 +156,7 @@ class Plan:
     head: str | None
     input_channels: tuple[int, int] | None = None
     python: tuple[tuple[str, str], ...] = ()
+    functions: tuple[tuple[str, str], ...] = ()
 
     @property
     def nodes(self) -> tuple[NodePlan, ...]:
@@ -188,6 +190,7 @@ class Plan:
                 ends = " to ".join(dict.fromkeys((first, last)))
                 lines.append(f"{where}prologue {ends}: a large batch in microbatches (on CPU)")
         lines += [f"stays Python: {path or 'the network'}, {why}" for path, why in self.python]
+        lines += [f"called as it is: {path}, {why}" for path, why in self.functions]
         return "\n".join(lines)
 
     if not TYPE_CHECKING:  # or type checkers would take every misspelt name

@@ -24,7 +24,7 @@ from lightning_da3.planning.places import common_owner, find_places, free_name
 from lightning_da3.planning.plan import HostPlan, NodePlan, PartPlan, Plan, RecomputeRegion
 from lightning_da3.planning.prologue import find_prologue
 from lightning_da3.planning.regions import RegionFinder
-from lightning_da3.planning.shapes import Shapes, find_shapes, sizes
+from lightning_da3.planning.shapes import Shapes, find_shapes, reductions, sizes
 from lightning_da3.planning.spans import SpanFinder
 from lightning_da3.planning.stored import find_stored
 from lightning_da3.tracing.graphs import Part, Traced, module_of
@@ -57,6 +57,7 @@ def make_plan(traced: Traced, config: DA3Config, examples: Sequence[Any] | None 
     """
     head = find_head(traced, config.head)
     drafts = [_draft(part, head, None if part.path else examples) for part in traced.parts]
+    _count_from_the_input_(drafts)
     if not any(draft.candidates for draft in drafts):
         for draft in drafts:
             draft.candidates = [(1.0, host) for host in draft.finder.any_layers()]
@@ -64,9 +65,28 @@ def make_plan(traced: Traced, config: DA3Config, examples: Sequence[Any] | None 
     if not found:
         raise ConversionError(_nothing_message(traced))
     least = _least_reduction(config.adapter.min_stride, max(found))
-    parts = tuple(_plan_part(draft, least, config) for draft in drafts)
+    training = [
+        draft.part.path
+        for draft in drafts
+        if draft.head or any(reduction >= least for reduction, _ in draft.candidates)
+    ]
+    parts = tuple(_plan_part(draft, least, config, training) for draft in drafts)
     python = tuple(traced.python.items())
-    return Plan(traced.network, parts, head, _input_channels(traced), python)
+    functions = tuple(traced.functions.items())
+    return Plan(traced.network, parts, head, _input_channels(traced), python, functions)
+
+
+def _count_from_the_input_(drafts: Sequence[_Draft]) -> None:
+    """Reductions of graphs that others call, counted from the network's input."""
+    before: dict[str, float] = {}  # by path of what a graph calls
+    for draft in drafts:
+        path = draft.part.path
+        holders = [p for p in before if path == p or path.startswith(f"{p}.")]
+        own = before[max(holders, key=len)] if holders else 1.0
+        draft.candidates = [(own * reduction, host) for reduction, host in draft.candidates]
+        for node, reduction in reductions(draft.part.gm).items():
+            if node.op == "call_module":
+                before[draft.part.user_name(str(node.target))] = own * reduction
 
 
 def _least_reduction(min_stride: int | str, most: float) -> float:
@@ -89,11 +109,21 @@ def _targets(gm: fx.GraphModule) -> list[str]:
     return [str(node.target) for node in gm.graph.nodes if node.op == "call_module"]
 
 
-def _plan_part(draft: _Draft, least: float, config: DA3Config) -> PartPlan:
+def _calls_one_of(part: Part, node: fx.Node, paths: Sequence[str]) -> bool:
+    """Whether a node calls one of these modules, or one that holds one of them."""
+    if node.op != "call_module":
+        return False
+    called = part.user_name(str(node.target))
+    return any(path == called or path.startswith(f"{called}.") for path in paths)
+
+
+def _plan_part(draft: _Draft, least: float, config: DA3Config, training: Sequence[str]) -> PartPlan:
     gm, exact = draft.part.gm, config.memory.exact
     hosts = tuple(host for reduction, host in draft.candidates if reduction >= least)
     # what an island reads may come from one that is trained
     inputs = [n for n in draft.flow.activations if n.op == "placeholder" and draft.part.path]
+    others = [path for path in training if path != draft.part.path]  # graphs that this one calls
+    inputs += [n for n in draft.flow.activations if _calls_one_of(draft.part, n, others)]
     trained = trained_through(gm, hosts, inputs)
     places = find_places(gm)
     nodes = tuple(plan_nodes(gm, places, draft.head, draft.folds, trained, exact))
@@ -105,7 +135,15 @@ def _plan_part(draft: _Draft, least: float, config: DA3Config) -> PartPlan:
     if exact and draft.shapes:
         cells = config.adapter.max_cells
         spans = SpanFinder(
-            draft.flow, size, draft.shapes, nodes, regions, hosts, finder.pure(), cells
+            draft.flow,
+            size,
+            draft.shapes,
+            nodes,
+            regions,
+            hosts,
+            finder.pure(),
+            finder.writers,
+            cells,
         ).find()
         inside = {name for span in spans for name in span.nodes}
         regions = (*spans, *[s for s in regions if not inside & set(s.nodes)])
@@ -163,7 +201,7 @@ def _writable(hosts: tuple[HostPlan, ...], gm: fx.GraphModule) -> tuple[HostPlan
 
 
 def _input_channels(traced: Traced) -> tuple[int, int] | None:
-    if len(traced.parts) != 1 or traced.parts[0].path:
+    if not traced.parts or traced.parts[0].path:
         return None
     gm = traced.parts[0].gm
     first = next((node for node in gm.graph.nodes if node.op == "placeholder"), None)

@@ -13,14 +13,23 @@ from collections.abc import Container, Sequence
 
 from torch import fx, nn
 
-from lightning_da3.layers import CONVS, facts_of_call, is_pure, is_random
+from lightning_da3.layers import (
+    CONVS,
+    facts_of_call,
+    has_hooks,
+    is_in_place,
+    is_pure,
+    layer_may_draw,
+    may_draw,
+)
+from lightning_da3.planning.aliases import find_writers
 from lightning_da3.planning.flow import Flow, Nodes, dominators
-from lightning_da3.planning.layers import overwrites
 from lightning_da3.planning.plan import HostPlan, NodePlan, RecomputeRegion
 from lightning_da3.tracing.graphs import module_of
 
 # passing a convolution or a matrix product must make the kept value at least so much smaller
 WORTH = 2.0
+_GONE = ("fold", "remove")
 
 
 @dataclasses.dataclass
@@ -64,9 +73,11 @@ class RegionFinder:
     ) -> None:
         self.gm, self.flow, self.size, self.head, self.exact = gm, flow, size, head, exact
         read = [node for node in flow.nodes if node.op == "placeholder" and node.users]
-        self.doors = read if inputs else []  # what an island reads
+        island = any(node.op == "placeholder" for node in inputs)
+        self.doors = read if island else []  # what an island reads
         self.tensors = tensors or {node for node in flow.nodes if self._gives_one_tensor(node)}
         self.plan = {node.name: node for node in nodes}
+        self.writers = find_writers(gm, self.plan)
         self.written = {host.last for host in hosts}
         self.readers = {host.source: host.readers for host in hosts}
         self.trained: Nodes = {}
@@ -192,6 +203,8 @@ class RegionFinder:
             for i in node.all_input_nodes:
                 if i in self.trained and i not in sources and i not in inside:
                     return None
+        if self.exact and any(self.writers.get(i, set()) - inside.keys() for i in sources):
+            return None  # it is kept as it is, and overwritten behind the region
         keepers = [node for node in inside if node in self.trained and self._keeps(node)]
         return _Region(sources, keepers, inside)
 
@@ -203,17 +216,43 @@ class RegionFinder:
             return False
         if node.op in ("placeholder", "output", "get_attr"):
             return False
+        over = [source for source in sources if node in self.writers.get(source, ())]
+        if over and not self._may_be_kept_from_writing(node, sources):
+            return False
         planned = self.plan.get(node.name)
-        first = node.args[0] if node.args else None
-        if isinstance(first, fx.Node) and first in sources and overwrites(self.gm, node, planned):
-            # the region's first operation can leave its input alone, if nobody else would see it
-            seen = len(first.users) > 1 or len(sources) > 1
-            if seen or node.op == "call_method" or facts_of_call(node).in_place:
+        if planned is not None and planned.action == "remove":
+            return True
+        layer = module_of(self.gm, node)
+        if layer is not None:  # hooks run once, and graphs in the graph may train
+            alone = has_hooks(layer) or isinstance(layer, fx.GraphModule)
+            return not (alone or layer_may_draw(layer))
+        decided = planned is not None and planned.action == "replace"  # and kept in bits
+        if not (self.exact or decided) and facts_of_call(node).sensitive:
+            return False
+        pure = node.op == "call_method" or is_pure(node.target)
+        return pure and not may_draw(node.target, node.args, node.kwargs)
+
+    def _may_be_kept_from_writing(self, node: fx.Node, sources: list[fx.Node]) -> bool:
+        """Whether a region's first operation can leave its input alone, and nobody would see it."""
+        if len(sources) > 1 or not self._alone_reads(node, sources[0]):
+            return False
+        if node.op != "call_function":
+            return node.op == "call_module"
+        planned = self.plan.get(node.name)
+        if is_in_place(node):  # as torch.tanh_ is, whatever it is told
+            return planned is not None and planned.action == "replace"
+        return bool(node.kwargs.get("inplace")) or (planned is not None and planned.inplace)
+
+    def _alone_reads(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether `node` alone reads `source`, maybe past what is gone in the converted network."""
+        first = node.args[0]
+        while isinstance(first, fx.Node) and len(first.users) == 1:
+            if first is source:
+                return True
+            if first.name not in self.plan or self.plan[first.name].action not in _GONE:
                 return False
-        if node.op == "call_function":
-            removed = planned is not None and planned.action == "remove"
-            return is_pure(node.target) and (removed or not is_random(node.target))
-        return True
+            first = first.args[0]
+        return False
 
     def _saves(self, region: _Region) -> float:
         return sum(map(self._alone, region.keepers)) - sum(map(self._cost, region.sources))

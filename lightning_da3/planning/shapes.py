@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,21 +18,11 @@ from lightning_da3.memory.names import mutable
 from lightning_da3.nn.frozen import numbers
 from lightning_da3.planning.layers import layer_called
 from lightning_da3.torch_private.fake import FakeTensorMode
-from lightning_da3.torch_private.modules import NORM_LAYERS
-from lightning_da3.tracing.graphs import module_of
+from lightning_da3.tracing.guessing import first_sample, guesses
+from lightning_da3.tracing.probes import call_layer
+from lightning_da3.tracing.watching import unchanged
 
 Shapes = dict[fx.Node, tuple[int, ...]]
-
-# tried in this order; networks with fixed positions take only their own
-SIDES: dict[int, tuple[tuple[int, ...], ...]] = {
-    1: ((1024,), (256,), (128,), (64,)),
-    2: ((224, 224), (256, 256), (384, 384), (32, 32), (28, 28), (64, 64), (96, 96), (512, 512)),
-    3: ((16, 112, 112), (16, 224, 224), (32, 224, 224), (16, 16, 16), (32, 32, 32)),
-}
-_TOKENS = 64
-
-
-_SHAPE_KEEPERS = (NORM_LAYERS, nn.LayerNorm, nn.GroupNorm)
 
 
 class _Recorder(fx.Interpreter):
@@ -52,16 +42,7 @@ class _Recorder(fx.Interpreter):
         return result
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        layer = self.fetch_attr(target)
-        if isinstance(layer, _SHAPE_KEEPERS) and isinstance(args[0], Tensor):
-            return args[0]  # PyTorch composes these of many operations on fake tensors
-        if not (isinstance(layer, nn.RNNBase) and args[0].dim() == 3):
-            return super().call_module(target, args, kwargs)
-        axis = 1 if layer.batch_first else 0  # one step: fake ones are no quicker than real ones
-        size = [-1, -1, -1]
-        size[axis] = args[0].shape[axis]
-        y, state = layer(args[0].narrow(axis, 0, 1), *args[1:], **kwargs)
-        return y.expand(size), state
+        return call_layer(self.fetch_attr(target), args, kwargs)
 
 
 def find_shapes(gm: fx.GraphModule, examples: Sequence[Any] | None = None) -> Shapes:
@@ -75,7 +56,7 @@ def find_shapes(gm: fx.GraphModule, examples: Sequence[Any] | None = None) -> Sh
     given = [] if examples is None else [first_sample(examples)]
     for inputs in itertools.chain(given, guesses(gm)):
         # the user's own forward on a guess: anything can go wrong, and then nothing is known
-        with quiet(), contextlib.suppress(Exception), mode:
+        with quiet(), contextlib.suppress(Exception), mode, unchanged(gm):
             recorder = _Recorder(gm)
             with torch.no_grad():
                 recorder.run(*[_without_values(i) for i in inputs])
@@ -83,59 +64,8 @@ def find_shapes(gm: fx.GraphModule, examples: Sequence[Any] | None = None) -> Sh
     return {}
 
 
-def first_sample(examples: Sequence[Any]) -> list[Any]:
-    """Arguments of one sample: tensors with as many samples as the first one are cut."""
-    count = next((len(x) for x in examples if isinstance(x, Tensor) and x.dim()), 0)
-    return [x[:1] if isinstance(x, Tensor) and x.dim() and len(x) == count else x for x in examples]
-
-
 def _without_values(x: Any) -> Any:
     return torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x
-
-
-def guesses(gm: fx.GraphModule) -> Iterator[list[Tensor]]:
-    """Inputs that a graph may take, most likely first: one sample, without memory."""
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    required = [node for node in placeholders if not node.args]
-    readers = [_reader(gm, node) for node in required]
-    side = getattr(gm, "image_size", None)
-    for i in range(max(len(sides) for sides in SIDES.values())):
-        found = [_guess(layer, i) for layer in readers]
-        guess = [g for g in found if g is not None]
-        if len(guess) == len(found):
-            yield guess
-            if i == 0 and isinstance(side, int):
-                yield [g.new_empty(*g.shape[:2], *[side] * (g.dim() - 2)) for g in guess]
-
-
-def _reader(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """The first layer with weights that reads `node`, maybe through other operations."""
-    seen = [node]
-    for reader in seen:
-        for user in reader.users:
-            layer = module_of(gm, user)
-            if isinstance(layer, (*CONVS, nn.Linear, nn.Embedding, nn.RNNBase)):
-                return layer
-            if user not in seen and len(seen) < 30:
-                seen.append(user)
-    return None
-
-
-def _guess(layer: nn.Module | None, i: int) -> Tensor | None:
-    if isinstance(layer, CONVS):
-        sides = SIDES[layer.weight.dim() - 2]
-        shape = (1, layer.in_channels, *sides[i]) if i < len(sides) else None
-    elif isinstance(layer, nn.Linear):
-        shape = ((1, _TOKENS, layer.in_features), (1, layer.in_features), None)[min(i, 2)]
-    elif isinstance(layer, nn.RNNBase):
-        row = (1, _TOKENS) if layer.batch_first else (_TOKENS, 1)
-        shape = (*row, layer.input_size) if i == 0 else None
-    elif isinstance(layer, nn.Embedding):
-        return None if i else torch.empty((1, _TOKENS), dtype=torch.long, device="meta")
-    else:
-        return None
-    dtype = next(layer.parameters()).dtype
-    return None if shape is None else torch.empty(shape, dtype=dtype, device="meta")
 
 
 def sizes(gm: fx.GraphModule, shapes: Shapes) -> dict[fx.Node, float]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from lightning_da3.layers import is_in_place
+from lightning_da3.planning.aliases import Writers
 from lightning_da3.planning.flow import Flow
 from lightning_da3.planning.plan import HostPlan, NodePlan, RecomputeRegion
 from lightning_da3.tracing.graphs import output_node
@@ -81,6 +81,7 @@ class SpanFinder:
         regions: What is computed again where there is no span.
         hosts: The graph's hosts.
         pure: Whether a node may run a second time.
+        writers: By node, what writes into the memory of its value.
         max_cells: The most cells of an adapter's grid.
     """
 
@@ -93,9 +94,11 @@ class SpanFinder:
         regions: Sequence[RecomputeRegion],
         hosts: tuple[HostPlan, ...],
         pure: dict[fx.Node, bool],
+        writers: Writers,
         max_cells: int,
     ) -> None:
         self.flow, self.size, self.pure, self.max_cells = flow, size, pure, max_cells
+        self.writers = writers
         self.plan = {node.name: node for node in nodes}
         self.regions, self.hosts, self.tensors = regions, hosts, tensors
         self.named = {node.name: node for node in flow.nodes}
@@ -173,12 +176,7 @@ class SpanFinder:
         planned = self.plan.get(node.name)
         if planned is not None and planned.action in ("freeze", "fold", "remove"):
             return False
-        for user in node.users:
-            step = self.plan.get(user.name)
-            over = is_in_place(user) or (step is not None and step.inplace)
-            if user.args and user.args[0] is node and over:
-                return False
-        return True
+        return not self.writers.get(node)
 
     def _of_nodes(self, names: Iterable[str]) -> float:
         """What nodes keep one by one, in bytes."""

@@ -20,6 +20,16 @@ current_node: Callable[[], Any] = needed("torch._C:_current_autograd_node", _NAM
 """The node whose backward runs; None outside of a backward."""
 
 
+def _never(_: Callable[[], None]) -> None:
+    """What should be done afterwards is left undone."""
+
+
+after_backward: Callable[[Callable[[], None]], None] = found(
+    "torch.autograd:Variable._execution_engine.queue_callback", _never
+)
+"""Calls a function at the end of the backward pass that runs."""
+
+
 def _attribute(path: str, get: Any, otherwise: Any) -> Any:
     return otherwise if found(path, None) is None else get
 

@@ -38,6 +38,7 @@ __all__ = [
     "TorchDispatchMode",
     "is_fake",
     "is_wrapper",
+    "proxy_mode",
 ]
 
 LOGGER = "torch._subclasses.fake_tensor"  # the name of the log that fake tensors write to
@@ -59,3 +60,8 @@ is_wrapper: Callable[[Tensor], bool] = found(
     "torch.utils._python_dispatch:is_traceable_wrapper_subclass", _flattens
 )
 """Whether a tensor is made of others, which ``__tensor_flatten__`` names."""
+
+proxy_mode: Callable[[], Any] = found(
+    "torch.fx.experimental.proxy_tensor:get_proxy_mode", lambda: None
+)
+"""The mode that records operations as a graph, as `make_fx` does; None where nothing does."""

@@ -43,20 +43,27 @@ class Traced:
             GraphModules inside.
         parts: The graphs, in the order in which modules are registered.
         python: Why a module stays Python, by its path.
+        functions: Why a function is one node, by the path of the module that calls it.
         network: The name of the model's class.
     """
 
     root: nn.Module
     parts: tuple[Part, ...]
     python: dict[str, str] = field(default_factory=dict)
+    functions: dict[str, str] = field(default_factory=dict)
     network: str = ""
 
 
 def module_of(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """The module that `node` calls, or None for any other kind of node."""
+    return module_in(gm, node)
+
+
+def module_in(root: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The module of `root` that `node` calls, or None for any other kind of node."""
     if node.op != "call_module":
         return None
-    return gm.get_submodule(str(node.target))
+    return root.get_submodule(str(node.target))
 
 
 def output_node(graph: fx.Graph) -> Any:

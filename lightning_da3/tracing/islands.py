@@ -7,28 +7,39 @@ in their places, down to single layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import fx, nn
 
 from lightning_da3.layers import has_frozen_form
+from lightning_da3.nn.python import PythonFunction
 from lightning_da3.torch_private.modules import FORWARD_HOOKS, HOOKS_WITH_KWARGS, hooks_of
+from lightning_da3.tracing.attempts import Session, traced_graph
 from lightning_da3.tracing.checks import check_convertible
 from lightning_da3.tracing.copying import frozen_copy
 from lightning_da3.tracing.graphs import Part, Traced
+from lightning_da3.tracing.interception import names_asked
 from lightning_da3.tracing.normalizing import normalize_
-from lightning_da3.tracing.tracer import Tracer, traced_graph
+from lightning_da3.tracing.probes import PROBED
+from lightning_da3.tracing.refusals import first_line
+from lightning_da3.tracing.tracer import Tracer
+from lightning_da3.tracing.watching import states_kept
 
 LAYER = "layer"  # name of the one layer in the graph of a single layer
 
 
-def trace(model: nn.Module, python: Mapping[str, str] | None = None) -> Traced:
+def trace(
+    model: nn.Module,
+    inputs: Sequence[Any] | None = None,
+    python: Mapping[str, str] | None = None,
+) -> Traced:
     """A frozen copy of `model` in eval, as one graph or as islands of graphs.
 
     Args:
         model: Any module; left unchanged.
-        python: Modules that must stay Python, and why, by their paths. So do those that hold them;
-            what they hold is traced.
+        inputs: Its arguments, if they are known. Only shapes and types count.
+        python: Why modules must stay Python, by their paths. What they hold is traced.
 
     Raises:
         ConversionError: The model cannot be copied, is quantized, or has layers without weights.
@@ -36,74 +47,89 @@ def trace(model: nn.Module, python: Mapping[str, str] | None = None) -> Traced:
     check_convertible(model)
     twin = frozen_copy(model)
     network = type(twin).__name__
-    islands = _Islands(twin, python or {})
-    root = islands.convert(twin, "")
-    return Traced(root, tuple(islands.parts), islands.python, network)
+    reasons = {}
+    for path, why in (python or {}).items():
+        layer = twin.get_submodule(path)
+        reasons[path] = f"{type(layer).__name__}: {why}"
+        if path and Tracer().is_leaf_module(layer, path):
+            twin.set_submodule(path, PythonFunction(layer))  # nothing is known of it any more
+    islands = _Islands(Session(inputs, reasons))
+    with states_kept():
+        root = islands.convert(twin, "")
+    return Traced(root, tuple(islands.parts), islands.python, islands.functions, network)
 
 
 class _Islands:
     """Finds the largest parts of a model that can be traced."""
 
-    def __init__(self, model: nn.Module, kept: Mapping[str, str]) -> None:
-        self.kept = {id(model.get_submodule(path)): (path, why) for path, why in kept.items()}
+    def __init__(self, session: Session) -> None:
+        self.session = session
         self.parts: list[Part] = []
         self.python: dict[str, str] = {}
+        self.functions: dict[str, str] = {}
         self.done: dict[int, nn.Module] = {}  # a module may be registered in two places
 
-    def convert(self, module: nn.Module, path: str) -> nn.Module:
-        """`module`, a graph of it, or itself with graphs inside."""
+    def convert(
+        self, module: nn.Module, path: str, asked: frozenset[str] = frozenset()
+    ) -> nn.Module:
+        """`module`, a graph of it, or itself with graphs inside.
+
+        Args:
+            module: Of the model.
+            path: Where it is.
+            asked: The names that what calls it, and stays Python, asks for.
+        """
         if id(module) in self.done:
             return self.done[id(module)]
-        result = self._convert(module, path)
+        result = self._convert(module, path, asked)
         self.done[id(module)] = result
         return result
 
-    def _convert(self, module: nn.Module, path: str) -> nn.Module:
+    def _convert(self, module: nn.Module, path: str, asked: frozenset[str]) -> nn.Module:
         holder = isinstance(module, (nn.ModuleList, nn.ModuleDict))
-        reason = self._must_stay(module)
         if path and not holder and Tracer().is_leaf_module(module, path):
-            if reason is not None and id(module) in self.kept:
-                self.python[path] = f"{type(module).__name__}: {reason}"
-                return module
             if not has_frozen_form(module):
                 return module
             gm = _single(module)
             self.parts.append(Part(path, gm, single=True))
             return gm
-        if reason is None and path:
-            reason = _called_by_name(module)
+        if isinstance(module, PythonFunction):
+            return module
+        reason = self.session.python.get(path)
+        called = sorted(asked.intersection(_methods(module)))
+        if reason is None and called:
+            reason = f"{type(module).__name__}: its methods are called: {', '.join(called)}"
         if reason is None:
             try:
-                gm = _graph(module, whole=path == "")
+                return self._graph(module, path)
             except Exception as error:  # noqa: BLE001  # the user's own forward: anything can come
-                reason = str(error).split("\n")[0]
-            else:
-                self.parts.append(Part(path, gm))
-                return gm
+                reason = f"{type(module).__name__}: {first_line(error)}"
         if not holder:
-            self.python[path] = f"{type(module).__name__}: {reason}"
+            self.python[path] = reason
+            asked |= names_asked(type(module))
         for name, child in module.named_children():
             prefix = f"{path}.{name}" if path else name
-            setattr(module, name, self.convert(child, prefix))
+            setattr(module, name, self.convert(child, prefix, asked))
         return module
 
-    def _must_stay(self, module: nn.Module) -> str | None:
-        """Why the caller wants `module` to stay Python, if that is so."""
-        for inside in module.modules() if self.kept else ():
-            if id(inside) in self.kept:
-                path, why = self.kept[id(inside)]
-                return why if inside is module else f"it holds {path}, which stays Python"
-        return None
-
-
-def _graph(module: nn.Module, *, whole: bool) -> fx.GraphModule:
-    graph = traced_graph(module, whole=whole)
-    normalize_(graph, module)
-    for node in graph.nodes:
-        node.type = None  # an annotation may be a string, with which a graph cannot be pickled
-    gm = fx.GraphModule(module, graph, class_name=type(module).__name__)
-    _keep_attributes_(gm, module)
-    return gm
+    def _graph(self, module: nn.Module, path: str) -> fx.GraphModule:
+        found = traced_graph(module, self.session, path)
+        normalize_(found.graph, module)
+        prefix = f"{path}." if path else ""
+        self.functions.update({prefix + name: why for name, why in found.functions.items()})
+        self.session.python.update({prefix + name: why for name, why in found.python.items()})
+        index = len(self.parts)
+        for name, child in found.opaque.items():
+            owner, _, attribute = name.rpartition(".")
+            converted = self.convert(child, prefix + name)
+            setattr(module.get_submodule(owner), attribute, converted)
+        for node in found.graph.nodes:
+            node.type = None  # an annotation may be a string, with which no graph can be pickled
+            node.meta.pop(PROBED, None)
+        gm = fx.GraphModule(module, found.graph, class_name=type(module).__name__)
+        _keep_attributes_(gm, module)
+        self.parts.insert(index, Part(path, gm))
+        return gm
 
 
 def _keep_attributes_(gm: fx.GraphModule, module: nn.Module) -> None:
@@ -126,14 +152,13 @@ def _single(layer: nn.Module) -> fx.GraphModule:
     return gm
 
 
-def _called_by_name(module: nn.Module) -> str | None:
-    """Why a parent may need more of `module` than to call it."""
+def _methods(module: nn.Module) -> set[str]:
+    """The names of methods that a module has and PyTorch's containers have not."""
     known = set(dir(nn.Sequential)) | set(dir(nn.ModuleDict))
-    own = [
+    return {
         name
         for kind in type(module).__mro__
         if not kind.__module__.startswith(("torch.nn.modules.", "builtins"))
         for name, value in vars(kind).items()
-        if callable(value) and not name.startswith("_") and name not in known
-    ]
-    return f"it has methods that others may call: {', '.join(sorted(set(own)))}" if own else None
+        if callable(value) and not name.startswith("__") and name not in known
+    }

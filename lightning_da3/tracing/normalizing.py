@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from torch import fx, nn
 
 from lightning_da3.errors import ConversionError
-from lightning_da3.layers import facts_of, facts_of_call, is_in_place
+from lightning_da3.layers import facts_of, facts_of_call
 from lightning_da3.torch_private.modules import ASSERTION
+from lightning_da3.tracing.aliases import written
+from lightning_da3.tracing.guards import must_be
 from lightning_da3.tracing.layer_calls import call_layers_
+from lightning_da3.tracing.values import IN_PLACE
 
 
 def normalize_(graph: fx.Graph, root: nn.Module) -> None:
@@ -27,6 +31,7 @@ def normalize_(graph: fx.Graph, root: nn.Module) -> None:
     _settle_ranks_(graph, root)
     _drop_unread_items_(graph)
     _name_what_was_overwritten_(graph, root)
+    _write_nowhere_(graph)
 
 
 def _first_by_position_(graph: fx.Graph) -> None:
@@ -51,7 +56,9 @@ def _settle_ranks_(graph: fx.Graph, module: nn.Module) -> None:
             known[node] = rank
         elif node.target in _COMPARISONS and all(isinstance(a, int) for a in node.args):
             known[node] = node.target(*node.args)
-        elif node.target is ASSERTION and node.args[0] is True:
+        elif (node.target is ASSERTION and node.args[0] is True) or (
+            node.target is must_be and node.args[0] == node.args[1]
+        ):
             known[node] = True
     for node in reversed(known):
         graph.erase_node(node)
@@ -60,9 +67,12 @@ def _settle_ranks_(graph: fx.Graph, module: nn.Module) -> None:
 def _rank_asked(node: fx.Node, module: nn.Module) -> int | None:
     """The number of axes that `node` asks a layer's output for, if that is what it does."""
     attribute = node.target is getattr and node.args[1] == "ndim"
-    if not (attribute or (node.op == "call_method" and node.target in ("dim", "ndimension"))):
-        return None
-    x = node.args[0]
+    length = node.target is len  # of the shape
+    asked = attribute or length or node.target in ("dim", "ndimension")
+    x = node.args[0] if asked and node.args else None
+    if length:
+        shape = isinstance(x, fx.Node) and x.target is getattr and x.args[1] == "shape"
+        x = x.args[0] if shape and isinstance(x, fx.Node) else None
     if not isinstance(x, fx.Node) or x.op != "call_module":
         return None
     return facts_of(module.get_submodule(str(x.target))).rank or None
@@ -86,8 +96,8 @@ def _name_what_was_overwritten_(graph: fx.Graph, module: nn.Module) -> None:
     """
     position = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        x = node.args[0] if node.args else None
-        if not (isinstance(x, fx.Node) and _overwrites(module, node)):
+        x: Any = written(node, module)
+        if x is None:
             continue
         later = [user for user in x.users if position[user] > position[node]]
         for user in later:
@@ -100,10 +110,8 @@ def _name_what_was_overwritten_(graph: fx.Graph, module: nn.Module) -> None:
                 raise ConversionError(f"it changes a part of {x.name}, which it reads afterwards")
 
 
-def _overwrites(module: nn.Module, node: fx.Node) -> bool:
-    """Whether `node` writes its result where its first argument was."""
-    if node.op == "call_module":
-        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
-    if node.op not in ("call_function", "call_method"):
-        return False
-    return is_in_place(node) or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+def _write_nowhere_(graph: fx.Graph) -> None:
+    """``x += y`` becomes ``z = x + y``: whoever reads x afterwards reads z already."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in IN_PLACE:
+            node.target = IN_PLACE[node.target]

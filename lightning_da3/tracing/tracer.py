@@ -1,144 +1,347 @@
-"""A module to one graph of `torch.fx`."""
+"""A module to one graph of `torch.fx`, without lies.
+
+`torch.fx` runs a forward once, and believes what it sees. What it cannot see is recognised here
+while it happens, and then the smallest function or module that does it becomes one node, which
+runs as Python each time.
+"""
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Callable, Container
+import gc
+import sys
+import weakref
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from types import CodeType
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from lightning_da3.errors import ConversionError, InputError
-from lightning_da3.layers import is_registered, register
-from lightning_da3.torch_private.autograd import version_of
-from lightning_da3.tracing.lengths import measured_by
+from lightning_da3.layers import has_hooks, is_registered
+from lightning_da3.tracing import frames
+from lightning_da3.tracing.aliases import Aliases
+from lightning_da3.tracing.functions import PythonFunctions
+from lightning_da3.tracing.guards import must_be, must_be_default
+from lightning_da3.tracing.interception import FACTORIES, intercepted
+from lightning_da3.tracing.probes import PROBED, SIZE, VARIES, Probes, versions
+from lightning_da3.tracing.refusals import CannotTrace, NewLeaf, first_line
+from lightning_da3.tracing.values import Value
+from lightning_da3.tracing.watching import Draws, Modes, Snapshot, plain_modes, random_states
 
 
 class Tracer(fx.Tracer):
-    """`torch.fx.Tracer` that keeps our own modules whole.
+    """`torch.fx.Tracer` that keeps our own modules whole, and what it cannot see.
 
     `torch.fx.symbolic_trace` would look through them and lose every custom backward silently.
 
     Args:
         defaults: Arguments of the traced forward that are what they are by default, so that it may
             branch on them.
+        probes: Inputs of the module, without values; None: what a value is stays unknown.
+        leaves: Why a function is one node, by its code.
+        python: Why a module stays Python, by its path.
+        whole: The module is the whole network: what is written into its inputs, nobody else reads.
+
+    Attributes:
+        opaque: The paths of modules that are one node and no layers.
     """
 
-    def __init__(self, defaults: Container[str] = ()) -> None:
+    def __init__(
+        self,
+        defaults: Collection[str] = (),
+        probes: Probes | None = None,
+        leaves: dict[CodeType, str] | None = None,
+        python: dict[str, str] | None = None,
+        *,
+        whole: bool = True,
+    ) -> None:
         super().__init__()
-        self.defaults = defaults
+        self.defaults, self.probes, self.whole = defaults, probes, whole
+        self.leaves = {} if leaves is None else leaves
+        self.python = {} if python is None else python
+        self.opaque: dict[str, nn.Module] = {}
+        self.aliases = Aliases(whole=whole)
+        self._modes: Modes | None = None
+        self._erased: set[fx.Node] = set()
+        self._refused: CannotTrace | None = None
+        self._made: list[weakref.ref[Value]] = []
+        self._forwards = frames.forwards_of_functions()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """PyTorch's layers, ours and registered ones are nodes; everything else is looked into."""
         ours = type(m).__module__.startswith("lightning_da3.") or is_registered(type(m))
         return ours or super().is_leaf_module(m, module_qualified_name)
 
+    def proxy(self, node: fx.Node) -> Value:
+        """What stands for the value of a node."""
+        value = Value(node, self)
+        self._made.append(weakref.ref(value))
+        return value
+
+    def create_arg(self, a: Any) -> Any:
+        """A value is its node, whatever it says that it is."""
+        return a.node if isinstance(a, Value) else super().create_arg(a)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Refuse what happens where a graph would not know of it."""
+        if self._modes is not None:
+            changed = self._modes.changed()
+            if changed:
+                self.cannot(f"it changes {changed}")
+            for frame in self._frames():
+                if frame.f_code in self._forwards:
+                    name = self._forwards[frame.f_code]
+                    self.cannot(f"it applies {name}, whose backward is its own")
+        node = super().create_node(*args, **kwargs)
+        if node.op == "get_attr":  # created for arguments, too
+            if self.probes is not None:
+                self.probes.run(node, self.root)
+            self.aliases.add(node, self.root, changed=False)
+        return node
+
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **named: Any
     ) -> Any:
         """An argument that is what it is by default stays in the signature, and is checked."""
         proxy = super().create_proxy(kind, target, args, kwargs, *others, **named)
+        if kind != "get_attr":
+            self._examine(proxy.node)
         if kind != "placeholder" or target not in self.defaults or not args:
             return proxy
         self._noted(must_be_default, (proxy, target, args[0]))
         return args[0]
 
-    def _noted(self, function: Callable[..., Any], args: tuple[Any, ...]) -> fx.Proxy:
+    def _examine(self, node: fx.Node) -> None:
+        """See what a new node gives, and whether it reads what was written to."""
+        before = self._versions(node)
+        if self.probes is not None:
+            self.probes.run(node, self.root)
+            if node.op == "call_module":  # what its Python leaves behind are no values
+                self._snapshot.restore(self.root.get_submodule(str(node.target)))
+        problem = self.aliases.add(node, self.root, before != self._versions(node))
+        if problem:
+            self.cannot(problem)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """A parameter is a node; not while values are looked at, nor one that is gone."""
+        if self._probing:
+            return attr_val
+        if self._erased:
+            for name, proxy in list(parameter_proxy_cache.items()):
+                if proxy.node in self._erased:
+                    del parameter_proxy_cache[name]
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """A layer is a node, and so is what a graph cannot hold; others are looked into."""
+        if self._probing:
+            return m.forward(*args, **kwargs)
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            return super().call_module(m, forward, args, kwargs)
+        if path in self.python or has_hooks(m):
+            return self._opaque(m, path, args, kwargs)
+        nodes, stack = len(self.graph.nodes), self.module_stack.copy()
+        aliases = self.aliases.copy()
+        try:
+            return super().call_module(
+                m, lambda *a, **k: self.look_into(m, forward, a, k), args, kwargs
+            )
+        except Exception as error:  # noqa: BLE001  # the user's own forward: anything can come
+            self._refused = None
+            self._refine(error)
+            self.python[path] = f"{type(m).__name__}: {first_line(error)}"
+        for node in reversed(list(self.graph.nodes)[nodes:]):
+            self.graph.erase_node(node)
+            self._erased.add(node)
+        self.module_stack, self.aliases = stack, aliases
+        self._snapshot.restore()
+        return self._opaque(m, path, args, kwargs)
+
+    def to_bool(self, obj: Any) -> bool:
+        """Whether a value is true, if that is known."""
+        return bool(self.decided(obj))
+
+    def iter(self, obj: Any) -> Any:
+        """The items of a value, if it is known how many there are."""
+        return iter([obj[i] for i in range(self.length(obj))])
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """The graph of `root`.
+
+        Raises:
+            NewLeaf: A function is to be one node.
+            ProbeFailed: The module does not take a probe.
+            Exception: It cannot be traced. The user's forward is run, so this may be anything.
+        """
+        inside = list(root.modules()) if isinstance(root, nn.Module) else []
+        looked_into = [m for m in inside if m is root or not self.is_leaf_module(m, "")]
+        with ExitStack() as stack:
+            stack.enter_context(plain_modes())
+            stack.enter_context(intercepted(self._as_node, self.leaves, looked_into))
+            self.functions = PythonFunctions(root, self.leaves)
+            self._snapshot = Snapshot(root)
+            stack.callback(self._snapshot.restore)
+            stack.enter_context(Draws(self._drawn, lambda: self._probing))
+            self._modes = Modes()
+            before = random_states()
+            try:
+                graph = super().trace(root, concrete_args)
+                self._check_done(root, before)
+                for module in inside:
+                    self._check_unchanged(module)
+            except Exception as error:
+                self._refine(error)
+                raise
+            finally:
+                self._modes = None
+            self._check_gone()
+        return graph
+
+    # --- what a graph cannot hold -----------------------------------------------------------------
+
+    def cannot(self, reason: str) -> None:
+        """Give up on the smallest function or module that runs.
+
+        Raises:
+            CannotTrace: Always.
+        """
+        line = frames.place(self._frames())
+        self._refused = CannotTrace(f"{reason} ({line})" if line else reason)
+        raise self._refused
+
+    def look_into(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a module's forward, and see that it does nothing that a graph would lose."""
+        before = random_states()
+        result = forward(*args, **kwargs)
+        self._check_done(m, before)
+        self._check_unchanged(m)
+        return result
+
+    def _check_done(self, m: nn.Module, before: Any) -> None:
+        if self._refused is not None:
+            raise self._refused  # the forward went on with something else
+        if random_states() != before:
+            self.cannot(f"{type(m).__name__} draws random numbers of Python or NumPy")
+
+    def _check_unchanged(self, m: nn.Module) -> None:
+        changed = self._snapshot.changed(m)
+        if changed:
+            raise CannotTrace(f"its forward changes the attributes {changed}")
+
+    def _check_gone(self) -> None:
+        """Values that outlive the forward are where its callers look for more than its output."""
+        if any(ref() is not None for ref in self._made):
+            gc.collect()
+        kept = [value for ref in self._made if (value := ref()) is not None]
+        names = [value.node.name for value in kept if value.node not in self._erased]
+        if names:
+            raise CannotTrace(f"it leaves what it computed where others may find it: {names[:4]}")
+
+    def _refine(self, error: Exception) -> None:
+        """Look for a function, inside of what failed, that may be the node."""
+        inner = frames.innermost_module(frames.frames_of(error), self.look_into.__func__.__code__)  # type: ignore[attr-defined]
+        code = frames.leafable(inner, self.leaves, self._forwards)
+        if code is not None:
+            raise NewLeaf(code, f"function {code.co_name}: {first_line(error)}") from error
+
+    def _frames(self) -> list[Any]:
+        """The frames of the innermost module's forward that runs."""
+        code = Tracer.look_into.__code__ if self.module_stack else Tracer.trace.__code__
+        return frames.innermost_module(frames.frames_above(sys._getframe(1)), code)
+
+    # --- decisions --------------------------------------------------------------------------------
+
+    def decided(self, value: Value) -> Any:
+        """What a value is, now and later: it is checked in every call.
+
+        Raises:
+            CannotTrace: That is not known, or depends on how many samples there are, how large they
+                are, or on precision and device.
+        """
+        node = value.node
+        if PROBED not in node.meta:
+            self.cannot("it decides on a value that is not known")
+        first, *others = node.meta[PROBED]
+        if isinstance(first, Tensor):
+            self.cannot("it decides on the values of a tensor")
+        if any(other != first for other in others):
+            self.cannot("it decides on the size of its input")
+        if node.meta[VARIES]:
+            at_root = not self.module_stack and node.meta[VARIES] == SIZE
+            if not at_root or frames.leafable(self._frames(), self.leaves, self._forwards):
+                self.cannot(f"it decides on the {node.meta[VARIES]} of its input")
+        if not isinstance(first, (int, float, str, type(None))) and not node.meta[VARIES]:
+            return first  # a dtype, say, that does not vary
+        self._noted(must_be, (value, first, frames.place(self._frames())))
+        return first
+
+    def length(self, value: Value) -> int:
+        """How many items a value has, now and later."""
+        return int(self.decided(self._noted(len, (value,))))
+
+    def _noted(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """A call of what only copies know how to trace if they are told (`torch.fx.wrap`)."""
-        proxy = super().create_proxy("call_function", function, args, {})
+        proxy = self.create_proxy("call_function", function, args, {})
         proxy.node.meta["is_wrapped"] = True
         return proxy
 
-    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """The graph of `root`, which may take the `len` of a tensor."""
+    # --- nodes of their own -----------------------------------------------------------------------
 
-        def length(value: Any) -> Any:
-            return self._noted(len, (value,)) if isinstance(value, fx.Proxy) else len(value)
+    def _opaque(self, m: nn.Module, path: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        self.opaque[path] = m
+        return self._structured(self.create_proxy("call_module", path, args, kwargs))
 
-        inside = list(root.modules()) if isinstance(root, nn.Module) else []
-        looked_into = [m for m in inside if m is root or not self.is_leaf_module(m, "")]
-        with measured_by(length, looked_into):
-            return super().trace(root, concrete_args)
+    def _as_node(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What is called for a function that is a node."""
+        if function is len:
+            return self._length
+        factory = getattr(function, "__name__", "") in FACTORIES
 
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._probing or (factory and not _has(args, kwargs, Value)):
+                return function(*args, **kwargs)
+            if factory:
+                return self.create_proxy("call_function", function, args, kwargs)
+            proxy = self.create_proxy("call_module", self.functions.name_of(function), args, kwargs)
+            return self._structured(proxy)
 
-def must_be_default(value: Any, name: str, default: Any) -> None:
-    """Refuse an argument that the traced forward branches on.
+        return call
 
-    Raises:
-        InputError: It is not what it is by default.
-    """
-    if value is not default and value != default:
-        raise InputError(
-            f"`{name}` was traced as {default!r}, which the network's forward branches on. To use "
-            f"it, convert a module whose forward always passes `{name}` on to the network."
-        )
+    def _length(self, value: Any) -> Any:
+        return self._noted(len, (value,)) if isinstance(value, fx.Proxy) else len(value)
 
+    def _drawn(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Random numbers that no traced value is asked for are drawn in every call."""
+        if _has(args, kwargs, Tensor):
+            self.cannot(f"it draws random numbers ({getattr(function, '__name__', function)})")
+        return self.create_proxy("call_function", function, args, kwargs)
 
-register(must_be_default, keeps="nothing", pure=True)
+    def _structured(self, proxy: Value) -> Any:
+        """A tuple, list or dictionary of values, where a node gives one."""
+        probed = proxy.node.meta.get(PROBED)
+        if probed is None:
+            return proxy
+        return self._items(proxy, probed[0])
 
+    def _items(self, proxy: Any, value: Any) -> Any:
+        if type(value) in (tuple, list):
+            return type(value)(self._items(proxy[i], item) for i, item in enumerate(value))
+        if type(value) is dict:
+            return {key: self._items(proxy[key], item) for key, item in value.items()}
+        return proxy if isinstance(value, (Tensor, int, float)) else value
 
-def traced_graph(module: nn.Module, *, whole: bool) -> fx.Graph:
-    """The graph of `module`, if need be with its optional arguments as they are by default.
+    @property
+    def _probing(self) -> bool:
+        return self.probes is not None and self.probes.at_work
 
-    Args:
-        module: A copy that nobody else uses.
-        whole: It is the whole network. A Python parent may pass other arguments than the default.
-
-    Raises:
-        Exception: It cannot be traced. The user's forward is run, so this may be anything.
-    """
-    options = {
-        name: parameter.default
-        for name, parameter in inspect.signature(module.forward).parameters.items()
-        if isinstance(parameter.default, (type(None), bool, int, float, str))
-    }
-    absent = {name for name, default in options.items() if default is None}
-    free = _attempt(module, ())
-    if isinstance(free, Exception) and not (whole and options):
-        raise free
-    if not absent and not isinstance(free, Exception):
-        return free
-    fixed = _attempt(module, absent)
-    if isinstance(fixed, Exception):
-        fixed = _attempt(module, options)
-    if isinstance(free, Exception):
-        if isinstance(fixed, Exception):
-            raise fixed
-        return fixed
-    # a proxy is never None: a forward that asks for None was not told the truth
-    if isinstance(fixed, Exception) or _operations(fixed) == _operations(free):
-        return free
-    if not whole:
-        raise ConversionError(f"it asks whether {sorted(absent)} are None")
-    return fixed
+    def _versions(self, node: fx.Node) -> list[int]:
+        return [v for i in node.all_input_nodes for v in versions(i.meta.get(PROBED, ()))]
 
 
-def _operations(graph: fx.Graph) -> int:
-    return sum(node.target is not must_be_default for node in graph.nodes)
-
-
-def _attempt(module: nn.Module, defaults: Container[str]) -> fx.Graph | Exception:
-    try:
-        return _trace_once(module, defaults)
-    except Exception as error:  # noqa: BLE001  # the user's own forward: anything can come
-        return error
-
-
-def _trace_once(module: nn.Module, defaults: Container[str]) -> fx.Graph:
-    before = {name: (id(b), version_of(b)) for name, b in module.named_buffers()}
-    kept = copy.deepcopy(dict(module.named_buffers()))
-    try:
-        graph = Tracer(defaults).trace(module)
-    finally:
-        changed = [
-            name
-            for name, buffer in module.named_buffers()
-            if before.get(name) != (id(buffer), version_of(buffer))
-        ]
-        for name in changed:
-            owner, _, attribute = name.rpartition(".")
-            module.get_submodule(owner)._buffers[attribute] = kept[name]
-    if changed:
-        raise ConversionError(f"its forward changes the buffers {changed}")
-    return graph
+def _has(args: Any, kwargs: Any, kind: type) -> bool:
+    found: list[Any] = []
+    fx.node.map_aggregate((args, kwargs), lambda a: found.append(a) if isinstance(a, kind) else a)
+    return bool(found)

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pickle import UnpicklingError
 from typing import Any, TypeVar, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_da3.config import DA3Config
 from lightning_da3.converting import convert
 from lightning_da3.errors import CheckpointError, ConfigError, ConversionError
+from lightning_da3.files.reading import check_readable
 from lightning_da3.layers import CONVS
 from lightning_da3.model.model import DA3Model
-from lightning_da3.model.state import EXTRA
+from lightning_da3.model.state import (
+    EXTRA,
+    EXTRA_TYPES,
+    check_state,
+    checked_extra,
+    domain_state,
+)
+from lightning_da3.nn.statistics import Statistics
+from lightning_da3.trainer.example_inputs import inputs_of
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -78,7 +91,10 @@ def attach_(
     """
     name = find_backbone(module, backbone)
     network = module.get_submodule(name)
-    model = network if isinstance(network, DA3Model) else convert(network, config)
+    if isinstance(network, DA3Model):
+        model = network
+    else:
+        model = convert(network, config, inputs_of(module, network))
     for domain, num_classes in domains.items():
         _check_same(model, config, domain, num_classes)
     for domain, num_classes in domains.items():
@@ -126,15 +142,57 @@ def load_state_(
         load: How the module loads a state.
 
     Raises:
-        CheckpointError: Keys are missing or unexpected, or shapes or backbones differ.
+        CheckpointError: Keys are missing or unexpected, or shapes or backbones differ. Nothing is
+            loaded then.
     """
+    for name, model in _models(module).items():
+        check_state(model, state, f"{name}." if name else "")
+    with _unchanged_on_error(module, state):
+        _load_(module, state, strict, load)
+
+
+def _models(module: nn.Module) -> dict[str, DA3Model]:
+    return {name: m for name, m in module.named_modules() if isinstance(m, DA3Model)}
+
+
+@contextmanager
+def _unchanged_on_error(module: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
+    """Let a state of `module` be loaded in the block, whole or not at all."""
+    # backbones only where `state` is from before the conversion: they are all that is large
+    tensors = domain_state(module) if domains_in(state) else module.state_dict()
+    before = {k: value.clone() for k, value in tensors.items() if isinstance(value, Tensor)}
+    models = [(model, *_about(model)) for model in _models(module).values()]
+    try:
+        yield
+    except BaseException:
+        for model, fingerprint, former, statistics in models:
+            model.fingerprint, model.former = fingerprint, former
+            for name in model.domains:
+                if name not in statistics:
+                    model.delete_domain(name)
+                else:
+                    model.domain(name).statistics = statistics[name]
+        for key, value in before.items():
+            tensors[key].copy_(value)
+        raise
+
+
+def _about(model: DA3Model) -> tuple[str, Mapping[str, str], dict[str, Statistics | None]]:
+    """What loading a state changes of a model beside its tensors; domains by their statistics."""
+    statistics = {name: model.domain(name).statistics for name in model.domains}
+    return model.fingerprint, model.former, statistics
+
+
+def _load_(
+    module: nn.Module, state: Mapping[str, Any], strict: bool, load: Callable[..., Any]
+) -> None:
     try:
         result = load(module, state, strict=False)
     except RuntimeError as error:
         raise CheckpointError(
             f"The checkpoint does not fit {type(module).__name__}: {error}"
         ) from (error)
-    models = [name for name, child in module.named_modules() if isinstance(child, DA3Model)]
+    models = _models(module)
     inside = tuple(f"{name}." for name in models)
     trainable = {name for name, value in module.named_parameters() if value.requires_grad}
     missing = [k for k in result.missing_keys if strict or k in trainable or k.startswith(inside)]
@@ -151,14 +209,48 @@ def load_state_(
         )
 
 
+def check_checkpoint(checkpoint: Any) -> None:
+    """Refuse what is no checkpoint of Lightning's; what others left in it is not looked at.
+
+    Raises:
+        CheckpointError: A part is missing, empty or of another type; all are named.
+    """
+    given = checkpoint if isinstance(checkpoint, Mapping) else {}
+    problems = [
+        f"`{name}` is {str(given.get(name))[:60]!r}"
+        for name, (kind, needed) in _PARTS.items()
+        if (name in given or needed) and not isinstance(given.get(name), kind)
+    ]
+    for name in ("state_dict", "callbacks"):
+        part = given.get(name)
+        if isinstance(part, Mapping) and not all(isinstance(key, str) for key in part):
+            problems.append(f"`{name}` has keys that are no names")
+    if given.get("state_dict") == {}:
+        problems.append("`state_dict` is empty")
+    if problems:
+        raise CheckpointError(
+            f"This is no checkpoint that a Trainer can load: {', '.join(problems)}. Give one that "
+            "a Trainer wrote, such as by `ModelCheckpoint`."
+        )
+
+
+_PARTS: dict[str, tuple[type, bool]] = {  # types, and whether there must be one
+    "pytorch-lightning_version": (str, True),
+    "state_dict": (Mapping, True),
+    "callbacks": (Mapping, False),
+    "loops": (Mapping, False),
+    "optimizer_states": (list, False),
+    "lr_schedulers": (list, False),
+    "hyper_parameters": (Mapping, False),
+}
+
+
 def domains_in(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What the DA3Models of a saved module say of their domains, by dotted name of the model."""
     return {
         name.removesuffix(f".{EXTRA}"): extra
         for name, extra in state.items()
-        if name.endswith(f".{EXTRA}")
-        and isinstance(extra, dict)
-        and {*extra} >= {"backbone", "num_classes", "active"}
+        if name.endswith(f".{EXTRA}") and isinstance(extra, dict) and {*extra} >= {*EXTRA_TYPES}
     }
 
 
@@ -192,7 +284,18 @@ def load_from_checkpoint(cls: type[_Module], checkpoint_path: Any, **kwargs: Any
     # a class that differs in the one step between making the module and loading it
     about = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     loading: Any = type(cls.__name__, (cls,), {**about, "load_state_dict": load_state_dict})
-    module = loading.load_from_checkpoint(checkpoint_path, **kwargs)
+    if is_path := isinstance(checkpoint_path, (str, os.PathLike)) and os.path.lexists(
+        checkpoint_path
+    ):
+        check_readable(checkpoint_path, "checkpoint")
+    try:
+        module = loading.load_from_checkpoint(checkpoint_path, **kwargs)
+    except (KeyError, TypeError, AttributeError):  # of the user's class, or of a bad checkpoint
+        if is_path:
+            with suppress(UnpicklingError):  # of more than types that are known
+                read = torch.load(checkpoint_path, map_location="meta", weights_only=True)
+                check_checkpoint(read)
+        raise
     module.__class__ = cls
     return cast(_Module, module)
 
@@ -205,7 +308,8 @@ def _convert_as_in_(module: nn.Module, state: Mapping[str, Any]) -> dict[DA3Mode
             f"The checkpoint holds no domain. Use {type(module).__name__}.load_from_checkpoint."
         )
     active = {}
-    for name, extra in extras.items():
+    for name, said in extras.items():
+        extra = checked_extra(said)
         try:
             network = module.get_submodule(name)
         except AttributeError as error:
@@ -215,7 +319,14 @@ def _convert_as_in_(module: nn.Module, state: Mapping[str, Any]) -> dict[DA3Mode
                 "configure_model. Make it there, or give ckpt_path to the Trainer."
             ) from error
         if not isinstance(network, DA3Model):
-            network = convert(network, DA3Config.from_dict(extra["config"]))
+            network = convert(network, _config(extra))
             module.set_submodule(name, network)
         active[network] = extra["active"]
     return active
+
+
+def _config(extra: Mapping[str, Any]) -> DA3Config:
+    try:
+        return DA3Config.from_dict(extra["config"])
+    except (ConfigError, KeyError, TypeError) as error:
+        raise CheckpointError(f"The checkpoint's config cannot be read: {error}") from error

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import ConfigError, DA3Error
+from lightning_da3.formatting import shown
 from lightning_da3.model.model import DA3Model
 from lightning_da3.trainer.building import stop_waiting, when_built
 from lightning_da3.trainer.domain_files import DomainFiles
@@ -26,7 +27,7 @@ from lightning_da3.trainer.lightning_private import find_unused_parameters_, sta
 from lightning_da3.trainer.loading import state_key
 from lightning_da3.trainer.refusals import check_converted_before, check_plugins, check_strategy
 from lightning_da3.trainer.session import TrainingSession
-from lightning_da3.trainer.steps import loss_scale
+from lightning_da3.trainer.steps import explain_targets_, loss_scale
 from lightning_da3.trainer.strategy_methods import lend_methods_
 
 
@@ -61,15 +62,23 @@ class DA3Callback(EvaluatesByDomain):
     Args:
         domain: The name of the domain; or, to learn several, numbers of classes by name.
         num_classes: The number of classes of the one domain; needed when it is new.
-        config: The choices for the conversion; the same for every domain of one network.
+        config: The choices for the conversion, or a dict of them as YAML gives it; the same for
+            every domain of one network.
         backbone: Name of the network inside the LightningModule, such as ``net``; by default the
             one child that has convolutions.
-        save_dir: Folder in which ``<domain>.safetensors`` is kept up to date after every epoch.
+        save_dir: Folder in which ``<domain>.safetensors`` is kept up to date after every epoch. The
+            file of an earlier fit is ``<domain>.safetensors.previous`` until this one has come to
+            its end, and is put back if it fails. Nothing is written with ``fast_dev_run``.
         predict: Predict the peak of a step; takes about as long as a few steps, once a fit.
         budget: The peak bytes that a step may take, as in `MemoryConfig`; None: as `config` says.
+        monitor: A logged metric: the file, of an earlier fit as well, is replaced only by an epoch
+            in which it is at least as good. None: by every epoch.
+        mode: Whether less of it is better (``"min"``) or more (``"max"``).
 
     Raises:
-        ConfigError: `num_classes` is given beside a dict of domains, or that is empty.
+        ConfigError: `num_classes` is given beside a dict of domains, or that is empty; or a metric
+            is monitored without a `save_dir`.
+        DomainError: With a `save_dir`, names differ by case alone.
     """
 
     def __init__(
@@ -81,14 +90,16 @@ class DA3Callback(EvaluatesByDomain):
         save_dir: str | None = None,
         predict: bool = True,
         budget: int | str | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
     ) -> None:
         super().__init__()
         self.domain = domain
         self.num_classes = num_classes
-        self.config = (config or DA3Config()).within(budget)
+        self.config = DA3Config.of(config).within(budget)
         self.backbone = backbone
         self.session = TrainingSession(_domains(domain, num_classes), self.config, backbone)
-        self.files = DomainFiles(save_dir)
+        self.files = DomainFiles(save_dir, self.session.domains, monitor, mode)
         self.figures = Figures(predict)
 
     @property
@@ -123,6 +134,8 @@ class DA3Callback(EvaluatesByDomain):
         self._check_alone(trainer)
         check_strategy(trainer.strategy)
         check_plugins(trainer)
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.files.check()
         if stage == "fit" and starts_processes(trainer.strategy):
             check_converted_before(trainer.strategy, pl_module, self.backbone)
         when_built(pl_module, partial(self._convert, trainer, pl_module))
@@ -160,6 +173,7 @@ class DA3Callback(EvaluatesByDomain):
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.session.end_fit()  # the last of a fit's hooks
+        self.files.end()
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -174,10 +188,23 @@ class DA3Callback(EvaluatesByDomain):
         model.gates_over_ranks = trainer.world_size > 1
         model.budget_policy.tell = rank_zero_info
         self.figures.start(trainer, pl_module, model)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            resumed = trainer.ckpt_path is not None and trainer.global_step > 0
+            self.files.begin(model, resumed=resumed, write=trainer.is_global_zero)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.session.network.gates_over_ranks = False
+        self.session.network.gate_loss_scale = None  # another loop may follow
+        self._all_logged(trainer, last=True)
+
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._all_logged(trainer, last=not _validates_later(trainer))
+
+    def _all_logged(self, trainer: L.Trainer, *, last: bool) -> None:
+        """What modules log when an epoch ends, they log behind the hooks of callbacks."""
+        self.files.logged(self.session.network, trainer.callback_metrics, last=last)
 
     @override
     def on_train_batch_start(
@@ -185,7 +212,8 @@ class DA3Callback(EvaluatesByDomain):
     ) -> None:
         model = self.session.network
         model.set_progress(_progress(trainer))
-        model.gate_loss_scale = loss_scale(trainer) / trainer.accumulate_grad_batches
+        if pl_module.automatic_optimization:  # else the module's own step may do as it likes
+            model.gate_loss_scale = loss_scale(trainer) / trainer.accumulate_grad_batches
         self.figures.step_begins(trainer, pl_module, batch)
 
     @override
@@ -193,6 +221,8 @@ class DA3Callback(EvaluatesByDomain):
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
     ) -> None:
         self.figures.backward_begins(pl_module)
+        if not loss.requires_grad:
+            raise DA3Error(_nothing_to_learn(self.session.network))
         if not torch.isfinite(loss):
             domain = self.session.network.active_domain or ""
             raise DA3Error(
@@ -215,15 +245,16 @@ class DA3Callback(EvaluatesByDomain):
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.figures.epoch_ends(pl_module)
-        if trainer.is_global_zero:
-            metrics = trainer.callback_metrics
-            self.files.save(self.session.network, self.session.domains, metrics)
+        model, metrics = self.session.network, trainer.callback_metrics
+        self.files.end_epoch(model, metrics)
 
     @override
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         self.figures.abort()
+        explain_targets_(exception, self.model)
+        self.files.abort()
         stop_waiting(pl_module)
         self.session.close_domains()
         if self.model is not None:
@@ -235,7 +266,7 @@ def _domains(domain: str | Mapping[str, int], num_classes: int | None) -> Mappin
         return {domain: num_classes}
     if not isinstance(domain, Mapping) or not domain:
         raise ConfigError(
-            f"`domain` must be a name or a dict of numbers of classes by name, got {domain!r}."
+            f"`domain` must be a name or a dict of numbers of classes by name, got {shown(domain)}."
         )
     if num_classes is not None:
         raise ConfigError(
@@ -243,6 +274,26 @@ def _domains(domain: str | Mapping[str, int], num_classes: int | None) -> Mappin
             "Leave it out."
         )
     return dict(domain)
+
+
+def _nothing_to_learn(model: DA3Model) -> str:
+    active = model.active_domain
+    if active is None:
+        return (
+            "The loss depends on nothing that trains: no domain is active, so that the frozen "
+            "backbone computes alone. Leave the active domain to the DA3Callback, or call "
+            f"`set_domain(name)` with one of {model.domains} before the forward pass."
+        )
+    return (
+        f"The loss depends on nothing that trains, though domain {active!r} is active: the "
+        "training step leaves the network out, detaches its output, or runs inside "
+        "`torch.no_grad()`."
+    )
+
+
+def _validates_later(trainer: L.Trainer) -> bool:
+    """Whether a validation that was not in this epoch may be in a later one."""
+    return trainer.enable_validation and trainer.check_val_every_n_epoch != 1
 
 
 def _progress(trainer: L.Trainer) -> float:

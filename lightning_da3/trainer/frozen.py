@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -44,10 +45,25 @@ class FrozenTensors:
         for tensors in (model.named_parameters(), model.named_buffers()):
             for name, value in tensors:
                 if not name.startswith(learned):
-                    yield name, _sum_of_bits(value)
+                    yield name, _checksum(value, _weights(value.device))
 
 
-def _sum_of_bits(value: Tensor) -> int:
-    """A checksum that changes with any bit, but for rare chance, and takes next to no memory."""
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.itemsize]
-    return int(value.detach().contiguous().view(-1).view(whole).sum())
+def _checksum(value: Tensor, weights: Tensor) -> int:
+    """A number that changes with any bit and with the order, but for rare chance."""
+    bits = value.detach().contiguous().view(-1)
+    bits = bits.view({1: torch.int8, 2: torch.int16}.get(value.itemsize, torch.int32))
+    total = 0
+    for part in torch.split(
+        bits, len(weights)
+    ):  # a weight for every position, and sums modulo 2^64
+        total = (total * _FACTOR + int(part.long().mul_(weights[: len(part)]).sum())) % 2**64
+    return total
+
+
+_FACTOR = 0x9E3779B97F4A7C15  # odd
+
+
+@functools.cache
+def _weights(device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-(2**62), 2**62, (2**16,), generator=generator).to(device)

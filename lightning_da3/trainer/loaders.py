@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from typing_extensions import override
 
 from lightning_da3.errors import ConfigError
+from lightning_da3.files.names import check_name
 
 
 class DomainLoader(CombinedLoader):
@@ -24,7 +25,8 @@ class DomainLoader(CombinedLoader):
         loaders: By name of the domain, at least one.
 
     Raises:
-        ConfigError: There is no loader, or they have no names.
+        ConfigError: There is no loader, or they have no names, or give no batches.
+        DomainError: A name cannot be a domain's.
     """
 
     def __init__(self, loaders: Mapping[str, Iterable[Any]]) -> None:
@@ -32,6 +34,12 @@ class DomainLoader(CombinedLoader):
             raise ConfigError(
                 f"`loaders` must be a dict of loaders by name of the domain, got {loaders!r}."
             )
+        for name, loader in loaders.items():
+            check_name(name)
+            if not isinstance(loader, Iterable):
+                raise ConfigError(
+                    f"The loader of domain {name!r} must give batches, got {type(loader).__name__}."
+                )
         super().__init__(dict(loaders), mode="max_size")
         self._turns: Iterator[dict[str, Any]] | None = None
         self._taken = 0

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lightning_da3.errors import CheckpointError
-from lightning_da3.trainer.attaching import domains_in, load_state_
+from lightning_da3.files.reading import check_readable
+from lightning_da3.model.state import checked_extra
+from lightning_da3.trainer.attaching import check_checkpoint, domains_in, load_state_
 
 
 def state_key(domains: Iterable[str]) -> str:
     """The name of a callback's state, which tells the callbacks of one checkpoint apart."""
     return f"DA3Callback[{', '.join(domains)}]"
+
+
+def read_checkpoint(read: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a strategy reads for a Trainer, if it is a checkpoint.
+
+    Args:
+        read: The strategy's own ``load_checkpoint``.
+        path: As the Trainer was given it.
+        args: As `read` takes them.
+        kwargs: As `read` takes them.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    if os.path.lexists(path):  # else it is of another file system, or missing, as Lightning says
+        check_readable(path, "checkpoint")
+    checkpoint = read(path, *args, **kwargs)
+    check_checkpoint(checkpoint)
+    return checkpoint
 
 
 def load_checkpoint_(
@@ -31,17 +53,19 @@ def load_checkpoint_(
         CheckpointError: It holds other domains, or does not fit.
     """
     fitting = pl_module.trainer.state.fn == "fit"
-    saved = domains_in(checkpoint["state_dict"])
+    state = checkpoint["state_dict"]
+    saved = domains_in(state)
     _check_domains(saved, domains)
     if fitting:
         _check_trained(checkpoint, state_key(domains))
     if fitting and not saved:
         _forget_training_(checkpoint)
-    load_state_(pl_module, checkpoint["state_dict"], strict, type(pl_module).load_state_dict)
+    load_state_(pl_module, state, strict, type(pl_module).load_state_dict)
 
 
 def _check_domains(saved: Mapping[str, Any], domains: Iterable[str]) -> None:
-    for extra in saved.values():
+    for said in saved.values():
+        extra = checked_extra(said)
         lacking = [domain for domain in domains if domain not in extra["num_classes"]]
         if lacking:
             raise CheckpointError(

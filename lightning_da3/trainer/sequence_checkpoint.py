@@ -96,6 +96,8 @@ class SequenceCheckpoint(Checkpoint):
             self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         self.saved_step = trainer.global_step
         self.metrics, self.should_stop = finite(trainer.callback_metrics), trainer.should_stop
         try:

@@ -9,6 +9,7 @@ from typing import Any
 from lightning_da3.budget.accumulation import accumulated
 from lightning_da3.budget.microbatches import samples_in
 from lightning_da3.errors import ConfigError
+from lightning_da3.model.model import DA3Model
 from lightning_da3.trainer.lightning_private import count_logged_
 from lightning_da3.trainer.session import TrainingSession
 
@@ -73,6 +74,19 @@ def loss_scale(trainer: Any) -> float:
     """The factor by which float16 training multiplies the loss, so that gradients do not vanish."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def explain_targets_(error: BaseException, model: DA3Model | None) -> None:
+    """Add a sentence to PyTorch's error about targets that are no class of the active domain."""
+    text, note = str(error), getattr(error, "add_note", None)  # since Python 3.11
+    if note is None or model is None or model.active_domain is None:
+        return
+    classes = model.domain(model.active_domain).num_classes
+    if classes is not None and ("out of bounds" in text or "device-side assert" in text):
+        note(
+            f"Domain {model.active_domain!r} has num_classes={classes}, so that its targets must "
+            f"be 0 to {classes - 1}. Are there others in the data?"
+        )
 
 
 def _named(session: TrainingSession, batch: Any) -> tuple[str, Any]:

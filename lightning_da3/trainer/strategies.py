@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import lightning as L
 import torch
@@ -33,6 +33,8 @@ class DA3Strategy(LearnsDomains, SingleDeviceStrategy):
             convolutions.
         save_dir: Folder in which ``<domain>.safetensors`` is kept up to date after every epoch.
         budget: The peak bytes that a step may take, as in `MemoryConfig`; None: as `config` says.
+        monitor: A logged metric that an epoch is saved by, as for `DA3Callback`.
+        mode: Whether less of it is better (``"min"``) or more (``"max"``).
         kwargs: As `lightning.pytorch.strategies.SingleDeviceStrategy` takes them.
     """
 
@@ -46,10 +48,13 @@ class DA3Strategy(LearnsDomains, SingleDeviceStrategy):
         backbone: str | None = None,
         save_dir: str | None = None,
         budget: int | str | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self._da3 = _callback(domain, num_classes, config, backbone, save_dir, budget)
+        saving: _Saving = {"save_dir": save_dir, "monitor": monitor, "mode": mode}
+        self._da3 = _callback(domain, num_classes, config, backbone, saving, budget)
         self._devices: list[torch.device] | None = None
 
     @property
@@ -87,6 +92,8 @@ class DA3DDPStrategy(LearnsDomains, PreparingStrategy):
             convolutions.
         save_dir: Folder in which ``<domain>.safetensors`` is kept up to date after every epoch.
         budget: The peak bytes that a step may take, as in `MemoryConfig`; None: as `config` says.
+        monitor: A logged metric that an epoch is saved by, as for `DA3Callback`.
+        mode: Whether less of it is better (``"min"``) or more (``"max"``).
         kwargs: As `lightning.pytorch.strategies.DDPStrategy` takes them.
     """
 
@@ -100,10 +107,13 @@ class DA3DDPStrategy(LearnsDomains, PreparingStrategy):
         backbone: str | None = None,
         save_dir: str | None = None,
         budget: int | str | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self._da3 = _callback(domain, num_classes, config, backbone, save_dir, budget)
+        saving: _Saving = {"save_dir": save_dir, "monitor": monitor, "mode": mode}
+        self._da3 = _callback(domain, num_classes, config, backbone, saving, budget)
 
     @override
     def setup_environment(self) -> None:
@@ -121,21 +131,30 @@ class DA3DDPStrategy(LearnsDomains, PreparingStrategy):
             callback.session.attach(module)
 
 
+class _Saving(TypedDict):
+    """How `DA3Callback` saves."""
+
+    save_dir: str | None
+    monitor: str | None
+    mode: Literal["min", "max"]
+
+
 def _callback(
     domain: str | dict[str, int] | None,
     num_classes: int | None,
     config: DA3Config | None,
     backbone: str | None,
-    save_dir: str | None,
+    saving: _Saving,
     budget: int | str | None,
 ) -> DA3Callback | None:
     if domain is not None:
-        return DA3Callback(domain, num_classes, config, backbone, save_dir, budget=budget)
+        return DA3Callback(domain, num_classes, config, backbone, budget=budget, **saving)
     given = {
         "num_classes": num_classes,
         "config": config,
         "backbone": backbone,
-        "save_dir": save_dir,
+        "save_dir": saving["save_dir"],
+        "monitor": saving["monitor"],
         "budget": budget,
     }
     given = {name: value for name, value in given.items() if value is not None}

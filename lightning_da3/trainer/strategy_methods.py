@@ -1,5 +1,6 @@
 """What a strategy does differently while domains are learned: the part that hooks cannot do.
 
+* ``load_checkpoint``: Lightning believes what a file holds, and waits for a pipe.
 * ``load_model_state_dict``: no callback's hook comes before a checkpoint is loaded. Lightning would
   drop domains where ``strict_loading`` is False, and restore the optimizers of a checkpoint from
   before the conversion.
@@ -18,7 +19,7 @@ from lightning.pytorch.strategies import Strategy
 from typing_extensions import override
 
 from lightning_da3.model.state import domain_state
-from lightning_da3.trainer.loading import load_checkpoint_
+from lightning_da3.trainer.loading import load_checkpoint_, read_checkpoint
 from lightning_da3.trainer.session import TrainingSession
 from lightning_da3.trainer.steps import changes_steps, training_step
 
@@ -31,6 +32,12 @@ class LearnsDomains(Strategy):
     """
 
     session: TrainingSession | None = None
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        read = super().load_checkpoint
+        checkpoint: dict[str, Any] = read_checkpoint(read, checkpoint_path, *args, **kwargs)
+        return checkpoint
 
     @override
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
@@ -61,9 +68,11 @@ def lend_methods_(strategy: Any, session: TrainingSession) -> None:
     if isinstance(strategy, LearnsDomains):
         return
     module = strategy.lightning_module
+    vars(strategy).pop("load_checkpoint", None)  # of a run before
+    strategy.load_checkpoint = partial(read_checkpoint, strategy.load_checkpoint)
     strategy.load_model_state_dict = partial(_load, session, module)
     strategy.lightning_module_state_dict = partial(domain_state, module)
-    vars(strategy).pop("training_step", None)  # of a run before
+    vars(strategy).pop("training_step", None)
     if changes_steps(session):
         own = strategy.training_step
         strategy.training_step = partial(training_step, session, strategy, own)

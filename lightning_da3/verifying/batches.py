@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_da3.layers import CONVS
-from lightning_da3.planning.shapes import SIDES, guesses
 from lightning_da3.torch_private.trees import tree_leaves, tree_map_only
 from lightning_da3.tracing.graphs import Traced
+from lightning_da3.tracing.guessing import SIDES, guesses
 
 Batch = tuple[Any, ...]
 

@@ -88,6 +88,19 @@ def test_random_gates_are_drawn_again_as_they_were():
     assert torch.equal(torch.rand(1), after)
 
 
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_every_sample_has_its_own_noise_however_a_batch_is_split(split):
+    model, x = converted(Net(), noise=True), images(dtype=torch.float64)
+    model.double().set_progress(0.0)
+    mix_gates_(model, (x,))
+    found = []
+    for seed, how in ((1, None), (1, split), (2, None)):
+        torch.manual_seed(seed)
+        found.append(gradients(model, x, how)[1])
+    assert_relatively_close(found[1], found[0], 1e-12)
+    assert any((a - b).norm() > 0.01 * b.norm() for a, b in zip(found[2], found[0], strict=True))
+
+
 def test_dicts_keywords_and_large_outputs():
     model, x = converted(Regions()).double(), images(dtype=torch.float64)
     scale = torch.rand(6, dtype=torch.float64, requires_grad=True)

@@ -20,7 +20,7 @@ from lightning_da3 import (
 )
 from lightning_da3.budget.costs import MARGIN, microbatch_costs
 from lightning_da3.budget.microbatches import Microbatches
-from lightning_da3.budget.policy import without_budget
+from lightning_da3.budget.policy import Recent, without_budget
 from lightning_da3.budget.regions import most_kept, regions_of
 from lightning_da3.formatting import format_bytes
 from lightning_da3.memory import (
@@ -209,3 +209,26 @@ def test_budgets_are_about_machines():
     with pytest.raises(ConfigError, match="`split` must be 'pieces' or 'accumulate'"):
         MemoryConfig(split="halves")
     assert dataclasses.replace(budget.memory, exact=True).budget == "1.5 MiB"
+
+
+def test_a_policy_remembers_the_latest_kinds_of_batches_alone():
+    model = converted(Net(), budget="1GiB")
+    policy = model.budget_policy
+    policy._costs.most, policy._chosen.most = 2, 3
+    for side in (8, 12, 16, 20, 16):
+        model(images(2, side))
+    assert len(policy._costs.entries) == 2
+    assert [key[-1] for key in policy._chosen.entries] == [2, 2, 2]
+    latest = policy._chosen.entries
+    model(images(2, 16))
+    assert list(policy._chosen.entries) == list(latest)  # which is not decided again
+
+
+def test_what_was_not_asked_for_longest_is_forgotten():
+    recent, made = Recent(2), []
+    for key in "abacab":
+        recent.get(key, lambda key=key: made.append(key))
+    assert "".join(made) == "abcb"
+    with pytest.raises(ZeroDivisionError):
+        recent.get("d", lambda: 1 / 0)
+    assert list(recent.entries) == ["a", "b"]

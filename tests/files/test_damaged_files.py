@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +48,33 @@ def test_what_is_no_file(tmp_path):
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     refused(tmp_path / "pipe", "no regular file")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_file_that_becomes_a_pipe_while_it_is_opened_is_not_waited_for(good, monkeypatch):
+    status = good.stat()
+    good.unlink()
+    os.mkfifo(good)
+    monkeypatch.setattr(type(good), "stat", lambda *_, **__: status)
+    refused(good, "no regular file")
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs devices")
+def test_a_device_is_not_read():
+    refused("/dev/zero", "no regular file")
+
+
+def test_what_the_system_will_not_open(good, monkeypatch):
+    loop = good.with_name("loop")
+    loop.symlink_to(loop)
+    refused(loop, "symbolic link")
+    refused(good.with_name("x" * 5000), "name too long")
+
+    def forbidden(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", forbidden)  # root could read it
+    refused(good, "Permission denied", "Check that the path exists, and its permissions")
 
 
 def strings(**changes):
@@ -206,3 +234,31 @@ def test_shapes_of_many_huge_axes_cost_no_time(tmp_path):
     entry = ENTRY | {"shape": [2**62] * 200_000}
     (tmp_path / "f").write_bytes(with_header({"x": entry}, bytes(8)))
     refused(tmp_path / "f")
+
+
+def test_a_file_longer_than_it_declares_costs_no_time_and_no_memory(tmp_path, monkeypatch):
+    path = tmp_path / "f"
+    path.write_bytes(with_header({"__metadata__": strings(), "x": ENTRY}, bytes(8)))
+    size = 2**31
+    os.truncate(path, size)  # sparse: takes no room on the disk
+    tracemalloc.start()
+    refused(path, "it is longer than its tensors")
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    os.truncate(path, 2**42)
+    refused(path, f"it has {2**42} bytes; at most {2**32} are allowed")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2, torch.complex64]
+)
+def test_values_that_are_no_numbers_are_refused_whatever_the_checksum(
+    tmp_path, monkeypatch, value, dtype
+):
+    name = "lightning_da3.files.domain_file._not_finite"
+    bad = torch.tensor([1.0, value]).to(dtype)
+    with monkeypatch.context() as patch:
+        patch.setattr(name, lambda _: [])
+        write_domain(tmp_path / "f", {"good": torch.ones(2), "bad": bad}, {})
+    refused(tmp_path / "f", "NaN or infinite values in ['bad']")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from lightning_da3 import (
     convert,
 )
 from lightning_da3.files import folder as folder_module
+from lightning_da3.files.domain_file import read_domain
 
 CONFIG = DA3Config(adapter=AdapterConfig(hidden_channels=2, min_stride=1))
 
@@ -30,9 +33,14 @@ def model(*names):
     return made
 
 
+@pytest.fixture(scope="module")
+def donor():
+    return model("b", "a")
+
+
 @pytest.fixture
-def folder(tmp_path):
-    filled, donor = DomainFolder(tmp_path / "domains"), model("b", "a")
+def folder(tmp_path, donor):
+    filled = DomainFolder(tmp_path / "domains")
     for name in donor.domains:
         filled.save(donor, name, metrics={"accuracy": 0.5})
     return filled
@@ -173,3 +181,117 @@ def test_a_folder_that_cannot_be_written_needs_no_index(folder, monkeypatch):
     monkeypatch.setattr(os, "replace", refuse)
     assert folder.names() == ["a", "b"]
     assert not (folder.path / "index.json").exists()
+
+
+def within(seconds, call):
+    """What a call returns, or a failure where it waits."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(call()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert results, "still waiting"
+    return results[0]
+
+
+def pipe(path):
+    os.mkfifo(path)
+
+
+def device(path):
+    path.symlink_to("/dev/zero")
+
+
+def sparse(path):
+    path.touch()
+    os.truncate(path, 2**40)
+
+
+def loop(path):
+    path.symlink_to(path.name)
+
+
+def dangling(path):
+    path.symlink_to("nothing")
+
+
+STRANGE = {
+    "pipe": pipe, "device": device, "sparse": sparse, "folder": Path.mkdir, "loop": loop,
+    "dangling": dangling,
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("kind", STRANGE)
+def test_an_index_that_is_no_file_is_not_waited_for(folder, kind):
+    (folder.path / "index.json").unlink()
+    STRANGE[kind](folder.path / "index.json")
+    assert within(10, folder.names) == ["a", "b"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("kind", STRANGE)
+def test_what_is_no_domain_file_hides_no_other(folder, kind):
+    STRANGE[kind](folder.path / "c.safetensors")
+    assert within(10, folder.names) == ["a", "b"]
+    assert "Cannot read the domain file" in folder.damaged()["c"]
+    with pytest.raises(CheckpointError, match="Cannot read the domain file"):
+        read_domain(folder.file("c"))
+
+
+def test_a_file_that_can_be_read_again_is_no_longer_named(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+
+        def forbidden(path):
+            raise CheckpointError(f"Cannot read the domain file {str(path)!r}: Permission denied.")
+
+        patch.setattr(folder_module, "read_domain", forbidden)
+        folder.rebuild_index()
+    assert folder.names() == ["a", "b"]  # neither size nor time tells that it was permitted
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "y/" * 3000, "null\0"])
+def test_a_folder_that_no_system_could_have(tmp_path, path):
+    absurd = DomainFolder(tmp_path / path)
+    for call in (absurd.names, absurd.damaged, lambda: absurd.load(None, "a")):
+        with pytest.raises(CheckpointError, match=r"Cannot read the folder .*Check its path"):
+            call()
+    with pytest.raises(CheckpointError, match=r"Cannot make the folder .*Check its path"):
+        absurd.save(None, "a")
+
+
+def test_a_folder_that_must_not_be_read(folder, monkeypatch):
+    def forbidden(_self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", forbidden)  # root could read it
+    for call in (folder.names, lambda: folder.load(None, "a")):
+        with pytest.raises(CheckpointError, match=r"Permission denied\. Check its path and perm"):
+            call()
+
+
+def test_names_that_differ_by_case_alone_do_not_meet(folder):
+    donor = model("A", "a")
+    before = folder.file("a").read_bytes()
+    with pytest.raises(DomainError, match="'A' and 'a' differ by case alone"):
+        folder.save(donor, "A")
+    with pytest.raises(DomainError, match="There is no domain 'A' in"):
+        folder.load(model(), "A")
+    assert folder.file("a").read_bytes() == before
+    folder.save(donor, "a")
+    assert folder.file("a").read_bytes() != before
+    assert folder.names() == ["a", "b"]
+
+
+def test_a_folder_that_has_both_keeps_both(folder):
+    donor = model("A")
+    donor.save_domain("A", folder.path / "A.safetensors")
+    if folder.names() != ["A", "a", "b"]:
+        pytest.skip("the file system ignores case")
+    folder.save(donor, "A")
+    folder.load(model(), "a")
+
+
+def test_a_file_with_the_name_of_a_device_is_named(folder):
+    folder.file("a").rename(folder.path / "con.safetensors")
+    assert folder.names() == ["b"]
+    assert "on Windows a file of that name is a device" in folder.damaged()["con"]

@@ -106,6 +106,14 @@ def test_a_path_is_no_name(hub, tmp_path):
     hub.hf_hub_download.assert_not_called()
 
 
+def test_a_name_that_differs_from_another_s_by_case_is_not_pulled(hub, saved, tmp_path):
+    push_domain(saved, REPO, api=hub)
+    path = pull_domain(REPO, "flowers", tmp_path / "pulled", api=hub)
+    with pytest.raises(DomainError, match="'Flowers' and 'flowers' differ by case alone"):
+        pull_domain(REPO, "Flowers", tmp_path / "pulled", api=hub)
+    assert list((tmp_path / "pulled").iterdir()) == [path]
+
+
 def test_without_the_extra(saved, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-da3\[hub\]'"):

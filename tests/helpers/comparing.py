@@ -33,7 +33,7 @@ def mix_gates_(model, x):
     """Shift every gate of the active domain: open for some cells, closed for others."""
 
     def centre_(adapter, args):
-        hidden = adapter.norm(adapter.squeeze(*args)).relu()
+        hidden = adapter.norm(adapter.squeeze(args[0])).relu()
         logits = adapter.attend(hidden.movedim(1, -1))
         adapter.attend.bias -= (logits.amax() + logits.amin()) / 2
 

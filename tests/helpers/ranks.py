@@ -125,6 +125,25 @@ def two_domains_one_after_the_other(folder, strategy):
     save(fitter, folder, "learned", {d: module.net.domain(d).state_dict() for d in "ab"})
 
 
+def saves_the_best(folder, strategy):
+    """Each rank logs another value; the mean of the second epoch is the largest."""
+
+    class Scored(Lit):
+        def on_train_epoch_end(self):
+            score = [0.5, 0.9, 0.2][self.current_epoch] + 9 * self.global_rank
+            self.log("score", score, sync_dist=True)
+
+    how = {"save_dir": folder, "monitor": "score", "mode": "max"}
+    fitter = trainer(folder, strategy, callbacks=[DA3Callback("a", 2, CONFIG, **how)], max_epochs=3)
+    fitter.fit(Scored(), data())
+    save(fitter, folder, "learned", {})
+
+
+def monitors_nothing(folder, strategy):
+    callback = DA3Callback("a", 2, CONFIG, save_dir=folder, monitor="score")
+    trainer(folder, strategy, callbacks=[callback]).fit(Lit(), data())
+
+
 def interleaved(folder, strategy):
     class Module(Lit):
         def configure_optimizers(self):

@@ -8,7 +8,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+)
 
 from lightning_da3 import AdapterConfig, DA3Config, fit_sequence
 from lightning_da3.files.domain_file import read_domain
@@ -96,6 +103,33 @@ def val_loader():
 
 def own_generator():
     return loader(generator=torch.Generator().manual_seed(5))
+
+
+class Drawn(Sampler):
+    """An order that another sampler gives, shuffled by numbers of its own."""
+
+    def __init__(self, sampler, generator):
+        self.inner, self.rng = sampler, generator
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __iter__(self):
+        indices = list(self.inner)
+        if isinstance(self.rng, torch.Generator):
+            order = torch.randperm(len(indices), generator=self.rng).tolist()
+        elif isinstance(self.rng, random.Random):
+            order = self.rng.sample(range(len(indices)), len(indices))
+        else:
+            order = self.rng.permutation(len(indices))
+        return iter([indices[i] for i in order])
+
+
+def batches_drawn_by(generator, inner=None):
+    """A dataloader of batches; what is drawn, and by what, lies deep inside of its samplers."""
+    images = Images()
+    sampler = Drawn(RandomSampler(images, generator=inner), generator)
+    return DataLoader(images, batch_sampler=BatchSampler(Drawn(sampler, generator), 2, False))
 
 
 def make_trainer(callbacks, more=list, **options):

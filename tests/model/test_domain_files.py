@@ -171,3 +171,65 @@ def test_a_file_that_says_too_little_is_refused(tmp_path, change):
     with pytest.raises(CheckpointError, match="it lacks"):
         fresh.load_domain(path)
     assert fresh.domains == []
+
+
+def network(compiled):
+    """As it is, or with `torch.compile` around all of it, around a part, or by the method."""
+    made = models.randomise_(models.zoo("Residual"))
+    if compiled == "part":
+        made.conv1 = torch.compile(made.conv1, backend="eager")
+    elif compiled == "method":
+        made.compile(backend="eager")
+    elif compiled == "whole":
+        made = torch.compile(made, backend="eager")
+    return made
+
+
+COMPILED = ["whole", "part", "method"]
+
+
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_a_compiled_network_is_the_same_backbone(path, compiled):
+    plain, other = convert(network("not"), CONFIG), convert(network(compiled), CONFIG)
+    plain.add_domain("a", 3)
+    other.add_domain("b", 3)
+    shake_(plain, "a")
+    plain.save_domain("a", path)
+    other.load_domain(path)
+    assert_identical(outputs(other, "a"), outputs(plain, "a"))
+    other.save_domain("b", path)
+    assert plain.load_domain(path) == "b"
+    assert (other.fingerprint, other.architecture) == (plain.fingerprint, plain.architecture)
+
+
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_the_state_of_a_compiled_network_goes_into_the_backbone(compiled):
+    source = network(compiled)
+    model = convert(models.randomise_(models.zoo("Residual"), seed=9), CONFIG)
+    result = model.load_state_dict(source.state_dict())
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    assert_identical(outputs(model, None), outputs(convert(network("not"), CONFIG), None))
+
+
+@pytest.mark.parametrize("compiled", ["whole", "part"])
+def test_what_earlier_versions_saved_of_a_compiled_network_loads(path, compiled, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_da3.model.identity.uncompiled_name", str)  # as they had it
+        earlier = convert(network(compiled), CONFIG)
+        earlier.add_domain("a", 3)
+        earlier.save_domain("a", path)
+        state = earlier.state_dict()
+    assert earlier.fingerprint != convert(network("not"), CONFIG).fingerprint
+    assert convert(network(compiled), CONFIG).load_domain(path) == "a"
+    convert(network(compiled), CONFIG).load_state_dict(state)
+
+
+def test_a_file_whose_name_was_allowed_once_loads_under_another(path):
+    model = converted("a")
+    model.save_domain("a", path)
+    file = read_domain(path)
+    write_domain(path, file.tensors, {**file.metadata, "domain": "aux"})
+    with refused(CheckpointError, "'aux' cannot name a domain", "Use another name"):
+        converted().load_domain(path)
+    assert converted().load_domain(path, name="other") == "other"

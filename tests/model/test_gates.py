@@ -183,3 +183,92 @@ def test_an_empty_batch_executes_all_of_nothing():
     model.set_domain("a")
     model(batch()[:0])
     assert model.executed_flops_fraction.item() == pytest.approx(1.0)
+
+
+# --- what the loss is multiplied by
+
+
+def loop(multiply, *, steps=100, split=1):
+    """Gradients of the gates in every step of a plain loop, and the share in the end."""
+    torch.manual_seed(0)
+    model = converted(config=DA3Config(adapter=ADAPTER, gate=GateConfig(noise=False)))
+    model.add_domain("a", 3)
+    model.set_domain("a")
+    model.train()
+    x, labels = torch.randn(16, 3, 12, 12), torch.arange(16) % 3
+    optimizer = torch.optim.Adam(model.domain("a").parameters(), 0.01)
+    gates, found = [a.attend.bias for a in model.domain("a").adapters.values()], []
+    for step in range(steps):
+        model.set_progress(step / steps)
+        optimizer.zero_grad()
+        for _ in range(split):
+            loss = nn.functional.cross_entropy(model(x), labels)
+            multiply.scale(loss / split).backward()
+        multiply.unscale_(optimizer)
+        found.append(torch.cat([gate.grad for gate in gates]))
+        multiply.step(optimizer)
+        multiply.update()
+    return found, model.executed_flops_fraction.item(), loss.item()
+
+
+def scaler(scale):
+    return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
+
+
+@pytest.mark.parametrize("scale", [2.0**16, 2.0**-6])
+@pytest.mark.parametrize("split", [1, 4])
+def test_the_budget_of_a_plain_loop_is_scaled_as_its_loss(scale, split):
+    got, _, _ = loop(scaler(scale), steps=3, split=split)
+    want, _, _ = loop(scaler(1.0), steps=3)
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-6)
+
+
+def test_gates_reach_their_target_though_the_samples_were_learned_long_before():
+    _, share, loss = loop(scaler(2.0**16))
+    assert loss < 0.2
+    assert share == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_step_that_overflows_says_nothing_of_the_unit():
+    y, weight = torch.randn(4, 3, requires_grad=True), torch.tensor(2.0, requires_grad=True)
+    unit = torch.zeros(())
+    for grad, expected in (
+        (torch.full((4, 3), float("inf")), 0.0),
+        (torch.full((4, 3), float("nan")), 0.0),
+        (torch.full((4, 3), 0.5), 0.5 * 4 * 1.5),
+        (torch.full((4, 3), 0.01), 0.5 * 4 * 1.5 * 0.999),
+    ):
+        with_loss(y * 1, weight.square(), unit).backward(grad)
+        assert unit.item() == pytest.approx(expected)
+    assert with_loss(y[:0] * 1, weight, unit).sum().requires_grad
+
+
+def test_a_loss_by_itself_is_its_unit():
+    y, weight = torch.tensor(3.0, requires_grad=True), torch.tensor(2.0, requires_grad=True)
+    (8.0 * with_loss(y * 1, weight.square(), torch.zeros(()))).backward()
+    assert weight.grad.item() == 8.0 * 2 * 2.0
+
+
+def test_the_unit_of_a_domain_outlives_a_stop():
+    model = converted("a")
+    model.set_domain("a")
+    assert "loss_units" not in model.get_extra_state()  # there was no loss
+    model.train()
+    (64.0 * nn.functional.cross_entropy(model(batch()), torch.tensor([0, 1]))).backward()
+    unit = model.domain("a").loss_unit.value
+    assert 16.0 < unit.item() < 64.0
+    again = converted("a")
+    again.load_state_dict(model.state_dict())
+    assert_identical(again.domain("a").loss_unit.value, unit)
+
+
+def test_the_unit_of_a_domain_moves_with_it_and_stays_as_wide():
+    model = converted("a")
+    model.set_domain("a")
+    unit = model.domain("a").loss_unit
+    for move in (lambda: model.half(), lambda: model.double()):
+        move()
+        assert (unit.value.dtype, unit.value.device.type) == (torch.float32, "cpu")
+    model.to("meta")
+    assert unit.value.device.type == "meta"
+    assert "loss_units" not in model.get_extra_state()

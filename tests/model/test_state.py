@@ -102,8 +102,10 @@ def test_a_missing_tensor_is_reported():
     state = converted("a").state_dict()
     del state["bank.a.head.weight"]
     for model in (converted(), converted("a")):
-        with pytest.raises(RuntimeError, match=r"Missing key.*bank\.a\.head\.weight"):
+        domains = model.domains
+        with refused(CheckpointError, "It lacks ['bank.a.head.weight']."):
             model.load_state_dict(state)
+        assert model.domains == domains
 
 
 class Bigger(nn.Module):
@@ -139,6 +141,87 @@ def test_a_state_learned_on_another_backbone_is_refused():
         other.load_state_dict(domain_state(converted("a")))
     assert other.domains == []
     assert other.state_dict().keys() == before.keys()
+
+
+def test_a_state_that_holds_nothing_of_the_network():
+    with pytest.raises(RuntimeError, match=r"Missing key.*bank\.a\.head\.weight"):
+        converted("a").load_state_dict({})
+    module = Bigger(converted("a"))
+    state = {"own.weight": torch.zeros(2, 2), "own.bias": torch.zeros(2)}
+    with pytest.raises(RuntimeError, match=r"Missing key.*net\.bank\.a\.head\.weight"):
+        module.load_state_dict(state)
+    module.load_state_dict(state, strict=False)  # a part of it, as the user says
+    assert not module.own.weight.any()
+
+
+HUGE = 10**9
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"num_classes": {"a": HUGE}}, str(HUGE)),
+        ({"num_classes": {"a": 10**30}}, "There cannot be"),
+        ({"num_classes": {"a": "3"}}, "`num_classes` must be an int"),
+        ({"num_classes": {"a": 3, "b": HUGE}}, "It lacks ['bank.b.adapters"),
+        ({"num_classes": {"a": 3, "../b": 3}}, "cannot name a domain"),
+        ({"num_classes": {"a": 3, 7: 3}}, "cannot name a domain"),
+        ({"num_classes": {}}, "has 'bank.a."),
+        ({"num_classes": [3]}, "does not say whose domains it holds"),
+        ({"class_names": [3]}, "does not say whose domains"),
+        ({"class_names": {"a": 3}}, "does not fit this model"),
+        ({"backbone": None}, "does not say whose domains"),
+        ({"active": 3}, "does not say whose domains"),
+        ({"active": "z"}, "does not say whose domains"),
+        ({"config": 3}, "does not say whose domains"),
+        ({"config": {"memory": 3}}, "config cannot be read"),
+    ],
+)
+def test_what_a_state_says_is_not_believed(change, part):
+    state = domain_state(converted("a"))
+    state["_extra_state"] = {**state["_extra_state"], **change}
+    for model in (converted(), converted("a")):
+        domains = model.domains
+        before = {k: v.clone() for k, v in model.named_parameters()}
+        with refused(CheckpointError, part):
+            model.load_state_dict(state)
+        assert model.domains == domains
+        assert all(torch.equal(v, before[k]) for k, v in model.named_parameters())
+
+
+@pytest.mark.parametrize("extra", [3, "x", [], {}, {"backbone": "x"}])
+def test_a_state_that_says_nothing(extra):
+    state = {**domain_state(converted("a")), "_extra_state": extra}
+    with refused(CheckpointError, "does not say whose domains it holds"):
+        converted().load_state_dict(state)
+
+
+@pytest.mark.parametrize("value", ["x", 3, None, torch.zeros(3, dtype=torch.long)])
+def test_tensors_that_are_none(value):
+    state = {**domain_state(converted("a")), "bank.a.head.bias": value}
+    model = converted()
+    with refused(CheckpointError, "'bank.a.head.bias' is "):
+        model.load_state_dict(state)
+    assert model.domains == []
+
+
+class SaysMore(nn.Sequential):
+    """A network with an extra state of its own."""
+
+    def get_extra_state(self):
+        return {"version": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_the_extra_state_of_the_user_s_own_network():
+    source = SaysMore(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 5))
+    twin = SaysMore(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 5))
+    model = convert(twin, CONFIG)
+    model.load_state_dict(source.state_dict())
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(model(x), source(x))
 
 
 def test_loading_leaves_the_given_state_alone():

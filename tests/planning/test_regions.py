@@ -75,3 +75,10 @@ def test_example_inputs_decide_where_guesses_do_not_fit():
     network, x = FixedSize().eval(), torch.randn(3, 3, 40, 40)
     plans = [convert(network, config, example_inputs=inputs).plan for inputs in (None, x)]
     assert [plan.parts[0].prologue is not None for plan in plans] == [False, True]
+
+
+def test_what_overwrites_a_folded_norm_is_computed_again_with_its_convolution():
+    layers = (nn.Conv2d(3, 8, 3), nn.Conv2d(8, 48, 1), nn.BatchNorm2d(48), nn.SiLU(inplace=True))
+    network = nn.Sequential(*layers, nn.Conv2d(48, 8, 1), nn.Conv2d(8, 8, 3))
+    (region,) = convert(network.eval(), CONFIG).plan.regions
+    assert (region.form, region.nodes) == ("activated convolution", ("_1", "_2", "_3"))

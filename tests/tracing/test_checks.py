@@ -28,7 +28,7 @@ class Uncopyable(nn.Module):
 
 
 def test_a_network_that_cannot_be_copied_or_has_no_layers_is_refused():
-    refused(BranchesOnValues(), "nothing to adapt", "control flow")
+    refused(BranchesOnValues(), "nothing to adapt", "decides on")
     refused(Uncopyable(), "Uncopyable cannot be copied", "one of a kind")
 
 

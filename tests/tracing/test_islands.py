@@ -30,10 +30,10 @@ def _seed():
 @pytest.mark.parametrize(
     ("name", "python"),
     [
-        ("Detector", "Proxy object cannot be iterated"),
-        ("ControlFlowOnData", "float() argument"),
-        ("CountsCalls", "its forward changes the buffers ['calls']"),
-        ("PartsChangedInPlace", "it changes a part of add, which it reads afterwards"),
+        ("Detector", "it decides on the size of its input"),
+        ("ControlFlowOnData", "it decides on the values of a tensor"),
+        ("CountsCalls", "its forward changes the attributes ['calls']"),
+        ("PartsChangedInPlace", "it reads add after mul_ wrote to it through another name"),
     ],
 )
 def test_what_stays_python_is_named_and_its_children_are_graphs(name, python):

@@ -1,8 +1,10 @@
 """DA3Callback in real Trainers, on tiny networks made at every point where users make them."""
 
 import pickle
+import sys
 import warnings
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -159,15 +161,23 @@ def test_nan_stops_training_and_keeps_the_last_good_state(tmp_path):
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 def test_precisions_accumulation_and_clipping(tmp_path, precision):
     module = lit()
+    scales = []
+
+    class Notes(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            scales.append(pl_module.net.gate_loss_scale)
+
     fitter = trainer(
         tmp_path,
         callback(),
+        callbacks=[Notes()],
         precision=precision,
         accumulate_grad_batches=3,
         gradient_clip_val=0.5,
     )
     fitter.fit(module, data())
-    assert module.net.gate_loss_scale == pytest.approx(1 / 3)
+    assert scales == pytest.approx([1 / 3] * len(scales))
+    assert module.net.gate_loss_scale is None  # whoever trains it next may do otherwise
     assert all(v.isfinite().all() for v in parameters(module, "a").values())
 
 
@@ -260,3 +270,43 @@ def test_no_warning_of_ours(tmp_path):
         warnings.simplefilter("always")
         trainer(tmp_path, callback()).fit(lit(), data())
     assert [w for w in caught if "lightning_da3" in w.filename] == []
+
+
+def test_a_step_of_the_module_s_own_may_scale_its_loss(tmp_path):
+    scales = []
+
+    class Scaled(Manual):
+        def on_train_batch_end(self, *_):
+            scales.append(self.net.gate_loss_scale)
+
+    module = Scaled()
+    trainer(tmp_path, callback()).fit(module, data())
+    assert set(scales) == {None}
+    assert module.net.domain("a").loss_unit.value > 0
+
+
+def test_a_step_without_an_active_domain_says_so(tmp_path):
+    class Alone(Lit):
+        def training_step(self, batch, batch_idx):
+            self.net.set_domain(None)
+            return super().training_step(batch, batch_idx)
+
+    class Detached(Lit):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx).detach()
+
+    with pytest.raises(DA3Error, match=r"no domain is active.*set_domain\(name\).*\['a'\]"):
+        trainer(tmp_path, callback()).fit(Alone(), data())
+    with pytest.raises(DA3Error, match=r"though domain 'a' is active: .* detaches its output"):
+        trainer(tmp_path, callback()).fit(Detached(), data())
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="errors take no notes")
+def test_targets_that_are_no_class_are_explained(tmp_path):
+    class Beyond(Lit):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch[0], batch[1] + 5), batch_idx)
+
+    with pytest.raises(IndexError, match="out of bounds") as caught:
+        trainer(tmp_path, callback()).fit(Beyond(), data())
+    assert "num_classes=2, so that its targets must be 0 to 1" in str(caught.value.__notes__)

@@ -60,7 +60,7 @@ def test_fit_validate_test_predict_and_every_ckpt_path(tmp_path, door, made):
     assert longer.global_step == 9
 
 
-LENT = {"load_model_state_dict", "lightning_module_state_dict"}
+LENT = {"load_checkpoint", "load_model_state_dict", "lightning_module_state_dict"}
 
 
 @pytest.mark.parametrize(

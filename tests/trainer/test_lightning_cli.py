@@ -93,7 +93,14 @@ def test_a_strategy_by_class(tmp_path):
     [
         (
             "--trainer.callbacks.help=DA3Callback",
-            ("domain DOMAIN", "numbers of classes by", "num_classes", "config", "save_dir"),
+            (
+                "domain DOMAIN",
+                "numbers of classes by",
+                "num_classes",
+                "config",
+                "save_dir",
+                "monitor",
+            ),
         ),
         ("--trainer.strategy.help=DA3Strategy", ("domain DOMAIN", "numbers of classes by")),
     ],
@@ -105,6 +112,19 @@ def test_help_names_every_argument_with_its_type(tmp_path, capsys, option, words
     for word in (*words, "dict[str, int]"):
         assert word in printed
     assert "Untyped" not in printed
+
+
+def test_the_best_epoch_is_saved(tmp_path):
+    saving = f"""
+        save_dir: {tmp_path / "domains"}
+        monitor: da3/executed_flops_fraction
+        mode: max
+"""
+    done = cli(tmp_path, CALLBACK.rstrip() + saving)
+    (path,) = (tmp_path / "domains").iterdir()
+    assert done.model.net.load_domain(path, "again") == "again"
+    with pytest.raises(SystemExit):
+        cli(tmp_path, CALLBACK.rstrip() + saving.replace("max", "best"))
 
 
 def test_a_wrong_value_is_named(tmp_path):

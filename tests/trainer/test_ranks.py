@@ -10,6 +10,7 @@ import torch
 from helpers import ranks
 
 import lightning_da3
+from lightning_da3.files.domain_file import read_domain
 
 pytestmark = pytest.mark.slow
 LIMIT_S = 300  # far more than any of them takes; a hang is a failure
@@ -74,6 +75,20 @@ def test_domains_are_switched_between_fits(tmp_path, strategy):
 def test_interleaved_domains(tmp_path, strategy):
     """What got no gradient has none, or DDP would have filled in zeros (checked in the run)."""
     assert succeeds("interleaved", tmp_path, strategy) == 2 * 2 * 2  # epochs, domains, batches
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "da3_ddp"])
+def test_rank_zero_saves_the_best_epoch(tmp_path, strategy):
+    succeeds("saves_the_best", tmp_path, strategy)
+    extra = read_domain(tmp_path / "a.safetensors").metadata["extra"]
+    assert extra["metrics"]["score"] == pytest.approx(0.9 + 4.5)
+    assert [path.name for path in tmp_path.glob("a.*")] == ["a.safetensors"]
+
+
+def test_every_rank_refuses_a_metric_that_is_not_logged(tmp_path):
+    printed, returncode = run("monitors_nothing", tmp_path, "ddp")
+    assert returncode != 0
+    assert "monitors what is not logged" in printed
 
 
 @pytest.mark.parametrize("how", ["killed", "raises"])

@@ -1,13 +1,18 @@
 """fit_sequence: wherever it is stopped, it ends with the same weights, bit for bit."""
 
+import random
+
 import lightning as L
+import numpy as np
 import pytest
+import torch
 from helpers.sequences import (
     Data,
     DeathError,
     Stream,
     Validated,
     assert_same,
+    batches_drawn_by,
     learn,
     loader,
     own_generator,
@@ -17,10 +22,19 @@ from helpers.sequences import (
 from lightning.pytorch.callbacks import EarlyStopping
 from torch.utils.data import DataLoader
 
+from lightning_da3 import CheckpointError
+from lightning_da3.trainer.resuming import generators_of
+
 VALIDATED = {
     "module": Validated,
     "tasks": lambda: {"a": (2, loader(), val_loader()), "b": (3, Data())},
 }
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 WAYS = {
     "every step": {},
     "every third step": {"every": 3},
@@ -36,6 +50,14 @@ WAYS = {
         "more": lambda: [EarlyStopping("val_loss", min_delta=10.0, patience=1)],
     },
     "generator of its own": {"tasks": lambda: {"a": (2, own_generator())}},
+    "batch sampler": {"tasks": lambda: {"a": (2, batches_drawn_by(seeded(1), inner=seeded(2)))}},
+    "batch sampler of numpy": {
+        "tasks": lambda: {"a": (2, batches_drawn_by(np.random.default_rng(1), inner=seeded(2)))}
+    },
+    "batch sampler of old numpy": {
+        "tasks": lambda: {"a": (2, batches_drawn_by(np.random.RandomState(1)))}
+    },
+    "batch sampler of Python": {"tasks": lambda: {"a": (2, batches_drawn_by(random.Random(1)))}},
     "stream": {"tasks": lambda: {"a": (2, DataLoader(Stream(), batch_size=2))}, "max_epochs": 3},
 }
 
@@ -71,8 +93,14 @@ def test_a_run_that_died_often_ends_with_the_same_bits(tmp_path, way):
     assert not [name for name in left if name.endswith((".ckpt", ".tmp"))]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["by steps, validated", "validated in the epoch", "stopped early"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param("stopped early", marks=pytest.mark.slow),
+        pytest.param("by steps, validated", marks=pytest.mark.exhaustive),
+        pytest.param("validated in the epoch", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_wherever_a_run_died_it_ends_with_the_same_bits(tmp_path, way):
     total = total_batches(way, tmp_path / "whole")
     for after in range(total):
@@ -105,3 +133,19 @@ def test_workers_of_the_dataloader_give_the_same_bits(tmp_path):
         learn(tmp_path / "died", tasks=tasks, max_epochs=1, after=3)
     learn(tmp_path / "died", tasks=tasks, max_epochs=1)
     assert_same(weights(tmp_path / "died"), weights(tmp_path / "whole"))
+
+
+def test_a_checkpoint_of_other_samplers_is_refused(tmp_path):
+    with pytest.raises(DeathError):
+        learn(tmp_path, tasks=lambda: {"a": (2, own_generator())}, after=3)
+    with pytest.raises(CheckpointError, match=r"1 random generators .* have 0 now"):
+        learn(tmp_path, tasks=lambda: {"a": (2, loader())})
+
+
+def test_a_loader_that_says_little_of_itself():
+    assert list(generators_of([1, 2])) == []
+    order = seeded(1)
+    assert list(generators_of(loader(generator=order))) == [order]
+    drawn = batches_drawn_by(order, inner=order)
+    drawn.batch_sampler.itself = drawn.batch_sampler  # a circle
+    assert list(generators_of(drawn)) == [order]

@@ -1,5 +1,6 @@
 """fit_sequence: what comes out, and what is refused."""
 
+import os
 from functools import partial
 
 import lightning as L
@@ -111,6 +112,8 @@ def test_the_data_module_is_left_as_it_was(tmp_path):
         ({"a": 2}, ConfigError, r"domain 'a' must be a tuple \(num_classes, train, val, class_n"),
         ({"a": (2,)}, ConfigError, "must be a tuple"),
         ({"../a": (2, None)}, DomainError, "cannot name a domain"),
+        ({"con": (2, None)}, DomainError, "is a device"),
+        ({"a": (2, None), "A": (2, None)}, DomainError, "differ by case alone"),
         ({"a": (2, None, None, ["x"])}, ConfigError, "each of the 2 classes, got 1"),
     ],
 )
@@ -121,8 +124,10 @@ def test_wrong_tasks(tmp_path, tasks, error, message):
 
 
 def test_wrong_arguments(tmp_path):
-    with pytest.raises(ConfigError, match="`save_every_n_steps` must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="`save_every_n_steps` must be an int, at least 1"):
         learn(tmp_path, every=0)
+    with pytest.raises(ConfigError, match="enable_checkpointing=False, but `fit_sequence` resumes"):
+        learn(tmp_path, enable_checkpointing=False)
     with pytest.raises(ConfigError, match="Hand them on"):
         fit_sequence(
             Lit, {"a": (2, loader())}, lambda callbacks: make_trainer([]), tmp_path, config=CONFIG
@@ -158,6 +163,54 @@ def test_damage_is_named_and_nothing_is_overwritten(tmp_path):
         learn(tmp_path)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", ["a.ckpt", "a.safetensors"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match="no regular file"):
+        learn(tmp_path)
+
+
+@pytest.mark.parametrize("content", [{}, [], {"state_dict": {}}, 3])
+def test_a_checkpoint_that_holds_nothing(tmp_path, content):
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"Cannot read the checkpoint .*Delete it"):
+        learn(tmp_path)
+
+
+def test_a_domain_whose_name_differs_by_case_alone_is_not_learned_over(tmp_path):
+    (tmp_path / "A.safetensors").write_text("")
+    with pytest.raises(DomainError, match="'a' and 'A' differ by case alone"):
+        learn(tmp_path)
+
+
+def test_what_a_killed_run_left_half_written_goes_when_its_domain_is_learned(tmp_path):
+    left = [f".{name}.{'0' * 32}.tmp" for name in ("a.ckpt", "a.safetensors", "c.safetensors")]
+    for name in left:
+        (tmp_path / name).write_text("half")
+    learn(tmp_path, max_epochs=1)
+    assert [path.name for path in tmp_path.glob(".*.tmp")] == left[2:]  # another's, and young
+
+
+def test_fast_dev_run_tries_every_domain_and_writes_nothing(tmp_path):
+    module = learn(tmp_path, fast_dev_run=True)
+    assert module.net.domains == ["a", "b"]
+    assert list(tmp_path.iterdir()) == []
+    learn(tmp_path, tasks=lambda: {"a": (2, loader())}, max_epochs=1)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    module = learn(tmp_path, fast_dev_run=True)
+    assert module.net.domain("b").num_classes == 3
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_fast_dev_run_leaves_a_checkpoint_to_be_resumed(tmp_path):
+    with pytest.raises(DeathError):
+        learn(tmp_path, after=3)
+    content = (tmp_path / "a.ckpt").read_bytes()
+    learn(tmp_path, fast_dev_run=True)
+    assert (tmp_path / "a.ckpt").read_bytes() == content
+
+
 def test_a_folder_of_another_backbone_is_found_out_before_training(tmp_path):
     learn(tmp_path, tasks=lambda: {"a": (2, loader())}, max_epochs=1)
 
@@ -183,3 +236,21 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"Cannot write the checkpoint .*No space left"):
         learn(tmp_path)
     assert (tmp_path / "a.ckpt").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        *(({"save_every_n_steps": v}, "`save_every_n_steps`") for v in (0, 1.5, "5", True, None)),
+        *(({"seed": v}, "`seed` must be an int") for v in (-1, 0.5, "0", True, None, 10**400)),
+        *(({"tasks": v}, "`tasks`") for v in (5, [], {}, None, [("a", (2, []))])),
+        ({"tasks": {"a": (2, []), "b": (0, [])}}, "`num_classes` must be an int of at least 1"),
+        ({"tasks": {"a": (2, [], None, 5)}}, "`class_names` must be a sequence of str"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_refused_before_anything_is_learned(tmp_path, wrong, message):
+    arguments = {"tasks": {"a": (2, [])}, **wrong}
+    with pytest.raises(ConfigError, match=message):
+        fit_sequence(None, trainer=None, folder=tmp_path / "new", **arguments)
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,168 @@
+"""The graph of a module, in the first way that works."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any
+
+from torch import fx, nn
+
+from lightning_da3.errors import ConversionError
+from lightning_da3.memory import fake_mode_of
+from lightning_da3.torch_private.fake import FakeTensorMode
+from lightning_da3.tracing.guards import must_be_default
+from lightning_da3.tracing.guessing import first_guesses
+from lightning_da3.tracing.probes import ProbeFailed, Probes, probe_inputs
+from lightning_da3.tracing.refusals import NewLeaf
+from lightning_da3.tracing.tracer import Tracer
+
+_MOST_LEAVES = 50  # functions that become nodes: a forward that has more of them stays Python
+
+
+@dataclass
+class Session:
+    """What is known of a network, and found out while its modules are traced.
+
+    Attributes:
+        inputs: The network's arguments, if they are known.
+        python: Why modules stay Python, by their paths.
+        leaves: Why functions are one node, by their code.
+    """
+
+    inputs: Sequence[Any] | None = None
+    python: dict[str, str] = field(default_factory=dict)
+    leaves: dict[CodeType, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph, and what in it is no layer.
+
+    Attributes:
+        graph: The graph.
+        opaque: Modules that are one node each, by their paths.
+        python: Why some of them stay Python, by their paths.
+        functions: Why functions are one node, by the names of the modules that call them.
+    """
+
+    graph: fx.Graph
+    opaque: dict[str, nn.Module]
+    python: dict[str, str]
+    functions: dict[str, str]
+
+
+def traced_graph(module: nn.Module, session: Session, path: str = "") -> Graph:
+    """The graph of `module`, if need be with its optional arguments as they are by default.
+
+    Args:
+        module: A copy that nobody else uses.
+        session: What is known of the network.
+        path: Of the module in the network. Its Python parent may pass other arguments than the
+            default.
+
+    Raises:
+        Exception: It cannot be traced. The user's forward is run, so this may be anything.
+    """
+    options = {
+        name: parameter.default
+        for name, parameter in inspect.signature(module.forward).parameters.items()
+        if isinstance(parameter.default, (type(None), bool, int, float, str))
+    }
+    absent = {name for name, default in options.items() if default is None}
+    free = _attempt(module, (), session, path)
+    if isinstance(free, Exception) and (path or not options):
+        raise free
+    if not absent and not isinstance(free, Exception):
+        return free
+    fixed = _attempt(module, absent, session, path)
+    if isinstance(fixed, Exception):
+        fixed = _attempt(module, list(options), session, path)
+    if isinstance(free, Exception):
+        if isinstance(fixed, Exception):
+            raise fixed
+        return fixed
+    # a proxy is never None: a forward that asks for None was not told the truth
+    if isinstance(fixed, Exception) or _operations(fixed) == _operations(free):
+        return free
+    if path:
+        raise ConversionError(f"it asks whether {sorted(absent)} are None")
+    return fixed
+
+
+def _operations(graph: Graph) -> int:
+    return sum(node.target is not must_be_default for node in graph.graph.nodes)
+
+
+def _attempt(
+    module: nn.Module, defaults: Collection[str], session: Session, path: str
+) -> Graph | Exception:
+    """The graph with the first inputs that fit, or why there is none."""
+    mode = fake_mode_of(module) or FakeTensorMode(allow_non_fake_inputs=True)
+    for inputs in () if path else _inputs(module, session):
+        for pair in probe_inputs(inputs):
+            found = _try(module, defaults, Probes(pair, mode), session, path)
+            if not isinstance(found, ProbeFailed):
+                return found
+            if found.number == 0:
+                break  # and not only the larger one
+    found = _try(module, defaults, None, session, path)
+    assert not isinstance(found, ProbeFailed)
+    return found
+
+
+def _try(
+    module: nn.Module,
+    defaults: Collection[str],
+    probes: Probes | None,
+    session: Session,
+    path: str,
+) -> Graph | Exception | ProbeFailed:
+    try:
+        return _traced(module, defaults, probes, session, path)
+    except (Exception, ProbeFailed) as error:  # noqa: BLE001  # the user's own forward: anything can come
+        return error
+
+
+def _inputs(module: nn.Module, session: Session) -> Iterator[Sequence[Any]]:
+    if session.inputs is not None:
+        yield session.inputs
+        return
+    parameters = inspect.signature(module.forward).parameters.values()
+    required = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    if len(required) == 1:
+        yield from first_guesses(module)
+
+
+def _traced(
+    module: nn.Module,
+    defaults: Collection[str],
+    probes: Probes | None,
+    session: Session,
+    path: str,
+) -> Graph:
+    prefix = f"{path}." if path else ""
+    while True:
+        known = {p[len(prefix) :]: why for p, why in session.python.items() if p.startswith(prefix)}
+        tracer = Tracer(defaults, probes and probes.afresh(), session.leaves, known, whole=not path)
+        try:
+            graph = tracer.trace(module)
+        except BaseException as error:
+            tracer.functions.forget()
+            if not isinstance(error, NewLeaf):
+                raise
+            leaf = error
+            if len(session.leaves) >= _MOST_LEAVES:
+                raise ConversionError(leaf.reason) from leaf
+            session.leaves[leaf.code] = leaf.reason
+            continue
+        called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+        opaque = {p: m for p, m in tracer.opaque.items() if p in called}
+        return Graph(
+            graph,
+            opaque,
+            {p: why for p, why in tracer.python.items() if p in opaque},
+            {n: why for n, why in tracer.functions.reasons_by_name().items() if n in called},
+        )

@@ -1,0 +1,242 @@
+"""What every value of a graph is on two inputs without values, which differ in their sizes.
+
+What is the same on both does not depend on how many samples there are, nor on how large: a forward
+that asks for it gets its answer once and for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lightning_da3.layers import facts_of, facts_of_call
+from lightning_da3.memory.fake import quiet
+from lightning_da3.memory.names import mutable
+from lightning_da3.torch_private.autograd import storage_key, version_of
+from lightning_da3.torch_private.fake import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    is_fake,
+)
+from lightning_da3.torch_private.trees import tree_leaves
+
+PROBED = "probed"  # key of a node's meta: its values on the probes
+VARIES = "varies"  # key of a node's meta: what a number depends on: "", SIZE or STATE
+SIZE, STATE = "size", "state"
+# of tensors, and other at another time: in lower precision, on another device
+_STATES = (
+    *("dtype", "device", "type", "layout", "stride", "is_contiguous", "storage_offset", "data_ptr"),
+    *("is_cuda", "is_cpu", "is_mps", "requires_grad", "grad_fn", "is_leaf", "grad"),
+)
+_VALUES = ("numpy", "tolist", "item", "__array__")  # of tensors: nothing that a probe has
+_UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException, NotImplementedError)
+
+
+class ProbeFailed(BaseException):  # no error of a user's forward
+    """A network does not take a probe's input.
+
+    Args:
+        number: Of the probe.
+        error: What the network said.
+    """
+
+    def __init__(self, number: int, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.number = number
+
+
+class Probes:
+    """Runs nodes on inputs without values.
+
+    Args:
+        inputs: By probe, the arguments of the network, without values.
+        mode: The mode of fake tensors.
+    """
+
+    def __init__(self, inputs: Sequence[Sequence[Any]], mode: AbstractContextManager[Any]) -> None:
+        self.mode = mode
+        with mode:
+            self.inputs = [[_without_values(x) for x in probe] for probe in inputs]
+        self.at_work = False
+        self._next = 0
+
+    def afresh(self) -> Probes:
+        """The same, before the first node."""
+        self._next = 0
+        return self
+
+    def run(self, node: fx.Node, root: nn.Module) -> None:
+        """Note a new node's values; nothing, if they are not known.
+
+        Raises:
+            ProbeFailed: It refuses its arguments.
+        """
+        if node.op == "placeholder":
+            self._take(node)
+            return
+        if node.target in _VALUES or any(PROBED not in i.meta for i in node.all_input_nodes):
+            return
+        try:
+            results = [self._run(node, root, number) for number in range(len(self.inputs))]
+        except _UNKNOWN:
+            return
+        node.meta[PROBED] = tuple(results)
+        node.meta[VARIES] = _varies(node, results)
+
+    def _take(self, node: fx.Node) -> None:
+        if str(node.target).startswith("*"):
+            return
+        values = [i[self._next] if self._next < len(i) else None for i in self.inputs]
+        if self._next >= len(self.inputs[0]):
+            if not node.args:
+                return
+            values = [node.args[0] for _ in self.inputs]
+        self._next += 1
+        node.meta[PROBED], node.meta[VARIES] = tuple(values), ""
+
+    def _run(self, node: fx.Node, root: nn.Module, number: int) -> Any:
+        def probed(n: fx.Node) -> Any:
+            return n.meta[PROBED][number]
+
+        args = mutable(fx.map_arg(node.args, probed))
+        kwargs = mutable(fx.map_arg(node.kwargs, probed))
+        self.at_work = True
+        try:
+            with quiet(), torch.no_grad(), self.mode:
+                return _call(node, root, args, kwargs)
+        except _UNKNOWN:
+            raise
+        except Exception as error:
+            raise ProbeFailed(number, error) from error
+        finally:
+            self.at_work = False
+
+
+def _without_values(x: Any) -> Any:
+    if not isinstance(x, Tensor) or is_fake(x):
+        return x
+    place = "cpu" if x.device.type == "meta" else x.device
+    return torch.empty(x.shape, dtype=x.dtype, device=place)
+
+
+def _call(node: fx.Node, root: nn.Module, args: Any, kwargs: Any) -> Any:
+    if node.op == "get_attr":
+        value: Any = root
+        for name in str(node.target).split("."):
+            value = getattr(value, name)
+        return value
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if node.op == "call_function":
+        function: Callable[..., Any] = node.target  # type: ignore[assignment]
+        return function(*args, **kwargs)
+    return call_layer(root.get_submodule(str(node.target)), args, kwargs)
+
+
+def call_layer(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """What a layer gives for values without values, in short where that is known.
+
+    Fake tensors take norms apart, and run every step of recurrent layers.
+    """
+    x = args[0] if args else None
+    if not isinstance(x, Tensor) or kwargs or len(args) > 1:
+        return layer.forward(*args, **kwargs)
+    if facts_of(layer).elementwise or type(layer) is nn.LayerNorm:
+        return x.view_as(x) if getattr(layer, "inplace", False) else torch.empty_like(x)
+    if type(layer) is nn.Linear and x.shape[-1:] == (layer.in_features,):
+        return x.new_empty(*x.shape[:-1], layer.out_features)
+    if not (isinstance(layer, nn.RNNBase) and x.dim() == 3):
+        return layer.forward(x)
+    axis = 1 if layer.batch_first else 0
+    size = [-1, -1, -1]
+    size[axis] = x.shape[axis]
+    y, state = layer.forward(x.narrow(axis, 0, 1))
+    return y.expand(size), state
+
+
+def _varies(node: fx.Node, results: Sequence[Any]) -> str:
+    """What a value that is no tensor depends on."""
+    if any(isinstance(leaf, Tensor) for leaf in tree_leaves(results)):
+        return ""
+    name = node.args[1] if node.target is getattr else node.target
+    source = node.args[0] if node.args else None
+    if isinstance(source, fx.Node) and isinstance(source.meta[PROBED][0], Tensor):
+        if name in _STATES:
+            return STATE
+        if facts_of_call(node).gives_number or node.target is getattr:
+            return "" if _same(results) else SIZE
+    sized = isinstance(source, fx.Node) and isinstance(source.meta[PROBED][0], torch.Size)
+    if sized and getattr(node.target, "__name__", "") in ("getitem", "len"):
+        return "" if _same(results) else SIZE
+    kinds: list[str] = [i.meta.get(VARIES, "") for i in node.all_input_nodes]
+    return max([*kinds, "" if _same(results) else SIZE], key=len)
+
+
+def _same(results: Sequence[Any]) -> bool:
+    try:
+        return all(bool(result == results[0]) for result in results)
+    except Exception:  # noqa: BLE001  # the user's own kind of value
+        return False
+
+
+def storages(value: Any) -> Iterator[int]:
+    """Keys of the memory that a value without values would lie in."""
+    if is_fake(value):
+        yield storage_key(value.untyped_storage())
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from storages(item)
+
+
+def versions(value: Any) -> list[int]:
+    """How often something was written into each tensor of a value."""
+    if is_fake(value):
+        return [version_of(value)]
+    if isinstance(value, (tuple, list)):
+        return [version for item in value for version in versions(item)]
+    return []
+
+
+def probe_inputs(inputs: Sequence[Any]) -> Iterator[list[list[Any]]]:
+    """Pairs of inputs to try: more samples and larger ones, more alone, and the same twice.
+
+    Args:
+        inputs: The arguments of a network, without values.
+    """
+    count = next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim()), 0)
+
+    def with_sizes(axes: Callable[[Tensor], dict[int, int]], more: int) -> list[Any]:
+        def sized(x: Any) -> Any:
+            if not isinstance(x, Tensor) or x.dim() == 0:
+                return x
+            size = [*x.shape]
+            size[0] += more if size[0] == count else 0
+            for axis, added in axes(x).items():
+                size[axis] += added
+            return x.new_empty(size)
+
+        return [sized(x) for x in inputs]
+
+    def spatial(x: Tensor) -> dict[int, int]:
+        return dict.fromkeys(range(2, x.dim()), 33)
+
+    def tokens(x: Tensor) -> dict[int, int]:
+        return {1: 13} if x.dim() == 3 or (x.dim() == 2 and not x.is_floating_point()) else {}
+
+    first = with_sizes(lambda _: {}, 1)
+    tried: list[list[Any]] = []
+    ways: tuple[Callable[[Tensor], dict[int, int]], ...] = (spatial, tokens, lambda _: {})
+    for axes in ways:
+        second = with_sizes(axes, 2)
+        if not any(_sizes(second) == _sizes(other) for other in tried):
+            tried.append(second)
+            yield [first, second]
+    yield [first, first]
+
+
+def _sizes(inputs: Sequence[Any]) -> list[Any]:
+    return [x.shape for x in inputs if isinstance(x, Tensor)]

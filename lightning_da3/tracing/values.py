@@ -1,0 +1,118 @@
+"""What stands for a value while a forward is traced, and answers what it is."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx
+
+from lightning_da3.torch_private.fake import is_fake
+from lightning_da3.tracing.probes import PROBED, SIZE, VARIES
+
+
+class Value(fx.Proxy):
+    """A proxy that knows what it is on the probes, if its node does.
+
+    It is an instance of what it stands for, writes in place where the user does, and gives numbers
+    and truths where Python needs them. The tracer decides whether it may.
+    """
+
+    tracer: Any
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # isinstance asks for it
+        probed = self.node.meta.get(PROBED) if type(self) is Value else None
+        if probed is None or probed[0] is None:
+            return type(self)
+        return Tensor if is_fake(probed[0]) else type(probed[0])
+
+    def __getattr__(self, name: str) -> Any:
+        probed = self.node.meta.get(PROBED)
+        if probed is not None and not hasattr(probed[0], name):
+            raise AttributeError(f"{type(probed[0]).__name__!r} has no attribute {name!r}")
+        return Field(self, name)
+
+    def __int__(self) -> int:
+        return int(self.tracer.decided(self))
+
+    def __float__(self) -> float:
+        return float(self.tracer.decided(self))
+
+    def __index__(self) -> int:
+        if self.node.meta.get(VARIES, SIZE):  # PyTorch asks all that may be a size, and goes on
+            raise TypeError("it takes a size of its input for a number")
+        return operator.index(self.tracer.decided(self))
+
+    def __len__(self) -> int:
+        return int(self.tracer.length(self))
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self.tracer.decided(self)
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return round(self.tracer.decided(self), digits)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.cannot("it writes into a part of a tensor")
+
+
+class Field(Value):
+    """An attribute of a value, which is a node once it is more than the name of a method."""
+
+    def __init__(self, root: Value, name: str) -> None:
+        self.root, self.attr, self.tracer = root, name, root.tracer
+        self._node: fx.Node | None = None
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        probed = self.root.node.meta.get(PROBED)
+        if probed is None or not hasattr(probed[0], self.attr):
+            return Field
+        return type(getattr(probed[0], self.attr))
+
+    @property
+    def node(self) -> Any:  # type: ignore[override]
+        """The node of the attribute."""
+        if self._node is None:
+            args = (self.root, self.attr)
+            self._node = self.tracer.create_proxy("call_function", getattr, args, {}).node
+        return self._node
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A call of the method."""
+        return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+
+
+# what `x += y` is where x is a tensor, and where it is a number
+IN_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.imod: operator.mod,
+    operator.ipow: operator.pow,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+    operator.ilshift: operator.lshift,
+    operator.irshift: operator.rshift,
+    operator.imatmul: operator.matmul,
+}
+
+
+def _in_place(writing: Callable[..., Any], plain: Callable[..., Any]) -> Any:
+    def method(self: Value, other: Any) -> Any:
+        probed = self.node.meta.get(PROBED)
+        number = probed is not None and not isinstance(probed[0], Tensor)
+        # there is no tensor to write into: Python has no x @= y of tensors, either
+        function = plain if number or writing is operator.imatmul else writing
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _writing, _plain in IN_PLACE.items():
+    setattr(Value, f"__{_writing.__name__}__", _in_place(_writing, _plain))

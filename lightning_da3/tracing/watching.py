@@ -1,0 +1,196 @@
+"""What a forward does beside computing: what a graph would lose, or do once and for all."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_da3.layers import may_draw
+from lightning_da3.torch_private.autograd import version_of
+
+_MODULE_STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+class Snapshot:
+    """The attributes and buffers of a module and of all in it, to compare with and to go back to.
+
+    Args:
+        root: It stays what it is.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._attributes = {m: _attributes(m) for m in root.modules()}
+        self._buffers = {m: dict(m._buffers) for m in root.modules()}
+        self._versions = {id(b): version_of(b) for b in root.buffers()}
+        self._contents: dict[int, Tensor] = {id(b): b.detach().clone() for b in root.buffers()}
+
+    def changed(self, module: nn.Module) -> list[str]:
+        """Which attributes and buffers of a module are not what they were."""
+        before, now = self._attributes[module], _attributes(module)
+        names = {name for name in {**before, **now} if _differ(before, now, name)}
+        buffers = self._buffers[module]
+        for name, buffer in {**buffers, **module._buffers}.items():
+            if module._buffers.get(name) is not buffers.get(name) or (
+                buffer is not None and self._versions.get(id(buffer)) != version_of(buffer)
+            ):
+                names.add(name)
+        return sorted(names)
+
+    def restore(self, root: nn.Module | None = None) -> None:
+        """Make a module, and all in it, as it was; by default everything."""
+        inside = self._attributes if root is None else root.modules()
+        for module in inside:
+            if module not in self._attributes:
+                continue  # made while tracing
+            before = self._attributes[module]
+            for name in set(_attributes(module)) - set(before):
+                vars(module).pop(name)
+            for name, (value, items) in before.items():
+                if items is not None:
+                    _refill(value, items)
+                vars(module)[name] = value
+            module._buffers.clear()
+            for name, buffer in self._buffers[module].items():
+                if buffer is not None and version_of(buffer) != self._versions[id(buffer)]:
+                    with torch.no_grad():
+                        buffer.copy_(self._contents[id(buffer)])
+                    self._versions[id(buffer)] = version_of(buffer)
+                module._buffers[name] = buffer
+
+
+@contextlib.contextmanager
+def unchanged(root: nn.Module) -> Iterator[None]:
+    """Behind the block a module, and all in it, is as it was."""
+    snapshot = Snapshot(root)
+    try:
+        yield
+    finally:
+        snapshot.restore()
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Attributes, each with its items if it is a collection."""
+    return {
+        name: (value, _items(value))
+        for name, value in vars(module).items()
+        if name not in _MODULE_STATE and not name.endswith("_hooks") and "_constant" not in name
+    }
+
+
+def _items(value: Any) -> Any:
+    if type(value) is dict:
+        return dict(value)
+    return list(value) if type(value) in (list, set) else None
+
+
+def _refill(value: Any, items: Any) -> None:
+    if _items(value) != items if _plain(items) else True:
+        value.clear()
+        value.extend(items) if isinstance(value, list) else value.update(items)
+
+
+def _plain(items: Any) -> bool:
+    values = [*items.keys(), *items.values()] if isinstance(items, dict) else items
+    return all(isinstance(v, (int, float, str, type(None))) for v in values)
+
+
+def _differ(before: dict[str, Any], now: dict[str, Any], name: str) -> bool:
+    if name not in before or name not in now:
+        return True
+    (old, old_items), (new, new_items) = before[name], now[name]
+    if old is not new:
+        simple = isinstance(old, (int, float, str, bool)) and type(old) is type(new)
+        return not (simple and old == new)
+    if old_items is None:
+        return False
+    if isinstance(old_items, dict):
+        if list(old_items) != list(new_items):
+            return True
+        old_items, new_items = list(old_items.values()), list(new_items.values())
+    return len(old_items) != len(new_items) or any(
+        a is not b for a, b in zip(old_items, new_items, strict=True)
+    )
+
+
+def random_states() -> tuple[Any, Any]:
+    """The states of Python's and NumPy's generators, to compare."""
+    kind, keys, *others = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), (kind, np.asarray(keys).tobytes(), *others)
+
+
+@contextlib.contextmanager
+def states_kept() -> Iterator[None]:
+    """Inside, random numbers may be drawn; outside nobody sees it."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(state)
+
+
+class Modes:
+    """The modes of PyTorch that a forward may change for a part of what it computes."""
+
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    def _now(self) -> tuple[Any, ...]:
+        nesting = torch.autocast_increment_nesting() - 1
+        torch.autocast_decrement_nesting()
+        return torch.is_grad_enabled(), nesting, torch.is_inference_mode_enabled()
+
+    def changed(self) -> str:
+        """What is not as it was, in plain words; "" if nothing is."""
+        names = ("whether gradients are on", "autocast", "inference mode")
+        pairs = zip(names, self._before, self._now(), strict=True)
+        return next((name for name, before, now in pairs if before != now), "")
+
+
+@contextlib.contextmanager
+def plain_modes() -> Iterator[None]:
+    """Inside, gradients are on, and autocast and inference mode are off."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        yield
+
+
+class Draws(TorchFunctionMode):
+    """Inside, what draws random numbers of PyTorch from no traced value is told.
+
+    Args:
+        told: Takes a function and its arguments, and returns what the caller gets.
+        paused: Whether nothing is told now.
+    """
+
+    def __init__(self, told: Callable[..., Any], paused: Callable[[], bool]) -> None:
+        super().__init__()
+        self.told, self.paused = told, paused
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call `func`."""
+        del types
+        if self.paused():
+            return func(*args, **(kwargs or {}))
+        before = torch.get_rng_state()
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, fx.Proxy):
+            return result
+        if torch.equal(before, torch.get_rng_state()) and not may_draw(func, args, kwargs or {}):
+            return result
+        torch.set_rng_state(before)
+        return self.told(func, args, kwargs or {})

@@ -1,0 +1,148 @@
+"""What a forward asks of its values is answered once, and checked."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.around import Around, input_gradient
+from torch import nn
+
+from lightning_da3 import AdapterConfig, DA3Config, InputError, convert
+
+CONFIG = DA3Config(gate=None, adapter=AdapterConfig(hidden_channels=4, min_stride=1))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def assert_same(network, x, *, head="head", python=()):
+    """The conversion computes the same, with and without gradients, and finds the head."""
+    network = network.eval()
+    model = convert(network, CONFIG, verify=False)
+    assert model.plan.head == head
+    assert [path for path, _ in model.plan.python] == list(python)
+    want = network(x)
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+    return model
+
+
+# --- decisions ------------------------------------------------------------------------------------
+
+
+def by_rank(x):
+    return x if x.ndim == 4 and len(x.shape) == 4 else x[None]
+
+
+def by_channels(x):
+    return x * 2 if x.shape[1] == 8 else x
+
+
+def by_kind(x):
+    return x if isinstance(x, torch.Tensor) else x[0]
+
+
+def by_attribute(x):
+    return x.tensors if hasattr(x, "tensors") else x
+
+
+def over_channels(x):
+    return torch.stack([x[:, i] * i for i in range(x.shape[1])], 1)
+
+
+def by_type(x):
+    return x if x.dtype == torch.float32 and not x.is_cuda else x.float()
+
+
+def pads(x):
+    rows = max(0, 8 - x.shape[2])
+    return F.pad(x, (0, 0, 0, rows)) if rows > 0 else x
+
+
+def ramp(x):
+    return x + torch.arange(x.shape[-1], device=x.device, dtype=x.dtype) / x.shape[-1]
+
+
+def pools(x):
+    y = F.avg_pool2d(x, (x.size(2), x.size(3)))
+    return x + F.adaptive_avg_pool2d(y, (x.shape[2] // 2, 1)).mean((2, 3), keepdim=True)
+
+
+DECIDE = [pools, by_rank, by_channels, by_kind, by_attribute, over_channels, by_type, pads, ramp]
+
+
+@pytest.mark.parametrize("function", DECIDE)
+def test_what_a_forward_asks_of_values_is_answered(function):
+    model = assert_same(Around(function), torch.randn(2, 3, 16, 16))
+    for size in ((1, 3, 8, 8), (3, 3, 18, 14)):  # not what was traced
+        x = torch.randn(size)
+        want = Around.forward(network_of(function, model), x)
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+
+
+def network_of(function, model):
+    """The network that `assert_same` converted."""
+    del model
+    torch.manual_seed(0)
+    return Around(function).eval()
+
+
+class Refuses(Around):
+    def forward(self, x):
+        if len(x) == 0:
+            raise ValueError("no images")
+        return super().forward(x.to(self.head.weight.dtype))
+
+
+def test_a_decision_of_the_network_itself_is_checked_in_every_call():
+    model = assert_same(Refuses(torch.relu), torch.randn(2, 3, 16, 16))
+    with pytest.raises(InputError, match=r"decides on the sizes of its input \(`if len\(x\) == 0"):
+        model(torch.empty(0, 3, 16, 16))
+
+
+class Swallows(Around):
+    def forward(self, x):
+        x = self.body(self.stem(x))
+        try:
+            if x.sum() > 0:
+                x = x * 2
+        except TypeError:
+            x = x * 3
+        return self.head(x.mean((2, 3)))
+
+
+def test_what_a_forward_catches_was_refused_all_the_same():
+    network, x = Swallows(torch.relu).eval(), torch.randn(2, 3, 16, 16)
+    model = convert(network, DA3Config(head=None), verify=False)
+    assert "decides on the values" in dict(model.plan.python)[""]
+    torch.testing.assert_close(model(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+class Odd(nn.Module):
+    """It pads to an even size, as layers with windows do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 2, 2)
+
+    def forward(self, x):
+        if x.shape[-1] % 2:
+            x = F.pad(x, (0, 1, 0, 1))
+        return self.conv(x)
+
+
+def test_a_module_that_cannot_be_a_graph_is_a_node_of_its_parent():
+    network = Around(Odd()).eval()
+    model = convert(network, CONFIG, verify=False)
+    assert model.plan.head == "head"
+    assert [part.path for part in model.plan.parts] == ["", "function.conv"]
+    assert "decides on the size of its input" in dict(model.plan.python)["function"]
+    assert {host.name for host in model.plan.hosts} >= {"function.conv"}
+    for side in (16, 18):
+        x = torch.randn(2, 3, side, side)
+        torch.testing.assert_close(model(x), network(x), rtol=1e-4, atol=1e-5)
+        got, want = input_gradient(model, x), input_gradient(network, x)
+        assert (got - want).norm() / want.norm() < 0.05
