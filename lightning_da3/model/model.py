@@ -133,7 +133,7 @@ class DA3Model(MultiDomain):
         if executed and self.config.gate and self.training and torch.is_grad_enabled():
             loss, scale = self.gate_loss(executed), self.gate_loss_scale
             if scale is None and call.unit is not None:
-                output = carrying(output, loss, call.unit.on(loss.device))
+                output = carrying(output, loss, call.unit.beside(loss))
             else:
                 output = carrying(output, loss, scale)
         if name is not None and torch.is_grad_enabled():

@@ -96,6 +96,12 @@ class LossUnit:
             self.value = self.value.to(device)
         return self.value
 
+    def beside(self, loss: Tensor) -> Tensor:
+        """The value, where this loss is; a loss without values gets one without."""
+        if has_no_values(loss) and not (self.value is not None and has_no_values(self.value)):
+            return loss.detach().new_zeros((), dtype=torch.float32)
+        return self.on(loss.device)
+
 
 class Call:
     """What one call computes with; nothing of it changes.

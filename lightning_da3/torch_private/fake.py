@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -39,9 +40,13 @@ __all__ = [
     "is_fake",
     "is_wrapper",
     "proxy_mode",
+    "without_modes",
 ]
 
 LOGGER = "torch._subclasses.fake_tensor"  # the name of the log that fake tensors write to
+without_modes: Any = found("torch.utils._python_dispatch:_disable_current_modes", nullcontext)
+"""A context in which no mode sees what is called."""
+
 READ_ONE_VALUE = found("torch:ops.aten._local_scalar_dense.default", None)  # what `item` calls
 
 

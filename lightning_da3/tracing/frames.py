@@ -99,6 +99,16 @@ def _flat(values: list[object]) -> Iterator[object]:
             yield value
 
 
+def in_checkpoint(frames: list[FrameType]) -> bool:
+    """Whether gradient checkpointing, and not the user, asks."""
+    for frame in frames:
+        if frame.f_code.co_filename.endswith("checkpoint.py"):
+            return frame.f_code.co_filename.startswith(_TORCH)
+        if is_user(frame):
+            return False
+    return False
+
+
 def place(frames: list[FrameType]) -> str:
     """The line of the user's that runs, for messages; "" if there is none."""
     for frame in frames:

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_da3.layers import may_draw
 from lightning_da3.torch_private.autograd import version_of
+from lightning_da3.torch_private.fake import without_modes
 
 _MODULE_STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
@@ -129,13 +130,27 @@ def random_states() -> tuple[Any, Any]:
 def states_kept() -> Iterator[None]:
     """Inside, random numbers may be drawn; outside nobody sees it."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    state = torch.get_rng_state()
+    state = _torch_state()
     try:
         yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-        torch.set_rng_state(state)
+        _go_back(state)
+
+
+def _torch_state() -> Tensor:
+    with without_modes():  # of fake tensors
+        return torch.get_rng_state()
+
+
+def _go_back(state: Tensor) -> bool:
+    """Set PyTorch's generator to a state; whether it was in another."""
+    with without_modes():
+        moved = not torch.equal(state, torch.get_rng_state())
+        if moved:
+            torch.set_rng_state(state)
+        return moved
 
 
 class Modes:
@@ -186,11 +201,10 @@ class Draws(TorchFunctionMode):
         del types
         if self.paused():
             return func(*args, **(kwargs or {}))
-        before = torch.get_rng_state()
+        before = _torch_state()
         result = func(*args, **(kwargs or {}))
         if isinstance(result, fx.Proxy):
             return result
-        if torch.equal(before, torch.get_rng_state()) and not may_draw(func, args, kwargs or {}):
+        if not (_go_back(before) or may_draw(func, args, kwargs or {})):
             return result
-        torch.set_rng_state(before)
         return self.told(func, args, kwargs or {})
