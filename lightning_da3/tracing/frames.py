@@ -10,9 +10,11 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 _TORCH = str(Path(inspect.getfile(torch)).parent)
+_CHECKPOINT = inspect.getfile(torch.utils.checkpoint)
 _HERE = str(Path(__file__).parents[1])
 
 
@@ -99,14 +101,9 @@ def _flat(values: list[object]) -> Iterator[object]:
             yield value
 
 
-def in_checkpoint(frames: list[FrameType]) -> bool:
-    """Whether gradient checkpointing, and not the user, asks."""
-    for frame in frames:
-        if frame.f_code.co_filename.endswith("checkpoint.py"):
-            return frame.f_code.co_filename.startswith(_TORCH)
-        if is_user(frame):
-            return False
-    return False
+def in_checkpoint(frame: FrameType) -> bool:
+    """Whether gradient checkpointing asks, which keeps states of tensors that a graph has not."""
+    return frame.f_code.co_filename == _CHECKPOINT
 
 
 def place(frames: list[FrameType]) -> str:

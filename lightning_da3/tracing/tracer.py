@@ -269,8 +269,6 @@ class Tracer(fx.Tracer):
             self.cannot("it decides on the values of a tensor")
         if any(other != first for other in others):
             self.cannot("it decides on the size of its input")
-        if node.meta[VARIES] and frames.in_checkpoint(self._frames()):
-            return first  # where its states are kept, of which a graph has none
         if node.meta[VARIES]:
             at_root = not self.module_stack and node.meta[VARIES] == SIZE
             if not at_root or frames.leafable(self._frames(), self.leaves, self._forwards):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx
 
 from lightning_da3.torch_private.fake import is_fake
+from lightning_da3.tracing.frames import in_checkpoint
 from lightning_da3.tracing.probes import PROBED, SIZE, VARIES
 
 
@@ -24,7 +26,7 @@ class Value(fx.Proxy):
     @property  # type: ignore[misc]
     def __class__(self) -> Any:  # isinstance asks for it
         probed = self.node.meta.get(PROBED) if type(self) is Value else None
-        if probed is None or probed[0] is None:
+        if probed is None or probed[0] is None or in_checkpoint(sys._getframe(1)):
             return type(self)
         return Tensor if is_fake(probed[0]) else type(probed[0])
 
