@@ -21,6 +21,7 @@ from lightning_da3.model.identity import (
 from lightning_da3.nn.convolution import FrozenConv, FrozenConvTranspose
 from lightning_da3.nn.head import HeadSlot
 from lightning_da3.nn.normalization import FrozenAffine
+from lightning_da3.nn.python import PythonFunction
 from lightning_da3.planning.plan import Plan
 
 EXTRA = "_extra_state"  # PyTorch's own key
@@ -284,10 +285,11 @@ def _from_network_(model: HoldsDomains, state: dict[str, Any], prefix: str) -> N
             except KeyError:
                 continue  # PyTorch reports the missing key of the frozen layer
             state.update({f"{prefix}backbone.{path}.{k}": v for k, v in translated.items()})
-        elif isinstance(layer, HeadSlot):
-            for key in layer.original.state_dict():
-                if f"{path}.{key}" in theirs:
-                    state[f"{prefix}backbone.{path}.original.{key}"] = theirs[f"{path}.{key}"]
+        elif isinstance(layer, (HeadSlot, PythonFunction)):  # which hold a layer of the user's
+            for key in layer.state_dict():
+                its = f"{path}.{key.partition('.')[2]}"
+                if its in theirs:
+                    state[f"{prefix}backbone.{path}.{key}"] = theirs[its]
     for name in _own_tensors(model):  # layers that stayed as they were
         if name.removeprefix("backbone.") in theirs:
             state.setdefault(prefix + name, theirs[name.removeprefix("backbone.")])

@@ -47,18 +47,18 @@ def trace(
     check_convertible(model)
     twin = frozen_copy(model)
     network = type(twin).__name__
-    reasons, leaves = {}, []
+    reasons, layers = {}, {}
     for path, why in (python or {}).items():
         layer = twin.get_submodule(path)
         reasons[path] = f"{type(layer).__name__}: {why}"
         if path and Tracer().is_leaf_module(layer, path):
             twin.set_submodule(path, PythonFunction(layer))  # nothing is known of it any more
-            leaves.append(path)
+            layers[path] = reasons[path]
     islands = _Islands(Session(inputs, reasons))
-    islands.python.update({path: why for path, why in reasons.items() if path in leaves})
     with states_kept():
         root = islands.convert(twin, "")
-    return Traced(root, tuple(islands.parts), islands.python, islands.functions, network)
+    python = {**islands.python, **layers}
+    return Traced(root, tuple(islands.parts), python, islands.functions, network)
 
 
 class _Islands:

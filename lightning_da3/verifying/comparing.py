@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_da3.errors import InputError
 from lightning_da3.verifying.running import Conditions, Outcome
 
 _CODES = 0.1  # of gradients that come from 8-bit codes; measured: 0.01 to 0.03, tiny nets 0.06
@@ -51,12 +52,14 @@ class Comparison:
         difference: Relative to the norm of the original's; infinite: of another kind altogether.
         tolerance: The largest difference of networks that are the same.
         note: What differs, if no number says it.
+        refused: The converted network says that it does not take such inputs.
     """
 
     name: str
     difference: float
     tolerance: float
     note: str = ""
+    refused: bool = False
 
     @property
     def ok(self) -> bool:
@@ -85,7 +88,8 @@ def compare(
         return
     if ours.error is not None:
         what = f"it raises {type(ours.error).__name__}: {_line(ours.error)}"
-        yield Comparison(name, torch.inf, tolerance.outputs, what)
+        refused = isinstance(ours.error, InputError)
+        yield Comparison(name, torch.inf, tolerance.outputs, what, refused)
         return
     yield _compared(name, ours.outputs, theirs.outputs, tolerance.outputs)
     if ours.changed and not theirs.changed:

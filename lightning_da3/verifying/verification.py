@@ -44,15 +44,28 @@ def verified(
     if expected is None or wrong is None:
         return model
     found = _narrowed(network, build, expected, wrong)
-    if found is None:
-        codes = wrong.name.startswith("gradients") and not model.config.memory.exact
-        exact = "`MemoryConfig(exact=True)` computes gradients without codes. " if codes else ""
-        raise ConversionError(
-            f"The converted network does not reproduce the backbone {type(network).__name__}, "
-            f"whatever of it stays Python: {wrong}. {exact}Does it compute the same each time, if "
-            "generators are seeded? (`convert(..., verify=False)` does not compare.)"
-        )
-    return found
+    return _refusing(network, model, expected, wrong) if found is None else found
+
+
+def _refusing(
+    network: nn.Module, model: DA3Model, expected: Expected, wrong: Comparison
+) -> DA3Model:
+    """The conversion, if all that is wrong is that it does not take some inputs, and says so.
+
+    Raises:
+        ConversionError: It computes something else.
+    """
+    others = [c for c in expected.compare(model) if not (c.ok or c.refused)]
+    if not others:
+        _warn(f"{type(network).__name__} does not take every input that the network takes: {wrong}")
+        return model
+    codes = others[0].name.startswith("gradients") and not model.config.memory.exact
+    exact = "`MemoryConfig(exact=True)` computes gradients without codes. " if codes else ""
+    raise ConversionError(
+        f"The converted network does not reproduce the backbone {type(network).__name__}, "
+        f"whatever of it stays Python: {others[0]}. {exact}Does it compute the same each time, if "
+        "generators are seeded? (`convert(..., verify=False)` does not compare.)"
+    )
 
 
 def comparisons(network: nn.Module, model: DA3Model, known: Known) -> list[Comparison]:
@@ -94,7 +107,11 @@ def _narrowed(
             found = _blamed(build, passes, [*candidates], wrong)
             if found is not None and _first_wrong(expected, found[1]) is None:
                 names = ", ".join(path or "the network itself" for path in found[0])
-                _warn(f"{type(network).__name__}: {names}", wrong)
+                _warn(
+                    f"{type(network).__name__}: {names} stays Python, and so takes more memory. "
+                    f"Turned into a graph, it computed something else ({wrong}). "
+                    "`print(model.plan)` says more; `lightning-da3 verify` compares."
+                )
                 return found[1]
     return None
 
@@ -122,10 +139,5 @@ def _blamed(
     return None if paths is None or model is None else (paths, model)
 
 
-def _warn(who: str, wrong: Comparison) -> None:
-    warnings.warn(
-        f"{who} stays Python, and so takes more memory. Turned into a graph, it computed something "
-        f"else ({wrong}). `print(model.plan)` says more; `lightning-da3 verify` compares.",
-        ConversionWarning,
-        stacklevel=5,
-    )
+def _warn(message: str) -> None:
+    warnings.warn(message, ConversionWarning, stacklevel=5)  # whoever called `convert`

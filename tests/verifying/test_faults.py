@@ -8,6 +8,7 @@ from helpers.verified import CONFIG, Net, assert_same
 from lightning_da3 import (
     ConversionError,
     ConversionWarning,
+    InputError,
     convert,
 )
 from lightning_da3.converting import compared
@@ -64,6 +65,9 @@ def test_a_wrong_folding(monkeypatch):
         model = convert(net, CONFIG)
     assert_same(model, net, x)
     assert "b.conv" in dict(model.plan.python)
+    other = Net().eval()
+    model.load_state_dict(other.state_dict())
+    assert_same(model, other, x)
 
 
 def test_a_wrong_backward_alone(monkeypatch):
@@ -130,3 +134,21 @@ def test_gradients_that_no_module_can_mend_are_an_error_that_names_the_exact_mod
     monkeypatch.setattr("lightning_da3.converting.rewrite", wrong)
     with pytest.raises(ConversionError, match=r"exact=True\)` computes gradients without codes"):
         convert(Net(), CONFIG)
+
+
+def test_a_conversion_that_refuses_some_inputs_is_taken_with_a_warning(monkeypatch):
+    own = rewriting.rewrite
+
+    def refusing(traced, plan, config):
+        root = own(traced, plan, config)
+        root.register_forward_pre_hook(refuse)
+        return root
+
+    def refuse(module, args):
+        if len(args[0]) == 3:
+            raise InputError("not three")
+
+    monkeypatch.setattr("lightning_da3.converting.rewrite", refusing)
+    with pytest.warns(ConversionWarning, match="does not take every input.*not three"):
+        model = convert(Net(), CONFIG)
+    assert model.plan.python == ()
