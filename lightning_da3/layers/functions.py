@@ -138,7 +138,11 @@ _LAYER_OF: dict[str, Callable[..., nn.Module | None]] = {
 TABLE.update(
     {name: Facts(layer=layer, sensitive="max_pool" in name) for name, layer in _LAYER_OF.items()}
 )
-_names("adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d", sensitive=True)
+_names(
+    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices "
+    "max_pool2d_with_indices max_pool3d_with_indices",
+    sensitive=True,
+)
 
 
 # --- looking up -----------------------------------------------------------------------------------

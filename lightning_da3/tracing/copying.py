@@ -23,7 +23,12 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     Raises:
         ConversionError: It cannot be copied.
     """
-    return _plain_(_copy(model).eval().requires_grad_(False))
+    twin = _copy(model).eval()
+    for parameter in twin.parameters():
+        if not parameter.is_leaf:  # of copied ScriptModules
+            parameter.detach_()
+        parameter.requires_grad_(False)
+    return _plain_(twin)
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -225,11 +225,12 @@ def probe_inputs(inputs: Sequence[Any]) -> Iterator[list[list[Any]]]:
         return dict.fromkeys(range(2, x.dim()), 33)
 
     def tokens(x: Tensor) -> dict[int, int]:
-        return {1: 13} if x.dim() == 3 or (x.dim() == 2 and not x.is_floating_point()) else {}
+        of_tokens = x.dim() == 3 or (x.dim() == 2 and not x.is_floating_point())
+        return {1: 13} if of_tokens else spatial(x)
 
     first = with_sizes(lambda _: {}, 1)
     tried: list[list[Any]] = []
-    ways: tuple[Callable[[Tensor], dict[int, int]], ...] = (spatial, tokens, lambda _: {})
+    ways: tuple[Callable[[Tensor], dict[int, int]], ...] = (tokens, spatial, lambda _: {})
     for axes in ways:
         second = with_sizes(axes, 2)
         if not any(_sizes(second) == _sizes(other) for other in tried):

@@ -27,13 +27,17 @@ class Snapshot:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self._attributes = {m: _attributes(m) for m in root.modules()}
-        self._buffers = {m: dict(m._buffers) for m in root.modules()}
+        # what a ScriptModule holds, no forward in Python changes
+        inside = [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self._attributes = {m: _attributes(m) for m in inside}
+        self._buffers = {m: dict(m._buffers) for m in inside}
         self._versions = {id(b): version_of(b) for b in root.buffers()}
         self._contents: dict[int, Tensor] = {id(b): b.detach().clone() for b in root.buffers()}
 
     def changed(self, module: nn.Module) -> list[str]:
         """Which attributes and buffers of a module are not what they were."""
+        if module not in self._attributes:
+            return []
         before, now = self._attributes[module], _attributes(module)
         names = {name for name in {**before, **now} if _differ(before, now, name)}
         buffers = self._buffers[module]
