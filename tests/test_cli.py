@@ -206,7 +206,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss is the system's own")
-@pytest.mark.parametrize("name", ["vit_h_14", "regnet_y_128gf"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("vit_h_14", marks=pytest.mark.exhaustive), "regnet_y_128gf"]
+)
 def test_a_huge_network_is_built_in_little_memory(name):
     pytest.importorskip("torchvision")
     found = subprocess.run([sys.executable, "-c", PEAK, name], capture_output=True, text=True)

@@ -7,7 +7,7 @@ import pytest
 from helpers.examples import start
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
 @pytest.mark.parametrize("part", ["kills", "damage", "domains", "checkpoints", "disk"])
 def test_durability(part, tmp_path):
@@ -18,7 +18,7 @@ def test_durability(part, tmp_path):
     assert "  NO   " not in printed
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
 def test_durability_counts_what_goes_wrong(tmp_path, monkeypatch, capfd):
     """On purpose: a writer that is not atomic, a reader that believes what it reads."""

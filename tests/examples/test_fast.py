@@ -104,7 +104,7 @@ def test_tracked_bytes_are_those_of_storages_that_live():
     assert fast.tracked_bytes() == before
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_fast(tmp_path):
     options = "--models resnet18 --batch-sizes 1 2 --image-size 64 --steps 1 --contestants DA3"
     process = start("fast.py", *options.split(), folder=tmp_path)

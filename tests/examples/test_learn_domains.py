@@ -71,7 +71,7 @@ def test_resuming_nothing_starts_anew(tmp_path):
     assert not run.finished(DA3, "digits")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_interrupted_demonstration_goes_on_where_it_was(tmp_path):
     options = ["--smoke", "--output", "out"]
     process = start("learn_domains.py", *options, folder=tmp_path)

@@ -29,7 +29,7 @@ def test_mixed_ways_give_the_same():
         assert not any(mixed._right(model, images, labels, domains, others))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_mixed(tmp_path):
     process = start("mixed.py", "--quick", folder=tmp_path)
     printed, _ = process.communicate(timeout=600)

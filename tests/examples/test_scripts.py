@@ -8,7 +8,7 @@ def test_the_quickstart_stays_short():
     assert len((EXAMPLES / "quickstart.py").read_text().splitlines()) <= 40
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_quickstart(tmp_path):
     process = start("quickstart.py", folder=tmp_path)
     printed, _ = process.communicate(timeout=600)
@@ -17,7 +17,7 @@ def test_quickstart(tmp_path):
     assert (tmp_path / "outputs" / "quickstart" / "digits.safetensors").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_cli(tmp_path):
     pytest.importorskip("jsonargparse")
     process = start("cli.py", "fit", "--trainer.limit_train_batches", "3", folder=tmp_path)
@@ -27,7 +27,7 @@ def test_the_cli(tmp_path):
     assert "hidden_channels: 12" in (tmp_path / "outputs" / "cli" / "config.yaml").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_budget(tmp_path):
     process = start("budget.py", "--quick", folder=tmp_path)
     printed, _ = process.communicate(timeout=600)

@@ -188,6 +188,7 @@ class Siamese(nn.Module):
         return self.fc(self.body(torch.cat((x, x))).view(2, len(x), 2).sum(0) + half)
 
 
+@pytest.mark.exhaustive
 def test_every_batch_size_follows_where_one_start_runs_several_times(few):
     model = convert(Siamese().eval(), DA3Config(head=None))
     model.add_domain("d")

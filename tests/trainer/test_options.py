@@ -114,9 +114,14 @@ def test_the_tuner_scales_the_batch_size(tmp_path, door):
     assert trainer.global_step == 2 * -(-12 // size)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("door", EITHER)
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("eager", marks=pytest.mark.slow),
+        pytest.param("aot_eager", marks=pytest.mark.exhaustive),
+    ],
+)
 @pytest.mark.parametrize("gate", [None, GateConfig(noise=False)], ids=["plain", "gated"])
 def test_a_compiled_module_trains_the_same(tmp_path, door, backend, gate):
     memory = MemoryConfig(exact=True)  # codes' last digits differ, and Adam makes much of them
