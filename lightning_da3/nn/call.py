@@ -191,10 +191,11 @@ class Calls:
 class _Here(threading.local):
     """What belongs to one thread."""
 
-    call: Call | None = None
-    resting: Call | None = None
-    noise: Noise | None = None
-    executed: Tensor | None = None  # the share of FLOPs that the last call executed
+    def __init__(self) -> None:  # in every thread: a compiler asks what is there
+        self.call: Call | None = None
+        self.resting: Call | None = None
+        self.noise: Noise | None = None
+        self.executed: Tensor | None = None  # the share of FLOPs that the last call executed
 
 
 class Place(nn.Module):
