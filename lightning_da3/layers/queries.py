@@ -107,12 +107,11 @@ def is_in_place(node: fx.Node) -> bool:
     )
 
 
-# their results are their input itself, where there is nothing to do
-_AT_TIMES_THE_SAME = (
-    "contiguous to float half double bfloat16 type type_as cpu cuda expand_as broadcast_to ravel "
-    "atleast_1d atleast_2d atleast_3d as_strided unfold view_as_real view_as_complex real imag "
-    "getattr dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout data "
-    "requires_grad_ swapaxes_ squeeze_ unsqueeze_ identity checkpoint reshape_as resolve_conj"
+# views that the table does not have, and what is its input itself where there is nothing to do
+_MAY_SHARE = (
+    "cpu cuda broadcast_to ravel atleast_1d atleast_2d atleast_3d unfold view_as_real "
+    "view_as_complex reshape_as resolve_conj getattr requires_grad_ swapaxes_ squeeze_ unsqueeze_ "
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout"
 ).split()
 
 
@@ -125,7 +124,7 @@ def may_share(node: fx.Node, layer: nn.Module | None = None) -> bool:
     """
     if layer is not None:
         return isinstance(layer, (nn.Identity, nn.Flatten, nn.Unflatten, DROPOUT_LAYERS))
-    return facts_of_call(node).view or operation(node) in _AT_TIMES_THE_SAME
+    return facts_of_call(node).view or operation(node) in _MAY_SHARE
 
 
 def attribute_is_number(name: Any) -> bool:

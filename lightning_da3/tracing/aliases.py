@@ -10,7 +10,13 @@ from typing import Any
 
 from torch import fx, nn
 
-from lightning_da3.layers import facts_of_call, is_in_place, layer_of, may_share
+from lightning_da3.layers import (
+    attribute_is_number,
+    facts_of_call,
+    is_in_place,
+    layer_of,
+    may_share,
+)
 from lightning_da3.tracing.graphs import module_in
 from lightning_da3.tracing.probes import PROBED, storages
 
@@ -131,5 +137,5 @@ def _apart(one: fx.Node, other: fx.Node) -> bool:
 
 
 def _asks_for_number(node: fx.Node) -> bool:
-    attribute = node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
+    attribute = node.target is getattr and attribute_is_number(node.args[1])
     return attribute or facts_of_call(node).gives_number

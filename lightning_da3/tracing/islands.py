@@ -24,7 +24,6 @@ from lightning_da3.tracing.normalizing import normalize_
 from lightning_da3.tracing.probes import PROBED
 from lightning_da3.tracing.refusals import first_line
 from lightning_da3.tracing.tracer import Tracer
-from lightning_da3.tracing.watching import states_kept
 
 LAYER = "layer"  # name of the one layer in the graph of a single layer
 
@@ -55,8 +54,7 @@ def trace(
             twin.set_submodule(path, PythonFunction(layer))  # nothing is known of it any more
             layers[path] = reasons[path]
     islands = _Islands(Session(inputs, reasons))
-    with states_kept():
-        root = islands.convert(twin, "")
+    root = islands.convert(twin, "")
     python = {**islands.python, **layers}
     return Traced(root, tuple(islands.parts), python, islands.functions, network)
 

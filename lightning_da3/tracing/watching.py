@@ -130,19 +130,6 @@ def random_states() -> tuple[Any, Any]:
     return random.getstate(), (kind, np.asarray(keys).tobytes(), *others)
 
 
-@contextlib.contextmanager
-def states_kept() -> Iterator[None]:
-    """Inside, random numbers may be drawn; outside nobody sees it."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    state = _torch_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        _go_back(state)
-
-
 def _torch_state() -> Tensor:
     with without_modes():  # of fake tensors
         return torch.get_rng_state()

@@ -1,10 +1,11 @@
 """A small network of three blocks, the second of which may be odd."""
 
+import pytest
 import torch
 from torch import nn
 
 from helpers.comparing import assert_relatively_close
-from lightning_da3 import AdapterConfig, DA3Config, MemoryConfig
+from lightning_da3 import AdapterConfig, ConversionWarning, DA3Config, MemoryConfig, convert
 
 CONFIG = DA3Config(adapter=AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1), head=None)
 EXACT = DA3Config(adapter=CONFIG.adapter, head=None, memory=MemoryConfig(exact=True))
@@ -41,3 +42,10 @@ def assert_same(model, net, x):
     net.eval()
     with torch.no_grad():
         assert_relatively_close(model(x), net(x), 1e-4)
+
+
+def python_of(net, named, **options):
+    """The modules that stay Python, after a warning that names `named`; and the model."""
+    with pytest.warns(ConversionWarning, match=named):
+        model = convert(net, CONFIG, **options)
+    return [path for path, _ in model.plan.python], model

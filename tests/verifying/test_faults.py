@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.comparing import assert_relatively_close
-from helpers.verified import CONFIG, Net, assert_same
+from helpers.verified import CONFIG, Net, assert_same, python_of
 
 from lightning_da3 import (
     ConversionError,
@@ -19,13 +19,6 @@ from lightning_da3.passes import rewriting
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def python_of(net, named, **options):
-    """The modules that stay Python, after a warning that names `named`; and the model."""
-    with pytest.warns(ConversionWarning, match=named):
-        model = convert(net, CONFIG, **options)
-    return [path for path, _ in model.plan.python], model
 
 
 def faulty(monkeypatch, edit_):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.comparing import assert_relatively_close, photograph
-from helpers.verified import CONFIG, EXACT, Net, assert_same
+from helpers.verified import CONFIG, EXACT, Net, assert_same, python_of
 from torch import nn
 
 from lightning_da3 import (
@@ -26,13 +26,6 @@ from lightning_da3.verifying.expected import Expected, expected_of
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def python_of(net, named, **options):
-    """The modules that stay Python, after a warning that names `named`; and the model."""
-    with pytest.warns(ConversionWarning, match=named):
-        model = convert(net, CONFIG, **options)
-    return [path for path, _ in model.plan.python], model
 
 
 # --- networks that no graph holds -----------------------------------------------------------------
