@@ -52,7 +52,7 @@ def convert(
             first samples.
         verify: Whether to compare. True: in float64, however long it takes. None: if the inputs
             are given or can be guessed; of a large network only one pass on one sample, of a huge
-            one nothing. The conversion then takes up to three times as long as with False.
+            one nothing. The conversion takes about three times as long as without.
 
     Returns:
         A `DA3Model` without domains, which computes what `backbone` computes in eval.
