@@ -94,7 +94,11 @@ def kills(scale: Scale, work: Path) -> bool:
             lost += sum(now.get(name) != content for name, content in finished.items())
             finished = now
             writing += any(path.suffix == ".tmp" for path in folder.glob("*"))
-        different += code != 0 or weights(folder) != expected
+        ended = weights(folder) if code == 0 else {}
+        if ended != expected:
+            different += 1
+            others = [name for name in NAMES if ended.get(name) != expected[name]]
+            print(f"       sequence {sequences} ended with exit code {code}, other: {others}")
         shutil.rmtree(folder)
     print(f"kill -9 at random moments of a run of {duration:.1f} s over {len(NAMES)} domains")
     print(f"  {killed} kills, {writing} of them while a file was written, in {sequences} sequences")

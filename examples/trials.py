@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import os
 import sys
 import traceback
@@ -121,6 +122,7 @@ def fork(work: Callable[[], object]) -> int:
     process = os.fork()
     if process:
         return process
+    faulthandler.enable()  # whoever dies of another signal than the trial's says where
     code = 1
     try:
         work()

@@ -76,6 +76,9 @@ class Facts:
             registered.
         sensitive: Its gradient is far off where its argument is rounded a little, as where it
             divides by differences of eigenvalues or selects: it is not computed from codes.
+        steep: Its derivative by its last tensor is without bound, as that of a logarithm, or turns
+            fast, as that of a sine: computed from codes only where that tensor is a mean, a sum or
+            the like, in which the codes' errors cancel.
         rank: The number of axes of input and output, the batch among them. 0: any.
         function: The function that a layer calls on its input and its own tensors.
         arguments: The names of those tensors and of the layer's other attributes, in the order in
@@ -97,6 +100,7 @@ class Facts:
     pure: bool = False
     random: bool = False
     sensitive: bool = False
+    steep: bool = False
     rank: int = 0
     function: Callable[..., Any] | None = None
     arguments: tuple[str, ...] = ()

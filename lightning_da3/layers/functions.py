@@ -29,9 +29,15 @@ _names("sub sub_ rsub neg", **_ELEMENTWISE)
 _names("isub", in_place=True, **_ELEMENTWISE)
 _names("mul mul_ rmul", elementwise=True, does="product")
 _names("imul", elementwise=True, does="product", in_place=True)
-_names("truediv div div_", elementwise=True, does="quotient")
-_names("itruediv", elementwise=True, does="quotient", in_place=True)
-_names("ipow", in_place=True)
+_names("truediv div div_ divide true_divide", elementwise=True, does="quotient", steep=True)
+_names("itruediv", elementwise=True, does="quotient", in_place=True, steep=True)
+_names("pow float_power", steep=True)
+_names("ipow", in_place=True, steep=True)
+_names(
+    "reciprocal sqrt rsqrt log log2 log10 log1p xlogy logit atan2 arctan2 acos arccos asin arcsin "
+    "atanh arctanh lgamma digamma polygamma sin cos tan sinc hypot",
+    steep=True,
+)
 _names("matmul bmm mm addmm einsum dot", does="product")
 _names("cat concat concatenate", does="concatenation", keeps="nothing")
 _names("softmax", does="softmax")
@@ -56,7 +62,7 @@ _names(
 )
 
 _names(
-    "stack hstack vstack clone getattr repeat mean sum pad floordiv mod eq ne lt le gt ge _assert "
+    "stack hstack vstack clone getattr repeat mean sum pad _assert "
     "roll flip interpolate upsample pixel_shuffle pixel_unshuffle unfold fold constant_pad_nd "
     "one_hot ones_like zeros_like linear index_select",
     keeps="nothing",
@@ -68,9 +74,13 @@ _names(
     "linalg_lu linalg_solve_triangular svd qr inverse pinverse det logdet slogdet cholesky "
     "cholesky_inverse cholesky_solve lu_solve triangular_solve topk sort msort argsort kthvalue "
     "median nanmedian mode max min amax amin aminmax argmax argmin cummax cummin "
-    "sign sgn angle frac round floor ceil trunc",
+    "sign sgn angle frac round floor ceil trunc floor_divide remainder fmod "
+    "abs absolute clamp clip clamp_min clamp_max maximum minimum fmax fmin copysign heaviside "
+    "greater greater_equal less less_equal not_equal isclose signbit "
+    "softshrink hardshrink prelu rrelu threshold",
     sensitive=True,
 )
+_names("floordiv mod eq ne lt le gt ge", keeps="nothing", sensitive=True)
 
 # attributes of a tensor that are not tensors
 NUMBERS = ("shape", "ndim", "dtype", "device")
@@ -135,8 +145,12 @@ _LAYER_OF: dict[str, Callable[..., nn.Module | None]] = {
     "adaptive_avg_pool2d": nn.AdaptiveAvgPool2d,
     "adaptive_avg_pool3d": nn.AdaptiveAvgPool3d,
 }
+_DECIDES = ("relu", "relu_", "relu6", "hardtanh", "leaky_relu", "_threshold")
 TABLE.update(
-    {name: Facts(layer=layer, sensitive="max_pool" in name) for name, layer in _LAYER_OF.items()}
+    {
+        name: Facts(layer=layer, sensitive="max_pool" in name or name in _DECIDES)
+        for name, layer in _LAYER_OF.items()
+    }
 )
 _names(
     "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices "

@@ -82,7 +82,15 @@ register(
     has_modes=True,
 )
 
-register(nn.FractionalMaxPool2d, nn.FractionalMaxPool3d, random=True, by_sample=True)
+register(
+    nn.FractionalMaxPool2d, nn.FractionalMaxPool3d, random=True, sensitive=True, by_sample=True
+)
+register(
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+    sensitive=True,
+    by_sample=True,
+)
+register(nn.Softshrink, nn.Hardshrink, sensitive=True, by_sample=True, elementwise=True)
 
 # --- layers with a replacement --------------------------------------------------------------------
 
@@ -92,31 +100,31 @@ def _piecewise_linear(low: float, high: float, slope: float, inplace: bool) -> R
     return Replacement(lambda over: PiecewiseLinear(slopes, over), "bits", inplace)
 
 
-@register(nn.ReLU, **_ELEMENTWISE)
+@register(nn.ReLU, sensitive=True, **_ELEMENTWISE)
 def _relu(layer: nn.ReLU) -> Replacement:
     return _piecewise_linear(0.0, math.inf, 0.0, layer.inplace)
 
 
-@register(nn.ReLU6, nn.Hardtanh, **_ELEMENTWISE)
+@register(nn.ReLU6, nn.Hardtanh, sensitive=True, **_ELEMENTWISE)
 def _hardtanh(layer: nn.Hardtanh) -> Replacement:
     return _piecewise_linear(float(layer.min_val), float(layer.max_val), 0.0, layer.inplace)
 
 
-@register(nn.LeakyReLU, **_ELEMENTWISE)
+@register(nn.LeakyReLU, sensitive=True, **_ELEMENTWISE)
 def _leaky_relu(layer: nn.LeakyReLU) -> Replacement | None:
     if layer.negative_slope < 0:  # the sign of the output no longer tells that of the input
         return None
     return _piecewise_linear(0.0, math.inf, float(layer.negative_slope), layer.inplace)
 
 
-@register(nn.Threshold, **_ELEMENTWISE)
+@register(nn.Threshold, sensitive=True, **_ELEMENTWISE)
 def _threshold(layer: nn.Threshold) -> Replacement | None:
     if layer.value != 0.0 or layer.threshold < 0.0:
         return None
     return None if layer.threshold else _piecewise_linear(0.0, math.inf, 0.0, layer.inplace)
 
 
-@register(nn.PReLU, **_ELEMENTWISE)
+@register(nn.PReLU, sensitive=True, **_ELEMENTWISE)
 def _prelu(layer: nn.PReLU) -> Replacement | None:
     if layer.weight.numel() != 1:
         return None
@@ -169,7 +177,7 @@ def _conv_transpose(layer: nn.ConvTranspose2d) -> Replacement:
     return Replacement(lambda _: FrozenConvTranspose(layer))
 
 
-@register(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, by_sample=True)
+@register(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, sensitive=True, by_sample=True)
 def _max_pool(layer: nn.MaxPool2d) -> Replacement | None:
     if layer.return_indices:
         return None

@@ -22,8 +22,8 @@ from lightning_da3.torch_private.kernels import DECODE_ROWS, ENCODE_ROWS
 
 GROUP = 256  # elements that share one range
 # the most elements of a range inside one token or one channel's cells, which may lie far from the
-# next one's; and the fewest that get ranges of their own
-ROW, LEAST_ROW = 64, 48
+# next one's; and the fewest of a row, and of a token, that get ranges of their own
+ROW, LEAST_ROW, LEAST_TOKEN = 64, 48, 16
 EXTRA = 8  # bytes of a group's step and lowest value
 
 _SMALL = 1e-8  # added to a range before it divides, as FBGEMM does
@@ -126,11 +126,16 @@ def _first_divisor(number: int, most: int) -> int:
 _known_divisor = functools.cache(_first_divisor)
 
 
+def _smallest_divisor(number: int, least: int) -> int:
+    return next(d for d in range(least, number + 1) if number % d == 0)
+
+
 def sample_group(x: Tensor) -> int:
     """The elements of a group, such that none reaches into two samples of (N, ..), if possible.
 
     So the codes of a sample do not depend on the rest of its batch. If possible, no group reaches
-    into two rows of at least `LEAST_ROW` elements either.
+    into two rows of at least `LEAST_ROW` elements either; and none into two tokens of (N, T, D) of
+    at least `LEAST_TOKEN`: the norm of one far smaller than its neighbours would divide by nothing.
     """
     row = max(
         (n for n, step in zip(x.shape[1:], x.stride()[1:], strict=True) if step == 1), default=1
@@ -138,6 +143,8 @@ def sample_group(x: Tensor) -> int:
     part = _largest_divisor(row, ROW) if row else 1
     if part >= LEAST_ROW:
         return part
+    if x.dim() == 3 and row >= LEAST_TOKEN:
+        return row if row < LEAST_ROW else _smallest_divisor(row, LEAST_ROW)
     whole = x[0].numel() if x.dim() and x.numel() else 1
     divisor = _largest_divisor(whole, GROUP)
     return divisor if divisor >= 32 or whole < 32 else GROUP

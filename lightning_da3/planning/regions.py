@@ -23,12 +23,14 @@ from lightning_da3.layers import (
     may_draw,
 )
 from lightning_da3.planning.aliases import find_writers
+from lightning_da3.planning.conditioning import Conditioning, is_of_many
 from lightning_da3.planning.flow import Flow, Nodes, dominators
 from lightning_da3.planning.plan import HostPlan, NodePlan, RecomputeRegion
 from lightning_da3.tracing.graphs import module_of
 
 # passing a convolution or a matrix product must make the kept value at least so much smaller
 WORTH = 2.0
+SQUEEZED = 16.0  # a mean over so many elements is not rounded
 _GONE = ("fold", "remove")
 
 
@@ -85,6 +87,7 @@ class RegionFinder:
             if node in inputs or node.name in self.written or self._sources(node):
                 self.trained[node] = None
         self.before = dominators(self.trained, self._sources)
+        self.ill = set() if exact else Conditioning(gm, self.trained).ill(flow.nodes)
 
     def _gives_one_tensor(self, node: fx.Node) -> bool:
         """Whether it does, if shapes are unknown: layers do, unless they return tuples."""
@@ -160,7 +163,7 @@ class RegionFinder:
         best, most = None, 0.0
         source = self.before[keeper]
         while source is not None:
-            if source not in self.tensors:
+            if source not in self.tensors or self._is_squeezed(source):
                 source = self._step(source)
                 continue
             region = self._region([source], [keeper])
@@ -171,6 +174,11 @@ class RegionFinder:
                 best, most = region, saved
             source = self._step(source)
         return best
+
+    def _is_squeezed(self, node: fx.Node) -> bool:
+        """Whether so little is left of many positions that rounding it is not worth its error."""
+        sizes = [self.size[i] for i in self._sources(node)]
+        return is_of_many(self.gm, node) and self.size[node] * SQUEEZED <= max(sizes, default=0.0)
 
     def _cost(self, source: fx.Node) -> float:
         return self.size[source] * (4.0 if self.exact else 1.0)
@@ -222,13 +230,13 @@ class RegionFinder:
         planned = self.plan.get(node.name)
         if planned is not None and planned.action == "remove":
             return True
+        decided = planned is not None and planned.action == "replace"  # and kept in bits
+        if not (self.exact or decided) and node in self.ill:
+            return False
         layer = module_of(self.gm, node)
         if layer is not None:  # hooks run once, and graphs in the graph may train
             alone = has_hooks(layer) or isinstance(layer, fx.GraphModule)
             return not (alone or layer_may_draw(layer))
-        decided = planned is not None and planned.action == "replace"  # and kept in bits
-        if not (self.exact or decided) and facts_of_call(node).sensitive:
-            return False
         pure = node.op == "call_method" or is_pure(node.target)
         return pure and not may_draw(node.target, node.args, node.kwargs)
 

@@ -143,6 +143,8 @@ def call_layer(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) ->
     Fake tensors take norms apart, and run every step of recurrent layers.
     """
     x = args[0] if args else None
+    if type(layer) is nn.MultiheadAttention and _gives_queries(layer, args, kwargs):
+        return torch.empty_like(args[0]), None
     if not isinstance(x, Tensor) or kwargs or len(args) > 1:
         return layer.forward(*args, **kwargs)
     if facts_of(layer).elementwise or type(layer) is nn.LayerNorm:
@@ -156,6 +158,17 @@ def call_layer(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) ->
     size[axis] = x.shape[axis]
     y, state = layer.forward(x.narrow(axis, 0, 1))
     return y.expand(size), state
+
+
+def _gives_queries(layer: nn.MultiheadAttention, args: Sequence[Any], kwargs: Any) -> bool:
+    """Whether what an attention gives is shaped like its queries, without weights beside it."""
+    sizes = [layer.embed_dim, layer.kdim, layer.vdim]
+    return (
+        kwargs.keys() == {"need_weights"}
+        and kwargs["need_weights"] is False
+        and [x.shape[-1] if isinstance(x, Tensor) else None for x in args] == sizes
+        and args[0].dim() == args[1].dim() == args[2].dim()
+    )
 
 
 def _varies(node: fx.Node, results: Sequence[Any]) -> str:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from lightning_da3.ops.bits import dense
 from lightning_da3.ops.codes import (
+    Code,
     Rows,
     decode,
     encode,
@@ -183,3 +184,15 @@ def test_the_codes_of_a_sample_do_not_depend_on_its_batch():
     whole, alone = encode(x, sample_group(x)), encode(x[1:2], sample_group(x[1:2]))
     assert sample_group(x) == sample_group(x[1:2]) == 77
     assert torch.equal(whole.view(3, -1)[1], alone)
+
+
+@pytest.mark.parametrize("width", [16, 40, 64, 97, 152, 768])
+def test_a_token_far_smaller_than_its_neighbours_keeps_its_own_range(width: int) -> None:
+    x = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0))
+    x[:, 0] *= 1e-4  # a class token, say
+    code = Code.of(x)
+    back = code.decode(code.encode(x))
+    norm = torch.nn.functional.layer_norm
+    torch.testing.assert_close(
+        norm(back, (width,), eps=1e-12), norm(x, (width,), eps=1e-12), rtol=0, atol=0.03
+    )
