@@ -130,6 +130,7 @@ class _Builder:
             rewritten = rewrite(traced, decided, self.config)
         mark = self._fingerprint(decided.head)
         self.original = self.original or Original(self.backbone)
+        self.original.keep(self.backbone, rewritten)
         model = DA3Model(rewritten, decided, self.config, mark, layers, self.original)
         model.former = {} if self.mode else former_identity(self.backbone, decided.head)
         return model
