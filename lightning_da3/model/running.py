@@ -21,6 +21,7 @@ from lightning_da3.budget.policy import BudgetPolicy
 from lightning_da3.config import DA3Config
 from lightning_da3.eager import KeepsLess
 from lightning_da3.model.batches import carrying, explain_types, laid_out, tell_that_nothing_trains
+from lightning_da3.model.clashes import guard_backbone_, with_own_config
 from lightning_da3.model.methods import Entry, Method, Methods
 from lightning_da3.model.multi_domain import MultiDomain
 from lightning_da3.model.original import Original
@@ -44,8 +45,11 @@ class Running(MultiDomain):
         architecture: str,
         original: Original | None = None,
     ) -> None:
+        original = original or Original()
+        config = with_own_config(config, original.network)
         super().__init__(backbone, plan, config, fingerprint, architecture)
-        self.original = original or Original()
+        guard_backbone_(backbone, original.network, self.calls)
+        self.original = original
         self.budget_policy = BudgetPolicy(config.memory)
         self.progress = 1.0
         self.gate_loss_scale: float | None = None

@@ -1,6 +1,8 @@
 """What a converted network has of the user's network: attributes, submodules, methods."""
 
 import copy
+import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -238,3 +240,32 @@ def test_they_are_no_part_of_states(plain):
     plain.encode(X), plain.stages[0](Y)
     assert [*plain.state_dict()] == before
     assert not [m for m in plain.modules() if type(m).__name__ == "Block"]
+
+
+# --- names that a DA3Model has itself -------------------------------------------------------------
+
+
+class Configured(Net):
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(num_labels=5, head="theirs")
+        self.backbone = nn.Sequential(self.stages, nn.ReLU())
+
+    def forward(self, x):
+        return self.forward_head(self.backbone(self.stem(x)))
+
+
+def test_names_that_both_have():
+    model = convert(Configured(), CONFIG, verify=False)
+    assert model.config.num_labels == model.network.config.num_labels == 5
+    assert model.config == CONFIG == copy.deepcopy(model).config
+    assert model.config.head == "auto"
+    assert repr(model.config) == repr(CONFIG)
+    assert hash(model.config) == hash(CONFIG)
+    assert pickle.loads(pickle.dumps(model.config)).num_labels == 5
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = model.config.nothing
+    model(X)
+    with pytest.raises(DA3Error, match=r"`model\.network\.backbone`"):
+        model.backbone(X)
+    torch.testing.assert_close(model.network.backbone(Y), model.stages(Y).relu())
