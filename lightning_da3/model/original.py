@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from lightning_da3.errors import DA3Error
 from lightning_da3.memory import StepPredictor
+from lightning_da3.model.identity import uncompiled_name
 from lightning_da3.nn.convolution import FrozenConv, FrozenConvTranspose
 from lightning_da3.nn.normalization import BatchNormStatistics, FrozenAffine
+from lightning_da3.torch_private.modules import original_of
 
 _INNER = ("layer", "function", "original")  # what holds a layer of the user's by another name
 _DERIVED = ("parametrizations.", "weight_g", "weight_v", "weight_orig", "num_batches_tracked")
@@ -36,15 +38,17 @@ class Original:
         self.spare: dict[str, Tensor] = {}
         if network is not None:
             with suppress(DA3Error):  # then only the figures of fine-tuning are missing
-                copied = StepPredictor(network).twin
+                copied = _uncompiled_(StepPredictor(network).twin)
                 self.network = copied.requires_grad_(True) if _can_train(copied) else copied
 
     def keep(self, network: nn.Module, backbone: nn.Module) -> None:
         """Take copies of what the rewritten network does not hold."""
         held = {user_name(path, key) for path, _, key, _ in tensors_in(backbone)}
+        tensors = (*network.named_parameters(), *network.named_buffers())
+        named = {uncompiled_name(name): value for name, value in tensors}
         self.spare = {
             name: value.detach().clone()
-            for name, value in (*network.named_parameters(), *network.named_buffers())
+            for name, value in named.items()
             if name not in held and not any(part in name for part in _DERIVED)
         }
 
@@ -60,6 +64,14 @@ class Original:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Original, ()
+
+
+def _uncompiled_(network: nn.Module) -> nn.Module:
+    """A copy without what `torch.compile` put around its parts."""
+    for module in [*network.modules()]:
+        for name, child in module.named_children():
+            setattr(module, name, original_of(child) or child)
+    return original_of(network) or network
 
 
 def _can_train(network: nn.Module) -> bool:

@@ -269,3 +269,29 @@ def test_names_that_both_have():
     with pytest.raises(DA3Error, match=r"`model\.network\.backbone`"):
         model.backbone(X)
     torch.testing.assert_close(model.network.backbone(Y), model.stages(Y).relu())
+
+
+@pytest.mark.parametrize("part", [None, "stages", "conv1"])
+def test_of_a_compiled_network(part):
+    """Nothing is compiled here: `torch.compile` compiles when it is called."""
+    net = original()
+    if part is None:
+        net = torch.compile(net)
+    else:
+        net.set_submodule(part, torch.compile(net.get_submodule(part)))
+    model, plain = convert(net, CONFIG, verify=False), convert(original(), CONFIG, verify=False)
+    assert model.fingerprint == plain.fingerprint
+    assert model.architecture == plain.architecture
+    assert model.plan == plain.plan
+    assert [*model.state_dict()] == [*plain.state_dict()]
+    assert [*model.original.spare] == [*plain.original.spare]
+    assert [n for n, _ in model.network.named_modules()] == [
+        n for n, _ in original().named_modules()
+    ]
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode(X), plain.encode(X))
+
+
+def test_of_a_whole_compiled_network_verification_compiles_nothing():
+    net = torch.compile(original(), backend=lambda *_: pytest.fail("compiled"))
+    assert convert(net, CONFIG).plan.network == "Net"
