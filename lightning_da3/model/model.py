@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import html
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_da3.budget.microbatches import (
-    samples_in,
-)
+from lightning_da3.budget.microbatches import samples_in
 from lightning_da3.config import is_finite
 from lightning_da3.errors import ConfigError, InputError
 from lightning_da3.formatting import shown
-from lightning_da3.model.batches import (
-    check_input,
-)
+from lightning_da3.model.batches import check_input
 from lightning_da3.model.mixed import NEAREST, Domains, by_sample, check_domains
 from lightning_da3.model.modes import set_mode_
 from lightning_da3.model.nearest import (
@@ -27,12 +25,11 @@ from lightning_da3.model.nearest import (
     read_hosts,
 )
 from lightning_da3.model.running import Running
+from lightning_da3.model.status import Status, StepFigures, percentage
 from lightning_da3.model.views import has_name, view_of
 from lightning_da3.nn.call import Call
 from lightning_da3.nn.head import class_axis, classes_of
 from lightning_da3.torch_private.trees import tree_map_only
-
-NOISE_UNTIL = 0.8  # of training; the gates settle without noise
 
 
 class DA3Model(Running):
@@ -243,6 +240,56 @@ class DA3Model(Running):
         """True, whatever its length."""
         return True
 
+    # --- what it is -------------------------------------------------------------------------------
+
+    def status(
+        self,
+        *,
+        name: str = "",
+        domains: Iterable[str] | None = None,
+        outside: Mapping[str, int] | None = None,
+        step: StepFigures | None = None,
+    ) -> Status:
+        """What the model is and trains; ``print(model.status())`` says it in a few lines.
+
+        Args:
+            name: Where the network is in what holds it, such as ``net``.
+            domains: The names of the domains that train; by default the active one.
+            outside: Numbers of parameters outside the network that train with the domain, by name.
+            step: What a training step takes, if it is known.
+
+        Raises:
+            DomainError: There is no such domain.
+        """
+        active = [] if self.active_domain is None else [self.active_domain]
+        shown = {d: self.domain(d) for d in (active if domains is None else domains)}
+        trained = sum(_size(domain) for domain in shown.values())
+        plan, hosts = self.plan, self.plan.hosts
+        return Status(
+            name=name,
+            network=plan.network,
+            head=plan.head,
+            domains={d: domain.num_classes for d, domain in shown.items()},
+            others=tuple(d for d in self.domains if d not in shown),
+            hosts=len(hosts),
+            first_host=hosts[0].name if hosts else "",
+            trained=trained + sum((outside or {}).values()),
+            parameters=_size(self.backbone) + trained + sum((outside or {}).values()),
+            outside=dict(outside or {}),
+            python=len(plan.python) + len(plan.functions),
+            again=len(plan.regions),
+            step=step,
+        )
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, in one line, as `peft` does."""
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        count = sum(p.numel() for p in self.parameters())
+        sys.stdout.write(
+            f"trainable params: {trained:,d} || all params: {count:,d} || "
+            f"trainable%: {percentage(trained, count):.4f}\n"
+        )
+
     def set_progress(self, progress: float) -> None:
         """Say how far training is, in [0, 1]: closes the gates slowly and ends their noise.
 
@@ -256,7 +303,30 @@ class DA3Model(Running):
             )
         self.progress = progress
 
+    def __dir__(self) -> list[str]:
+        """Public names: the model's own, and those of the user's network."""
+        network = self.original.network
+        theirs = [] if network is None else dir(network)
+        names = {*super().__dir__(), *theirs}
+        return sorted(name for name in names if not name.startswith("_"))
+
     def extra_repr(self) -> str:
-        """What no layer shows by itself."""
-        weights = self.config.memory.weights
-        return "" if weights == "same" else f"weights={weights!r}: the backbone is rounded once"
+        """What the model is, and its domains."""
+        plan, weights = self.plan, self.config.memory.weights
+        said = [plan.network, f"{len(plan.hosts)} hosts", f"head={plan.head!r}"]
+        said += [f"domains={self.domains}", f"active_domain={self.active_domain!r}"]
+        if weights != "same":
+            said.append(f"weights={weights!r}: the backbone is rounded once")
+        return ", ".join(said)
+
+    def __repr__(self) -> str:
+        """One line; ``print(model.backbone)`` shows every layer, ``print(model.plan)`` the plan."""
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def _repr_html_(self) -> str:
+        """The status and the plan, for notebooks."""
+        return f"<pre>{html.escape(str(self.status()))}</pre>{self.plan._repr_html_()}"
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
