@@ -307,7 +307,7 @@ class DA3Model(Running):
         """Public names: the model's own, and those of the user's network."""
         network = self.original.network
         theirs = [] if network is None else dir(network)
-        names = {*super().__dir__(), *theirs}
+        names = {*super().__dir__(), *theirs}  # type: ignore[no-untyped-call]
         return sorted(name for name in names if not name.startswith("_"))
 
     def extra_repr(self) -> str:

@@ -6,7 +6,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Iterator
 from types import FunctionType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -231,7 +231,7 @@ def view_of(model: Viewed, path: str = "") -> nn.Module:
             "here, and load the domains."
         )
     source = network.get_submodule(path)
-    view: Any = object.__new__(_kind(type(source)))
+    view: Any = object.__new__(_kind(cast(Any, type(source))))
     vars(view).update({k: v for k, v in vars(source).items() if k not in _SHOWN})
     vars(view).update({_SOURCE: source, _PATH: path, _MODEL: model, "_da3_views": {}})
     return view  # type: ignore[no-any-return]

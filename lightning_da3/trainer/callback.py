@@ -23,8 +23,13 @@ from lightning_da3.trainer.domain_files import DomainFiles
 from lightning_da3.trainer.evaluation import EvaluatesByDomain
 from lightning_da3.trainer.figures import Figures
 from lightning_da3.trainer.first_steps import FirstSteps
-from lightning_da3.trainer.lightning_private import find_unused_parameters_, starts_processes
+from lightning_da3.trainer.lightning_private import (
+    find_unused_parameters_,
+    lend_summary_,
+    starts_processes,
+)
 from lightning_da3.trainer.loading import state_key
+from lightning_da3.trainer.model_summary import UsersSummary
 from lightning_da3.trainer.refusals import check_converted_before, check_plugins, check_strategy
 from lightning_da3.trainer.saying import Saying
 from lightning_da3.trainer.session import TrainingSession
@@ -156,6 +161,7 @@ class DA3Callback(EvaluatesByDomain):
     def _convert(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.session.attach(pl_module, trainer)
         lend_methods_(trainer.strategy, self.session)
+        lend_summary_(trainer, UsersSummary)
         if trainer.state.fn == "fit":
             self.session.open_domains()
             if len(self.session.domains) > 1:  # those of inactive domains
