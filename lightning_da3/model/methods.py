@@ -295,13 +295,15 @@ class Methods:
     def __init__(self) -> None:
         self.made: dict[Any, Method] = {}
         self.view: nn.Module | None = None
+        self._lock = threading.Lock()
 
-    def get(self, entry: Entry, make: Callable[[], Method]) -> Method:
-        """The method of this entry."""
+    def get(self, entry: Entry, make: Callable[[], Method], *, anew: bool = False) -> Method:
+        """The method of this entry, made now if it is new or is to be made anew."""
         key = entry.key
-        if key not in self.made:
-            self.made[key] = make()
-        return self.made[key]
+        with self._lock:
+            if anew or key not in self.made:
+                self.made[key] = make()
+            return self.made[key]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Methods:
         del memo

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_da3.errors import DA3Error
-from lightning_da3.memory import StepPredictor
+from lightning_da3.memory import StepPredictor, without_values
 from lightning_da3.model.identity import uncompiled_name
 from lightning_da3.nn.convolution import FrozenConv, FrozenConvTranspose
 from lightning_da3.nn.normalization import BatchNormStatistics, FrozenAffine
+from lightning_da3.torch_private.fake import FakeTensorMode
 from lightning_da3.torch_private.modules import original_of
 
 _INNER = ("layer", "function", "original")  # what holds a layer of the user's by another name
@@ -22,7 +26,8 @@ _DERIVED = ("parametrizations.", "weight_g", "weight_v", "weight_orig", "num_bat
 class Original:
     """A copy of the user's network without values, and so nearly without memory.
 
-    Copies of a model share it; no file holds it.
+    Copies of a model share it. Processes that get the model by pickle have it, if the network's
+    class is known there; no domain file or checkpoint holds it.
 
     Args:
         network: Left unchanged; None: the network is forgotten.
@@ -63,7 +68,28 @@ class Original:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Original, ()
+        return _unpickled, (None if self.network is None else _pickled(self.network), self.spare)
+
+
+def _pickled(network: nn.Module) -> bytes | None:
+    """The network on the meta device; None if it cannot be pickled."""
+    memo: dict[int, Any] = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(like, tensor.requires_grad) if is_parameter else like
+    with suppress(Exception):  # the user's own class: anything can come
+        return pickle.dumps(copy.deepcopy(network, memo))
+    return None
+
+
+def _unpickled(network: bytes | None, spare: dict[str, Tensor]) -> Original:
+    found = Original()
+    found.spare = spare
+    if network is not None:
+        with suppress(Exception):  # its class may be unknown here: then it is forgotten
+            found.network = without_values(pickle.loads(network), FakeTensorMode())
+    return found
 
 
 def _uncompiled_(network: nn.Module) -> nn.Module:

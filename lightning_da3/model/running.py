@@ -20,6 +20,7 @@ from lightning_da3.budget.microbatches import (
 from lightning_da3.budget.policy import BudgetPolicy
 from lightning_da3.config import DA3Config
 from lightning_da3.eager import KeepsLess
+from lightning_da3.errors import InputError
 from lightning_da3.model.batches import carrying, explain_types, laid_out, tell_that_nothing_trains
 from lightning_da3.model.clashes import guard_backbone_, with_own_config
 from lightning_da3.model.methods import Entry, Method, Methods
@@ -104,12 +105,16 @@ class Running(MultiDomain):
             about = (self.original, self.backbone, self.plan, self.config, self.calls)
             return Method(entry, *about, tensors)
 
-        found = self.methods.get(entry, make)
-
-        def run(call: Call, *_: Any) -> tuple[Any, Ledger]:
+        def run_once(found: Method, call: Call) -> tuple[Any, Ledger]:
             ledger: Ledger = []
             with self.calls.running(call.noted_in(ledger)), self._python(found.plan):
                 return found(self.backbone, call, tensors), ledger
+
+        def run(call: Call, *_: Any) -> tuple[Any, Ledger]:
+            try:
+                return run_once(self.methods.get(entry, make), call)
+            except InputError:  # it was traced where the sizes of its inputs decided otherwise
+                return run_once(self.methods.get(entry, make, anew=True), call)
 
         return self._computed(run, args, kwargs)
 

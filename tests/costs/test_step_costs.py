@@ -54,6 +54,14 @@ def test_copies_and_files_of_a_model_keep_its_plan():
     assert step_costs(copy.deepcopy(model), 2, 64) == step_costs(model, 2, 64)
     again = pickle.loads(pickle.dumps(model))
     assert again.plan == model.plan
+    assert step_costs(again, 2, 64) == step_costs(model, 2, 64)
+
+
+def test_a_pickled_model_forgets_a_network_that_cannot_be_pickled():
+    class Local(Net):
+        """Nobody else knows it."""
+
+    again = pickle.loads(pickle.dumps(domain_of(Local())))
     costs = step_costs(again, 2, 64)
     assert costs.finetune is None
     assert "forgets" in str(costs)

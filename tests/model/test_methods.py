@@ -60,6 +60,9 @@ class Net(nn.Module):
         y = self.stem(x)
         return self.stages(y) if float(y.sum()) > 0 else y
 
+    def by_size(self, x):
+        return self.stem(x) if x.shape[-1] > 10 else self.conv1(x)
+
     def get_classifier(self):
         return self.fc
 
@@ -149,6 +152,19 @@ def test_a_sequential_is_indexed_as_before():
         assert isinstance(ours, type(theirs))
     torch.testing.assert_close(model[0](X), net[0](X))
     assert bool(convert(original(), CONFIG, verify=False))
+
+
+def test_a_method_is_traced_again_where_sizes_decide_otherwise(plain):
+    for x in (X, X[..., :8, :8], X):
+        with torch.no_grad():
+            expected = original().by_size(x)
+        torch.testing.assert_close(plain.by_size(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pickled_model_has_them(plain):
+    again = pickle.loads(pickle.dumps(plain))
+    for name in ("method", "keyword option", "a convolution without its norm"):
+        torch.testing.assert_close(CALLS[name](again), CALLS[name](plain))
 
 
 # --- with a domain --------------------------------------------------------------------------------
