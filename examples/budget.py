@@ -116,7 +116,7 @@ def measure(case: Case, image_size: int, rounds: int, fast: bool) -> bool:
             row += "  pass" if fits else "  FAIL"
         print(row)
         if name in ways:
-            print(f"    {str(step_costs(steps[name].network, inputs=images)).split('held to ')[-1]}"
+            print(f"    {step_costs(steps[name].network, inputs=images).summary.split('held to ')[-1]}"
                   .split("\n")[0])  # fmt: skip
     good &= all(name in peaks for name in ways if name.startswith("asked"))
     return good
