@@ -116,8 +116,8 @@ def measure(case: Case, image_size: int, rounds: int, fast: bool) -> bool:
             row += "  pass" if fits else "  FAIL"
         print(row)
         if name in ways:
-            print(f"    {str(step_costs(steps[name].network, inputs=images)).split('held to ')[-1]}"
-                  .split("\n")[0])  # fmt: skip
+            costs = step_costs(steps[name].network, inputs=images)
+            print(f"    {costs.summary.split('held to ')[-1]}".split("\n")[0])
     good &= all(name in peaks for name in ways if name.startswith("asked"))
     return good
 

@@ -24,11 +24,13 @@ from lightning_da3.errors import (
     DA3Error,
     DomainError,
     InputError,
+    NoEffectWarning,
     PredictionWarning,
 )
 from lightning_da3.files.folder import DomainFolder
 from lightning_da3.files.hub import pull_domain, push_domain
 from lightning_da3.model.model import DA3Model
+from lightning_da3.model.status import Status
 from lightning_da3.trainer.attaching import load_from_checkpoint
 from lightning_da3.trainer.callback import DA3Callback
 from lightning_da3.trainer.loaders import DomainLoader
@@ -56,7 +58,9 @@ __all__ = [
     "GateConfig",
     "InputError",
     "MemoryConfig",
+    "NoEffectWarning",
     "PredictionWarning",
+    "Status",
     "StepCosts",
     "accumulated",
     "convert",

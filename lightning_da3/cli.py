@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lightning_da3.config import DA3Config, MemoryConfig
+from lightning_da3.config import AdapterConfig, DA3Config, MemoryConfig
 from lightning_da3.converting import compared, convert
 from lightning_da3.costs.steps import step_costs
 from lightning_da3.errors import ConfigError, DA3Error
@@ -69,6 +69,8 @@ def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lightning-da3", description="Learn domains in little.")
+    version = sys.modules["lightning_da3"].__version__
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version}")
     commands = parser.add_subparsers(dest="command", required=True)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("network", help="a torchvision or timm name, or module:factory")
@@ -77,11 +79,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     shared.add_argument("--exact", action="store_true", help="MemoryConfig(exact=True)")
     shared.add_argument("--head", default="auto", help="name of the classifier; 'none': keep it")
+    shared.add_argument("--weights", choices=("same", "bfloat16"), default="same")
+    shared.add_argument("--min-stride", help="AdapterConfig(min_stride=...), a number or auto")
+    shared.add_argument("--no-gates", action="store_true", help="hosts always run whole")
 
     about = "what training a domain will cost"
     plan = commands.add_parser("plan", help=about, description=about, parents=[shared])
     plan.add_argument("--batch-size", type=int, default=1)
     plan.add_argument("--budget", help="of the peak, such as 128MiB, or auto: splits the batch")
+    plan.add_argument("--split", choices=("pieces", "accumulate"), help="how to hold the budget")
+    plan.add_argument("--num-classes", type=int, help="of a domain; by default the network's own")
+    plan.add_argument("--nodes", action="store_true", help="list what every node costs")
     plan.add_argument("--format", choices=("text", "json"), default="text")
     plan.add_argument("--plot", help="picture of the memory over the step, to write")
     plan.set_defaults(run=_plan)
@@ -96,9 +104,8 @@ def _verify(given: argparse.Namespace) -> tuple[str, int]:
     """Every comparison, and 1 if anything differs. Weights are random, the same each time."""
     torch.manual_seed(0)
     network = _made(_factory(given.network), given.network)
-    config = DA3Config(memory=MemoryConfig(exact=given.exact), head=_head(given))
     examples = None if given.image_size is None else _images(network, given.image_size)
-    model, found = compared(network, config, examples)
+    model, found = compared(network, _config(given), examples)
     width = max((len(c.name) for c in found), default=0)
     lines = [model.plan.headline]
     for c in found:
@@ -120,8 +127,20 @@ def _images(network: nn.Module, sides: Sequence[int]) -> Tensor:
     return torch.randn(2, first.in_channels, *size, dtype=first.weight.dtype)
 
 
-def _head(given: argparse.Namespace) -> str | None:
-    return None if given.head.lower() == "none" else str(given.head)
+def _config(given: argparse.Namespace, **memory: Any) -> DA3Config:
+    """The config that options say."""
+    options: dict[str, Any] = {}
+    if given.min_stride is not None:
+        is_number = re.fullmatch("[0-9]{1,9}", given.min_stride)
+        stride = int(given.min_stride) if is_number else given.min_stride
+        options["adapter"] = AdapterConfig(min_stride=stride)
+    if given.no_gates:
+        options["gate"] = None
+    return DA3Config(
+        memory=MemoryConfig(exact=given.exact, weights=given.weights, **memory),
+        head=None if given.head.lower() == "none" else str(given.head),
+        **options,
+    )
 
 
 def _plan(given: argparse.Namespace) -> tuple[str, int]:
@@ -129,16 +148,18 @@ def _plan(given: argparse.Namespace) -> tuple[str, int]:
     network = network_without_values(_factory(given.network), given.network)
     digits = re.fullmatch("[0-9]{1,19}", given.budget or "")
     budget = int(given.budget) if digits else given.budget
-    memory = MemoryConfig(exact=given.exact, budget=budget)
-    model = convert(network, DA3Config(memory=memory, head=_head(given)))
-    costs = step_costs(model, given.batch_size, given.image_size)
+    if given.split is not None and budget is None:
+        raise ConfigError("`--split` says how a budget is held: give `--budget` as well.")
+    model = convert(network, _config(given, budget=budget, split=given.split or "pieces"))
+    costs = step_costs(model, given.batch_size, given.image_size, num_classes=given.num_classes)
     if given.plot is not None:
         figure = plot_step(costs.ours, costs.finetune, title=_title(given.network, costs.inputs))
         try:
             figure.savefig(given.plot)
         except (OSError, ValueError) as error:  # ValueError: an ending it has no format for
             raise ConfigError(f"--plot: cannot write {given.plot!r}: {error}") from error
-    return json.dumps(costs.to_dict(), indent=1) if given.format == "json" else str(costs), 0
+    text = str(costs) if given.nodes else f"{costs.summary}\n`--nodes` lists every node."
+    return json.dumps(costs.to_dict(), indent=1) if given.format == "json" else text, 0
 
 
 def _check_plot(plot: str | None) -> None:

@@ -19,6 +19,7 @@ from lightning_da3.model.original import Original
 from lightning_da3.passes.rewriting import rewrite
 from lightning_da3.planning.planner import make_plan
 from lightning_da3.torch_private.fake import is_fake
+from lightning_da3.torch_private.modules import original_of
 from lightning_da3.tracing.islands import trace
 from lightning_da3.verifying.batches import Known, guessed, words_of
 from lightning_da3.verifying.comparing import Comparison
@@ -45,7 +46,8 @@ def convert(
     stays Python, and is named by a `ConversionWarning`.
 
     Args:
-        backbone: Any network that `torch.fx` can trace; left unchanged.
+        backbone: Any network that `torch.fx` can trace, compiled or not; left unchanged. Compile
+            what is returned.
         config: Choices, or a dict of them as YAML gives it; the defaults are good.
         example_inputs: A tensor or a tuple of the network's arguments. If given, their shapes
             decide what is computed again, instead of guessed ones, and the comparison runs on the
@@ -72,7 +74,7 @@ def convert(
     with same_randomness():  # forwards that run may draw
         model = builder({})
         if verify is not False and _has_values(backbone):
-            model = verified(backbone, model, builder, builder.known, thorough=verify)
+            model = verified(builder.backbone, model, builder, builder.known, thorough=verify)
     return model.train(backbone.training)
 
 
@@ -93,7 +95,7 @@ def compared(
     builder = _Builder(backbone, _checked(backbone, config), _arguments(example_inputs))
     with same_randomness():
         model = builder({})
-        return model, comparisons(backbone, model, builder.known)
+        return model, comparisons(builder.backbone, model, builder.known)
 
 
 def _arguments(example_inputs: Any) -> tuple[Any, ...] | None:
@@ -105,7 +107,7 @@ class _Builder:
     """Converts one network, if need be several times.
 
     Args:
-        backbone: The user's network.
+        backbone: The user's network; what `torch.compile` made of one is that one.
         config: The user's choices.
         inputs: The network's arguments, if they are known.
     """
@@ -113,7 +115,8 @@ class _Builder:
     def __init__(
         self, backbone: nn.Module, config: DA3Config, inputs: tuple[Any, ...] | None
     ) -> None:
-        self.backbone, self.config, self.inputs = backbone, config, inputs
+        self.given, self.backbone = backbone, original_of(backbone) or backbone
+        self.config, self.inputs = config, inputs
         self.mode = fake_mode_of(backbone)  # without values there is nothing to tell it by
         self.original: Original | None = None
         self.known = Known(inputs)
@@ -130,8 +133,9 @@ class _Builder:
             rewritten = rewrite(traced, decided, self.config)
         mark = self._fingerprint(decided.head)
         self.original = self.original or Original(self.backbone)
+        self.original.keep(self.backbone, rewritten)
         model = DA3Model(rewritten, decided, self.config, mark, layers, self.original)
-        model.former = {} if self.mode else former_identity(self.backbone, decided.head)
+        model.former = {} if self.mode else former_identity(self.given, decided.head)
         return model
 
     def _fingerprint(self, head: str | None) -> str:

@@ -35,3 +35,7 @@ class PredictionWarning(UserWarning):
 
 class ConversionWarning(UserWarning):
     """A part of the network stays Python, since its converted form computed something else."""
+
+
+class NoEffectWarning(UserWarning):
+    """What was asked for has little effect, such as less than half the memory saved."""

@@ -12,6 +12,7 @@ import torch
 from helpers.predicted import Net
 from torch import nn
 
+import lightning_da3
 from lightning_da3.cli import _factory, main, network_without_values
 
 
@@ -69,6 +70,36 @@ def test_exact_and_text(mine, capsys):
     assert "one training step on 1 x 3 x 32 x 32" in text
 
 
+def test_the_summary_stands_first_and_nodes_are_asked_for(mine, capsys):
+    short = run(capsys, f"{mine}:net", "--image-size", "32")
+    whole = run(capsys, f"{mine}:net", "--image-size", "32", "--nodes")
+    assert "kept for the backward" in short
+    assert "flops fwd" not in short.lower()
+    assert len(whole.split("\n")) > len(short.split("\n")) + 5
+    assert whole.startswith(short[: short.index("`--nodes`")])
+
+
+def test_options_reach_the_config(mine, capsys):
+    arguments = (f"{mine}:net", "--image-size", "32", "--format", "json")
+    plain = json.loads(run(capsys, *arguments))
+    more = json.loads(run(capsys, *arguments, "--num-classes", "100"))
+    assert more["domain_parameters"] == plain["domain_parameters"] + 95 * (8 + 1)
+    ungated = json.loads(run(capsys, *arguments, "--no-gates"))
+    assert ungated["domain_file_bytes"] != plain["domain_file_bytes"]
+    assert json.loads(run(capsys, *arguments, "--min-stride", "1"))["hosts"] >= plain["hosts"]
+    assert json.loads(run(capsys, *arguments, "--min-stride", "auto")) == plain
+    run(capsys, *arguments, "--weights", "bfloat16")
+    huge = ("--batch-size", "8", "--budget", "1GiB", "--split", "accumulate")
+    assert json.loads(run(capsys, *arguments, *huge))["accumulated"]
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"lightning-da3 {lightning_da3.__version__}\n"
+
+
 def test_a_picture_of_the_step(mine, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     run(capsys, f"{mine}:net", "--image-size", "32", "--plot", "plan.png")
@@ -102,6 +133,10 @@ def test_parameters_take_no_memory(mine, capsys):
         (["{mine}:net", "--budget", "9" * 5000], "`budget` must be bytes"),
         (["{mine}:net", "--budget", ""], "`budget` must be bytes"),
         (["{mine}:net", "--budget", "-1"], "`budget` must be bytes"),
+        (["{mine}:net", "--min-stride", "x"], "`min_stride` must be"),
+        (["{mine}:net", "--num-classes", "0"], "at least 1"),
+        (["{mine}:net", "--num-classes", "3", "--head", "none"], "Leave `num_classes` out"),
+        (["{mine}:net", "--split", "pieces"], "give `--budget`"),
         (["{mine}:net", "--head", ""], "`head` must be"),
         (["{mine}:net", "--batch-size", "9" * 400], "at least 1"),
         (["{mine}:net", "--image-size", "-3"], "at least 1"),
@@ -196,6 +231,7 @@ def test_a_network_of_timm_with_drop_path_rates_is_built():
 
 PEAK = """
 import resource, sys
+import lightning_da3
 from lightning_da3.cli import _factory, network_without_values
 factory = _factory(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

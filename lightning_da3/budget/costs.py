@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_da3.budget.microbatches import Microbatches, batch_size
 from lightning_da3.budget.regions import Names, most_kept
+from lightning_da3.budget.timeline import phases_of, split_timeline
 from lightning_da3.errors import ConfigError
 from lightning_da3.formatting import format_bytes
 from lightning_da3.memory import BatchPrediction, StepPrediction, StepPredictor, resized
@@ -42,11 +43,7 @@ class _Moments(NamedTuple):
     def of(cls, step: StepPrediction) -> _Moments:
         """The moments of a prediction."""
         middle, end = step.forward_end, step.backward_end
-        first = last = middle
-        while first > 0 and not step.names[first - 1]:
-            first -= 1
-        while last < end and not step.names[last]:
-            last += 1
+        first, last = phases_of(step)
 
         def highest(start: int, stop: int) -> tuple[int, str]:
             i = max(range(start, stop), key=step.timeline.__getitem__, default=None)
@@ -167,10 +164,21 @@ class MicrobatchCosts:
             nodes=nodes,
         )
 
+    def over_time(self, choice: Choice) -> StepPrediction:
+        """The step of a choice, with the timeline of its split: long, if that is fine."""
+        if choice.split is WHOLE:
+            return choice.step
+        parts = choice.parts
+        whole, part = self._at(sum(parts)), self._at(parts[0])
+        found = split_timeline(whole, part, parts, choice.split, self.gradient_bytes)
+        return dataclasses.replace(choice.step, **found)
+
     def accumulated(self, samples: int) -> StepPrediction:
         """A step on at most `samples` samples, whose gradients are added to those of others."""
         step = self._at(samples)
-        return dataclasses.replace(step, peak_bytes=step.peak_bytes + self.gradient_bytes)
+        others = self.gradient_bytes
+        timeline = tuple(total + others for total in step.timeline)
+        return dataclasses.replace(step, peak_bytes=step.peak_bytes + others, timeline=timeline)
 
     def hold(self, args: Any, kwargs: Any, budget_bytes: int) -> Choice:
         """What is decided for the step on these arguments.

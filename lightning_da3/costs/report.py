@@ -93,16 +93,26 @@ class StepCosts:
         }
 
     def __str__(self) -> str:
-        """A table for people."""
+        """The summary, and a table of the nodes, for people."""
+        return f"{self.summary}\n\n{self.table}"
+
+    @property
+    def table(self) -> str:
+        """What every node costs, for people."""
+        lines = table([HEADINGS, *[row.cells for row in self.rows]])
+        if self.plan.left_to_pytorch:
+            lines.append(f"left to PyTorch (more memory): {', '.join(self.plan.left_to_pytorch)}")
+        return "\n".join(lines)
+
+    @property
+    def summary(self) -> str:
+        """What the whole step costs, for people."""
         shapes = ", ".join(" x ".join(map(str, shape)) for shape in self.inputs)
         how = ""
         if self.guessed:
             how = " (guessed; `step_costs(model, batch_size, image_size)` takes others)"
         lines = [self.plan.headline, f"one training step on {shapes}{how}", ""]
-        lines += table([HEADINGS, *[row.cells for row in self.rows]])
-        if self.plan.left_to_pytorch:
-            lines.append(f"left to PyTorch (more memory): {', '.join(self.plan.left_to_pytorch)}")
-        lines += ["", *table(list(self._summary())), f"peak of DA3 at {where(self.ours)}"]
+        lines += [*table(list(self._summary())), f"peak of DA3 at {where(self.ours)}"]
         if self.budget_bytes is not None:
             kept = len(self.kept), len(self.plan.regions)
             way = how_split(self.parts, self.again, accumulated=self.accumulated, kept=kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -33,6 +34,7 @@ def step_costs(
     *,
     inputs: Any = None,
     optimizer: MakeOptimizer | None = None,
+    num_classes: int | None = None,
 ) -> StepCosts:
     """What a training step of a converted network costs, held to its budget if it has one.
 
@@ -47,6 +49,7 @@ def step_costs(
         inputs: Instead of both, a tensor or a tuple of the network's arguments, of which only
             shapes, types and strides matter.
         optimizer: Makes the optimizer from parameters; plain SGD if left out.
+        num_classes: The number of classes of the domain, if none is active.
 
     Returns:
         The costs, beside those of fine-tuning. ``print(step_costs(model))`` shows them.
@@ -62,7 +65,8 @@ def step_costs(
             f"`model` must be a DA3Model, as `convert(network)` gives it, got "
             f"{type(model).__name__}."
         )
-    predictor = StepPredictor(model, optimizer=optimizer, prepare=_alone, name=model.plan.network)
+    prepare = partial(_alone, num_classes=num_classes)
+    predictor = StepPredictor(model, optimizer=optimizer, prepare=prepare, name=model.plan.network)
     twin = cast(DA3Model, predictor.twin)
     if inputs is not None:
         given = inputs if isinstance(inputs, tuple) else (inputs,)
@@ -129,7 +133,7 @@ def _held(
         choice = Choice(None, costs.accumulated(max(parts)), tuple(parts))
     else:
         choice = costs.hold(given, {}, most)
-    return choice.step, {
+    return costs.over_time(choice), {
         "budget_bytes": most,
         "parts": choice.parts if len(choice.parts) > 1 else (),
         "again": choice.again,
@@ -145,20 +149,27 @@ def _gentle(
     device = next(model.parameters()).device
     if not goes_in_microbatches(model, given, device):
         return whole, {}
-    choice = microbatch_costs(predictor, given, {}).lowest_peak(given, {})
-    return choice.step, {"parts": choice.parts if len(choice.parts) > 1 else ()}
+    costs = microbatch_costs(predictor, given, {})
+    choice = costs.lowest_peak(given, {})
+    return costs.over_time(choice), {"parts": choice.parts if len(choice.parts) > 1 else ()}
 
 
-def _alone(model: DA3Model) -> None:
+def _alone(model: DA3Model, num_classes: int | None = None) -> None:
     """Let some domain train, on whole batches."""
     without_budget(model)
     if model.active_domain is not None:
+        if num_classes is not None:
+            raise ConfigError(
+                f"`num_classes` is {num_classes!r}, but the domain {model.active_domain!r} is "
+                "active, which has its own. Leave it out, or call `set_domain(None)` first."
+            )
         return
     name = "domain"
     while name in model.domains:
         name += "_"
     slot = None if model.plan.head is None else model.backbone.get_submodule(model.plan.head)
     classes = None if slot is None else classes_of(cast(nn.Module, slot.original))
+    classes = classes if num_classes is None else num_classes
     mode = fake_mode_of(model)
     with torch.random.fork_rng(devices=[]):  # whoever trains draws the same numbers as without
         model.add_domain(name, classes)

@@ -22,6 +22,7 @@ from lightning_da3.memory.by_batch import BatchPrediction
 from lightning_da3.memory.costs import StepPrediction
 from lightning_da3.memory.fake import fake_mode_of, quiet, resized, tensors_of, without_values
 from lightning_da3.memory.names import Names, SavedByName
+from lightning_da3.memory.saved import SavedActivations
 from lightning_da3.torch_private.fake import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -98,6 +99,25 @@ class StepPredictor:
         if make is not None:
             self._step(inputs, kwargs, optimizer)  # makes the optimizer's state
         return self._step(inputs, kwargs, optimizer)
+
+    def kept(self, *inputs: Any, **kwargs: Any) -> int:
+        """What a step on these inputs keeps for its backward, in bytes: of a forward pass alone.
+
+        Args:
+            inputs: See `__call__`.
+            kwargs: See `__call__`.
+
+        Raises:
+            InputError: The network cannot take them.
+            DA3Error: The network asks for values of tensors.
+        """
+        inputs, kwargs = tree_map_only(Tensor, self._fake, (inputs, kwargs))
+        given = [t for t in tree_leaves((inputs, kwargs)) if isinstance(t, Tensor)]
+        with quiet(), self._mode, self._explained(given):
+            with SavedActivations(self.twin, inputs=(inputs, kwargs)) as saved:
+                output = self.twin(*inputs, **kwargs)
+            del output
+        return saved.bytes
 
     def by_batch(self, *inputs: Any) -> BatchPrediction:
         """Predict steps for every size of the batch, from a few of them.

@@ -85,7 +85,7 @@ def tell_that_nothing_trains(output: Any, domains: Sequence[str]) -> bool:
         f"No domain is active, so that nothing of the network can be trained. There are {domains}: "
         "`set_domain(name)` to train one. To compute the backbone alone, call `eval()` or use "
         "`torch.no_grad()`.",
-        stacklevel=5,
+        stacklevel=6,
     )
     return True
 

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Any
+import html
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_da3.budget.microbatches import (
-    Ledger,
-    Run,
-    batch_size,
-    check_apart,
-    run_microbatches,
-    samples_in,
-)
-from lightning_da3.budget.policy import BudgetPolicy
-from lightning_da3.config import DA3Config, is_finite
-from lightning_da3.eager import KeepsLess
+from lightning_da3.budget.microbatches import samples_in
+from lightning_da3.config import is_finite
 from lightning_da3.errors import ConfigError, InputError
 from lightning_da3.formatting import shown
-from lightning_da3.model.batches import (
-    carrying,
-    check_input,
-    explain_types,
-    laid_out,
-    tell_that_nothing_trains,
-)
+from lightning_da3.model.batches import check_input
 from lightning_da3.model.mixed import NEAREST, Domains, by_sample, check_domains
-from lightning_da3.model.modes import hold_in_eval_
-from lightning_da3.model.multi_domain import MultiDomain
+from lightning_da3.model.modes import set_mode_
 from lightning_da3.model.nearest import (
     check_known,
     joined_features,
@@ -40,22 +24,15 @@ from lightning_da3.model.nearest import (
     new_statistics,
     read_hosts,
 )
-from lightning_da3.model.original import Original
-from lightning_da3.model.pending import trains_later_
-from lightning_da3.nn.call import Call, Executed, Noise
-from lightning_da3.nn.gate import (
-    annealed_target,
-    budget_loss,
-    executed_fraction,
-)
+from lightning_da3.model.running import Running
+from lightning_da3.model.status import Status, StepFigures, percentage
+from lightning_da3.model.views import has_name, view_of
+from lightning_da3.nn.call import Call
 from lightning_da3.nn.head import class_axis, classes_of
-from lightning_da3.planning.plan import Plan
 from lightning_da3.torch_private.trees import tree_map_only
 
-NOISE_UNTIL = 0.8  # of training; the gates settle without noise
 
-
-class DA3Model(MultiDomain):
+class DA3Model(Running):
     """A network whose backbone is frozen and held in eval, with domains to switch between.
 
     Made by `lightning_da3.convert`. Calls like the network it was made from. With no domain active
@@ -79,23 +56,6 @@ class DA3Model(MultiDomain):
             automatically says it.
         gates_over_ranks: Every training batch is a rank's part of a global one.
     """
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        plan: Plan,
-        config: DA3Config,
-        fingerprint: str,
-        architecture: str,
-        original: Original | None = None,
-    ) -> None:
-        super().__init__(backbone, plan, config, fingerprint, architecture)
-        self.original = original or Original()
-        self.budget_policy = BudgetPolicy(config.memory)
-        self.progress = 1.0
-        self.gate_loss_scale: float | None = None
-        self.gates_over_ranks = False
-        self.train(self.training)
 
     # --- computing: forward, then what it calls, in order -----------------------------------------
 
@@ -123,22 +83,7 @@ class DA3Model(MultiDomain):
         check_input(args, self.plan)
         if domains is not None:
             return self._run_mixed(domains, args, kwargs)
-        call, name = self.calls.resting, self._active
-        output, ledger = self._run_within_budget(self._noisy(call, args, kwargs), args, kwargs)
-        executed = self._executed(ledger)
-        output = laid_out(output, (args, kwargs))
-        trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if trains and self.bank and not self._was_set and call is self.calls.everywhere:
-            self._was_set = tell_that_nothing_trains(output, self.domains)
-        if executed and self.config.gate and self.training and torch.is_grad_enabled():
-            loss, scale = self.gate_loss(executed), self.gate_loss_scale
-            if scale is None and call.unit is not None:
-                output = carrying(output, loss, call.unit.beside(loss))
-            else:
-                output = carrying(output, loss, scale)
-        if name is not None and torch.is_grad_enabled():
-            trains_later_(output, self.domain(name), lambda: self._active == name)
-        return output
+        return self._computed(self._run_within_budget, args, kwargs)
 
     def _run_mixed(self, domains: Domains, args: Any, kwargs: Any) -> list[Any]:
         """The outputs of samples of several domains, from one pass."""
@@ -161,70 +106,6 @@ class DA3Model(MultiDomain):
         axis = class_axis(heads[0]) if heads else -1
         listed = isinstance(batch[0], (list, tuple))
         return by_sample(output, count, [classes_of(h) for h in heads], axis, listed=listed)
-
-    def _noisy(self, call: Call, args: Any, kwargs: Any) -> Call:
-        """The call of a whole batch, with noise on its gates while they are learned."""
-        gate = self.config.gate
-        if gate is None or not (gate.noise and self.training and self.progress < NOISE_UNTIL):
-            return call
-        noise = self.calls.here.noise or Noise(batch_size(args, kwargs) or 0)
-        return call.with_noise(noise)
-
-    def _run_within_budget(self, call: Call, args: Any, kwargs: Any) -> tuple[Any, Ledger]:
-        """`_run`; a training step's batch goes in microbatches if it would exceed the budget."""
-        policy, trains = self.budget_policy, self.backbone if call.alone else self
-        trained = [p for p in trains.parameters() if p.requires_grad]
-        if not (trained and torch.is_grad_enabled()):
-            return self._run(call, *args, **kwargs)
-        count = batch_size(args, kwargs)
-        split = policy.microbatches_for(self, args, kwargs, self._check_apart)
-        if split is None or not count or split.samples >= count:
-            return self._run(call, *args, **kwargs)
-
-        def run_of(start: int, samples: int) -> Run:
-            return partial(self._run, call.part(start, samples))
-
-        return run_microbatches(run_of, args, kwargs, split.counts(count), split.again, trained)
-
-    @torch.no_grad()
-    def _check_apart(self, args: Any, kwargs: Any) -> None:
-        """Before a batch is split for the first time: refuse samples that act on each other."""
-        check_apart(partial(self._run, Call()), args, kwargs, self.plan.network)
-
-    def _run(self, call: Call, *args: Any, **kwargs: Any) -> tuple[Any, Ledger]:
-        """One pass through the backbone: the output, and how much of every host was executed."""
-        ledger: Ledger = []
-        with self.calls.running(call.noted_in(ledger)), self._python():
-            try:
-                return self.backbone(*args, **kwargs), ledger
-            except RuntimeError as error:
-                explain_types((args, kwargs), self.dtype, self.plan.network, error)
-                raise
-
-    def _python(self) -> AbstractContextManager[Any]:
-        """What stays Python keeps less inside; a compiler sees to that by itself."""
-        if not self.plan.python or torch.compiler.is_compiling():
-            return nullcontext()
-        return KeepsLess(exact=self.config.memory.exact)
-
-    def _executed(self, ledger: Ledger) -> list[Executed]:
-        """What was executed; its share is remembered."""
-        executed = [entry for _, entry in ledger]
-        share = executed_fraction(executed).detach() if executed else None
-        self.calls.here.executed = share
-        return executed
-
-    @property
-    def executed_flops_fraction(self) -> Tensor | None:
-        """The share of the hosts' FLOPs that the last pass of this thread executed."""
-        return self.calls.here.executed
-
-    def gate_loss(self, executed: Sequence[Executed]) -> Tensor:
-        """The weighted budget loss of one forward pass, a scalar."""
-        assert self.config.gate is not None
-        target = annealed_target(self.config.gate.target, self.progress)
-        loss = budget_loss(executed, target, over_ranks=self.gates_over_ranks)
-        return loss * self.config.gate.weight
 
     @torch.no_grad()
     def gate_maps(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -312,12 +193,102 @@ class DA3Model(MultiDomain):
         stays Python follows `mode` (a detector returns its losses only in train mode).
         """
         super().train(mode)
-        hold_in_eval_(self.backbone)
-        for path, _ in self.plan.python:
-            module = self.backbone.get_submodule(path)
-            if not type(module).__module__.startswith("torch.nn."):
-                module.training = mode
+        set_mode_(self.backbone, self.plan, mode)
         return self
+
+    # --- the user's network -----------------------------------------------------------------------
+
+    @property
+    def network(self) -> Any:
+        """The user's network as its own class shows it: attributes, submodules and methods.
+
+        Parameters are those that the converted network computes with, and the active domain's.
+        Methods that are called with tensors, and submodules, compute as `forward` does. What the
+        model itself has no attribute for is found here: ``model.forward_features(x)`` is
+        ``model.network.forward_features(x)``. It is to be read.
+        """
+        if self.methods.view is None:
+            self.methods.view = view_of(self)
+        return self.methods.view
+
+    if not TYPE_CHECKING:  # or type checkers would take every misspelt name
+
+        def __getattr__(self, name: str) -> Any:
+            """What the user's network has of this name."""
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                original = vars(self).get("original")
+                network = None if original is None else original.network
+                if name.startswith("__") or network is None or not has_name(network, name):
+                    raise
+            return getattr(self.network, name)
+
+    def __getitem__(self, index: Any) -> Any:
+        """What the user's network has there, such as a layer of an `nn.Sequential`."""
+        return self.network[index]
+
+    def __len__(self) -> int:
+        """The length of the user's network, if it has one."""
+        return len(self.network)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The parts of the user's network, if it can be iterated over."""
+        return iter(self.network)
+
+    def __bool__(self) -> bool:
+        """True, whatever its length."""
+        return True
+
+    # --- what it is -------------------------------------------------------------------------------
+
+    def status(
+        self,
+        *,
+        name: str = "",
+        domains: Iterable[str] | None = None,
+        outside: Mapping[str, int] | None = None,
+        step: StepFigures | None = None,
+    ) -> Status:
+        """What the model is and trains; ``print(model.status())`` says it in a few lines.
+
+        Args:
+            name: Where the network is in what holds it, such as ``net``.
+            domains: The names of the domains that train; by default the active one.
+            outside: Numbers of parameters outside the network that train with the domain, by name.
+            step: What a training step takes, if it is known.
+
+        Raises:
+            DomainError: There is no such domain.
+        """
+        active = [] if self.active_domain is None else [self.active_domain]
+        shown = {d: self.domain(d) for d in (active if domains is None else domains)}
+        trained = sum(_size(domain) for domain in shown.values())
+        plan, hosts = self.plan, self.plan.hosts
+        return Status(
+            name=name,
+            network=plan.network,
+            head=plan.head,
+            domains={d: domain.num_classes for d, domain in shown.items()},
+            others=tuple(d for d in self.domains if d not in shown),
+            hosts=len(hosts),
+            first_host=hosts[0].name if hosts else "",
+            trained=trained + sum((outside or {}).values()),
+            parameters=_size(self.backbone) + trained + sum((outside or {}).values()),
+            outside=dict(outside or {}),
+            python=len(plan.python) + len(plan.functions),
+            again=len(plan.regions),
+            step=step,
+        )
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, in one line, as `peft` does."""
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        count = sum(p.numel() for p in self.parameters())
+        sys.stdout.write(
+            f"trainable params: {trained:,d} || all params: {count:,d} || "
+            f"trainable%: {percentage(trained, count):.4f}\n"
+        )
 
     def set_progress(self, progress: float) -> None:
         """Say how far training is, in [0, 1]: closes the gates slowly and ends their noise.
@@ -332,7 +303,30 @@ class DA3Model(MultiDomain):
             )
         self.progress = progress
 
+    def __dir__(self) -> list[str]:
+        """Public names: the model's own, and those of the user's network."""
+        network = self.original.network
+        theirs = [] if network is None else dir(network)
+        names = {*super().__dir__(), *theirs}  # type: ignore[no-untyped-call]
+        return sorted(name for name in names if not name.startswith("_"))
+
     def extra_repr(self) -> str:
-        """What no layer shows by itself."""
-        weights = self.config.memory.weights
-        return "" if weights == "same" else f"weights={weights!r}: the backbone is rounded once"
+        """What the model is, and its domains."""
+        plan, weights = self.plan, self.config.memory.weights
+        said = [plan.network, f"{len(plan.hosts)} hosts", f"head={plan.head!r}"]
+        said += [f"domains={self.domains}", f"active_domain={self.active_domain!r}"]
+        if weights != "same":
+            said.append(f"weights={weights!r}: the backbone is rounded once")
+        return ", ".join(said)
+
+    def __repr__(self) -> str:
+        """One line; ``print(model.backbone)`` shows every layer, ``print(model.plan)`` the plan."""
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def _repr_html_(self) -> str:
+        """The status and the plan, for notebooks."""
+        return f"<pre>{html.escape(str(self.status()))}</pre>{self.plan._repr_html_()}"
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

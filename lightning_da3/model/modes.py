@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_da3.layers import has_modes
+from lightning_da3.planning.plan import Plan
 
 
 def hold_in_eval_(backbone: nn.Module) -> None:
@@ -12,3 +13,14 @@ def hold_in_eval_(backbone: nn.Module) -> None:
     for layer in backbone.modules():
         if has_modes(layer):
             layer.eval()
+
+
+def set_mode_(backbone: nn.Module, plan: Plan, mode: bool) -> None:
+    """Let a rewritten network show `mode`, where that changes nothing but what stays Python."""
+    for layer in backbone.modules():
+        layer.training = mode
+    hold_in_eval_(backbone)
+    for path, _ in plan.python:
+        module = backbone.get_submodule(path)
+        if not type(module).__module__.startswith("torch.nn."):
+            module.training = mode

@@ -18,6 +18,7 @@ from lightning_da3.model.identity import (
     config_differences,
     uncompiled_name,
 )
+from lightning_da3.model.original import Original
 from lightning_da3.nn.convolution import FrozenConv, FrozenConvTranspose
 from lightning_da3.nn.head import HeadSlot
 from lightning_da3.nn.normalization import FrozenAffine
@@ -41,6 +42,7 @@ class HoldsDomains(Protocol):
     config: DA3Config
     fingerprint: str
     former: Mapping[str, str]
+    original: Original
 
     @property
     def domains(self) -> list[str]:
@@ -295,3 +297,4 @@ def _from_network_(model: HoldsDomains, state: dict[str, Any], prefix: str) -> N
             state.setdefault(prefix + name, theirs[name.removeprefix("backbone.")])
     model.fingerprint = fingerprint(backbone_state(theirs, model.plan.head))
     model.former = {}
+    model.original.renew(theirs)

@@ -47,8 +47,12 @@ class HostFinder:
         self.reduction = reductions(part.gm)
         self.names: Counter[str] = Counter()
 
-    def candidates(self) -> Iterator[tuple[float, HostPlan]]:
-        """(reduction of its input, host), in the order in which data meets them."""
+    def candidates(self, *, every: bool = False) -> Iterator[tuple[float, HostPlan]]:
+        """(reduction of its input, host), in the order in which data meets them.
+
+        Args:
+            every: With those that are only taken where there is nothing else.
+        """
         found: list[tuple[int, float, HostPlan]] = []
         covered: set[fx.Node] = set()
         for node in self.flow.activations:
@@ -72,7 +76,8 @@ class HostFinder:
             kind = lone if alone else found
             kind.append((self.flow.position[x], self.reduction[node], self._conv(first, last)))
         # what mixes no channels, or reads raw pixels, has little to adapt: taken if nothing else is
-        for _, reduction, host in sorted(found or lone, key=lambda item: item[0]):
+        taken = found + lone if every else found or lone
+        for _, reduction, host in sorted(taken, key=lambda item: item[0]):
             yield reduction, host
 
     def _embeds_patches(self, node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -204,14 +205,26 @@ class Plan:
                 )
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
+    def _repr_html_(self) -> str:
+        """The headline, and the table to unfold, for notebooks."""
+        table = html.escape("\n".join(self._tables))
+        return (
+            f"<pre>{html.escape(self.headline)}</pre>"
+            f"<details><summary>{len(self.nodes)} nodes</summary><pre>{table}</pre></details>"
+        )
+
     def __str__(self) -> str:
         """A table for people."""
-        lines = [self.headline]
+        return "\n".join([self.headline, *self._tables])
+
+    @property
+    def _tables(self) -> list[str]:
+        lines: list[str] = []
         for part in self.parts:
             lines += _table(part)
         if self.left_to_pytorch:
             lines.append(f"left to PyTorch (more memory): {', '.join(self.left_to_pytorch)}")
-        return "\n".join(lines)
+        return lines
 
 
 def _table(part: PartPlan) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,12 @@ class _Draft:
     candidates: list[tuple[float, HostPlan]]
 
 
-def make_plan(traced: Traced, config: DA3Config, examples: Sequence[Any] | None = None) -> Plan:
+def make_plan(
+    traced: Traced,
+    config: DA3Config,
+    examples: Sequence[Any] | None = None,
+    hosts_of: Plan | None = None,
+) -> Plan:
     """Decide what becomes of every node.
 
     Args:
@@ -51,20 +56,25 @@ def make_plan(traced: Traced, config: DA3Config, examples: Sequence[Any] | None 
         config: The user's choices.
         examples: The network's arguments, whose shapes decide what is computed again; guessed if
             left out.
+        hosts_of: The plan of the whole network, if `traced` is a part or another method of it: of
+            its hosts those that are in this graph whole, which may be none.
 
     Raises:
         ConversionError: There is nothing to adapt, or the head cannot be found.
     """
     head = find_head(traced, config.head)
-    drafts = [_draft(part, head, None if part.path else examples) for part in traced.parts]
+    every = hosts_of is not None
+    drafts = [_draft(part, head, None if part.path else examples, every) for part in traced.parts]
     _count_from_the_input_(drafts)
-    if not any(draft.candidates for draft in drafts):
+    if hosts_of is not None:
+        _take_known_(drafts, hosts_of)
+    elif not any(draft.candidates for draft in drafts):
         for draft in drafts:
             draft.candidates = [(1.0, host) for host in draft.finder.any_layers()]
     found = [reduction for draft in drafts for reduction, _ in draft.candidates]
-    if not found:
+    if not found and hosts_of is None:
         raise ConversionError(_nothing_message(traced))
-    least = _least_reduction(config.adapter.min_stride, max(found))
+    least = 0.0 if every else _least_reduction(config.adapter.min_stride, max(found))
     training = [
         draft.part.path
         for draft in drafts
@@ -96,13 +106,43 @@ def _least_reduction(min_stride: int | str, most: float) -> float:
     return min(min_stride, most)
 
 
-def _draft(part: Part, head: str | None, examples: Sequence[Any] | None) -> _Draft:
+def _take_known_(drafts: Sequence[_Draft], plan: Plan) -> None:
+    """Take the hosts that `plan` has as well, from the same layer to the same."""
+    known = {about for part in plan.parts for about in _ends(part.hosts, _places(part)).values()}
+    for draft in drafts:
+        places = find_places(draft.part.gm)
+        whole = {name: f"{draft.part.path}.{p}".lstrip(".") for name, p in places.items()}
+        for found in (draft.candidates, [(1.0, host) for host in draft.finder.any_layers()]):
+            ends = _ends([host for _, host in found], whole)
+            draft.candidates = [(r, h) for r, h in found if ends[h.name] in known]
+            if draft.candidates:
+                break
+
+
+def _places(part: PartPlan) -> dict[str, str]:
+    return {node.name: f"{part.path}.{node.place}".lstrip(".") for node in part.nodes}
+
+
+def _ends(hosts: Sequence[HostPlan], places: Mapping[str, str]) -> dict[str, tuple[Any, ...]]:
+    """What must be the same of hosts that are the same, by their names."""
+    return {
+        host.name: (
+            *(host.name, places.get(host.readers[0]), places.get(host.last)),
+            *(host.in_channels, host.out_channels, host.stride),
+        )
+        for host in hosts
+    }
+
+
+def _draft(
+    part: Part, head: str | None, examples: Sequence[Any] | None, every: bool = False
+) -> _Draft:
     own = next((t for t in _targets(part.gm) if part.user_name(t) == head), None)
     flow = Flow(part.gm.graph)
     shapes = find_shapes(part.gm, examples)
     folds = dict(find_folds(part.gm, own))
     finder = HostFinder(part, flow, shapes, own, folds)
-    return _Draft(part, flow, shapes, own, folds, finder, list(finder.candidates()))
+    return _Draft(part, flow, shapes, own, folds, finder, list(finder.candidates(every=every)))
 
 
 def _targets(gm: fx.GraphModule) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_da3.errors import ConversionError
 from lightning_da3.layers import facts_of_kind
+from lightning_da3.memory import fake_mode_of
+from lightning_da3.torch_private.fake import FakeCopyMode
 from lightning_da3.torch_private.modules import FORWARD_HOOKS, hooks_of, original_of
 from lightning_da3.torch_private.trees import tree_leaves
 from lightning_da3.tracing.layer_calls import DERIVED
@@ -39,8 +42,10 @@ def _copy(model: nn.Module) -> nn.Module:
         for t in results
         if isinstance(t, torch.Tensor) and t.grad_fn is not None
     }
+    mode = fake_mode_of(model)
     try:
-        return copy.deepcopy(model, memo)
+        with nullcontext() if mode is None else FakeCopyMode(mode):
+            return copy.deepcopy(model, memo)
     except Exception as error:  # the user's own __deepcopy__ or state
         raise ConversionError(
             f"{type(model).__name__} cannot be copied, and conversion never edits the caller's "

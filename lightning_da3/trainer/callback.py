@@ -23,9 +23,15 @@ from lightning_da3.trainer.domain_files import DomainFiles
 from lightning_da3.trainer.evaluation import EvaluatesByDomain
 from lightning_da3.trainer.figures import Figures
 from lightning_da3.trainer.first_steps import FirstSteps
-from lightning_da3.trainer.lightning_private import find_unused_parameters_, starts_processes
+from lightning_da3.trainer.lightning_private import (
+    find_unused_parameters_,
+    lend_summary_,
+    starts_processes,
+)
 from lightning_da3.trainer.loading import state_key
+from lightning_da3.trainer.model_summary import UsersSummary
 from lightning_da3.trainer.refusals import check_converted_before, check_plugins, check_strategy
+from lightning_da3.trainer.saying import Saying
 from lightning_da3.trainer.session import TrainingSession
 from lightning_da3.trainer.steps import explain_targets_, loss_scale
 from lightning_da3.trainer.strategy_methods import lend_methods_
@@ -101,6 +107,7 @@ class DA3Callback(EvaluatesByDomain):
         self.session = TrainingSession(_domains(domain, num_classes), self.config, backbone)
         self.files = DomainFiles(save_dir, self.session.domains, monitor, mode)
         self.figures = Figures(predict)
+        self.saying = Saying()
 
     @property
     def model(self) -> DA3Model | None:
@@ -154,6 +161,7 @@ class DA3Callback(EvaluatesByDomain):
     def _convert(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.session.attach(pl_module, trainer)
         lend_methods_(trainer.strategy, self.session)
+        lend_summary_(trainer, UsersSummary)
         if trainer.state.fn == "fit":
             self.session.open_domains()
             if len(self.session.domains) > 1:  # those of inactive domains
@@ -188,18 +196,21 @@ class DA3Callback(EvaluatesByDomain):
         model.gates_over_ranks = trainer.world_size > 1
         model.budget_policy.tell = rank_zero_info
         self.figures.start(trainer, pl_module, model)
+        self.saying.start()
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             resumed = trainer.ckpt_path is not None and trainer.global_step > 0
             self.files.begin(model, resumed=resumed, write=trainer.is_global_zero)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.saying.end(trainer, self.session.network)
         self.session.network.gates_over_ranks = False
         self.session.network.gate_loss_scale = None  # another loop may follow
         self._all_logged(trainer, last=True)
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.saying.epoch_begins()
         self._all_logged(trainer, last=not _validates_later(trainer))
 
     def _all_logged(self, trainer: L.Trainer, *, last: bool) -> None:
@@ -240,7 +251,10 @@ class DA3Callback(EvaluatesByDomain):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self.figures.step_ends(pl_module, self.session.network)
+        model = self.session.network
+        self.figures.step_ends(pl_module, model)
+        steps = self.figures.first_steps
+        self.saying.step_ends(trainer, pl_module, model, self.session.domains, steps)
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

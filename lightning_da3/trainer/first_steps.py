@@ -13,12 +13,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_da3.budget.microbatches import batch_size
+from lightning_da3.formatting import format_bytes
 from lightning_da3.memory import PeakBytes, SavedActivations, StepPrediction, StepPredictor
 from lightning_da3.torch_private.fake import FakeTensorMode, is_fake
 from lightning_da3.torch_private.modules import is_compiled
 from lightning_da3.torch_private.trees import tree_leaves, tree_map_only
 
 OFF_BY_FRACTION, OFF_BY_BYTES = 0.2, 2**20  # a prediction that is off by more than both is wrong
+NO_EFFECT = 2  # times less than fine-tuning is what should be saved at least
+WORTH_IT_BYTES = 2**20  # of less, nobody asks how much is saved
+MOST_CALLS = 4  # of a network in a step, of which it is predicted what fine-tuning would keep
 
 
 class FirstSteps:
@@ -37,6 +42,10 @@ class FirstSteps:
         predicted: What the network's step was predicted to cost; None where that is not known: it
             is called several times in a step, is compiled, or asks for values of its tensors.
         surprising: Whether the measured peak is far from the predicted one.
+        samples: The size of the first batch that the network was called with; None: not known.
+        finetune_kept_bytes: What a first step that fine-tuned the whole network would have kept
+            for its backward, by prediction; None: not known, for the same reasons.
+        finetune_peak_bytes: Its peak, which is only asked for where little is saved.
     """
 
     def __init__(self, network: nn.Module, *, predict: bool = True) -> None:
@@ -45,6 +54,9 @@ class FirstSteps:
         self.peak_bytes: int | None = None
         self.predicted: StepPrediction | None = None
         self.surprising = False
+        self.samples: int | None = None
+        self.finetune_kept_bytes: int | None = None
+        self.finetune_peak_bytes: int | None = None
         self._network: nn.Module | None = network
         self._predicts = predict and not is_compiled(network)
         self._calls: list[list[_Call]] = []  # of every step
@@ -87,9 +99,64 @@ class FirstSteps:
             self.surprising = self._is_surprising(watching.bytes)
         elif self._network is not None and self._predicts and len(self._calls) == 1:
             self.predicted = _prediction(self._network, self._calls[0])
+            self._compare(self._network, self._calls[0])
         if len(self._calls) == 2:
             self._network = None
         return isinstance(watching, PeakBytes)
+
+    def _compare(self, network: nn.Module, calls: list[_Call]) -> None:
+        """See what fine-tuning would take."""
+        original = getattr(getattr(network, "original", None), "network", None)
+        if original is None or not calls:
+            return
+        self.samples = batch_size(calls[0].args, calls[0].kwargs)
+        kept = [_kept(original, call) for call in calls[:MOST_CALLS]]
+        if len(calls) > MOST_CALLS or None in kept:
+            return
+        self.finetune_kept_bytes = sum(cast(list[int], kept))
+        peak = None if self.predicted is None else self.predicted.peak_bytes
+        if peak is not None and peak * NO_EFFECT > self.finetune_kept_bytes >= WORTH_IT_BYTES:
+            found = _prediction(original, calls)  # takes as long as the model's own
+            self.finetune_peak_bytes = None if found is None else found.peak_bytes
+
+    @property
+    def kept_bytes(self) -> int | None:
+        """What the network keeps: predicted if that is known, else all that was measured."""
+        if self.predicted is not None:
+            return self.predicted.saved_activation_bytes
+        return self.saved_activation_bytes
+
+    @property
+    def no_effect(self) -> str:
+        """What is hardly less than that of fine-tuning, in words; "" if all is."""
+        kept, tuned = self.kept_bytes, self.finetune_kept_bytes
+        if kept is None or tuned is None or tuned < WORTH_IT_BYTES:
+            return ""
+        if kept * NO_EFFECT > tuned:
+            return (
+                f"A step keeps {format_bytes(kept)} for its backward, fine-tuning the whole "
+                f"network {format_bytes(tuned)}. Most is kept by {self._most_kept}."
+            )
+        peak, theirs = self.predicted, self.finetune_peak_bytes
+        if peak is not None and theirs is not None and peak.peak_bytes * NO_EFFECT > theirs:
+            node = peak.peak_node.removeprefix("backbone.") or "the loss"
+            return (
+                f"A step peaks at {format_bytes(peak.peak_bytes)}, fine-tuning the whole network "
+                f"at {format_bytes(theirs)}. The peak is at {node}, in the {peak.peak_phase}."
+            )
+        return ""
+
+    @property
+    def _most_kept(self) -> str:
+        by_node = self.saved_by_module
+        if self.predicted is not None:
+            by_node = {node.name: node.saved_bytes for node in self.predicted.nodes}
+        most = sorted(by_node.items(), key=lambda item: -item[1])[:3]
+        return ", ".join(
+            f"{name.replace('backbone.', '', 1) or 'the loss'} ({format_bytes(count)})"
+            for name, count in most
+            if count
+        )
 
     def abort(self) -> None:
         """Stop watching, in the midst of a step."""
@@ -135,11 +202,25 @@ class _Call:
         args, kwargs = tree_map_only(Tensor, _without_values, (args, kwargs))
         return cls(tuple((*x.shape, x.dtype) for x in tensors), autocast, args, kwargs)
 
+    def prepare(self, twin: nn.Module) -> None:
+        """Let a network compute as it did in this call."""
+        if self.autocast is not None:
+            kind = next(twin.parameters()).device.type
+            twin.forward = torch.autocast(kind, self.autocast)(twin.forward)
+
 
 def _without_values(x: Tensor) -> Tensor:
     with FakeTensorMode():
         like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     return like.requires_grad_(x.requires_grad)
+
+
+def _kept(network: nn.Module, call: _Call) -> int | None:
+    """What this call of the network keeps, by prediction."""
+    with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]):
+        predictor = StepPredictor(network, prepare=call.prepare)
+        return predictor.kept(*call.args, **call.kwargs)
+    return None
 
 
 @contextlib.contextmanager
@@ -166,12 +247,7 @@ def _prediction(network: nn.Module, calls: list[_Call]) -> StepPrediction | None
     if policy is not None and policy.predicted is not None:  # to split the batch, it was needed
         return cast(StepPrediction, policy.predicted)
 
-    def with_autocast(twin: nn.Module) -> None:
-        if call.autocast is not None:
-            kind = next(twin.parameters()).device.type
-            twin.forward = torch.autocast(kind, call.autocast)(twin.forward)
-
     # whatever a network does with fake tensors, training goes on, with the random numbers it had
     with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]):
-        return StepPredictor(network, prepare=with_autocast)(*call.args, **call.kwargs)
+        return StepPredictor(network, prepare=call.prepare)(*call.args, **call.kwargs)
     return None

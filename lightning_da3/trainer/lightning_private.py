@@ -7,6 +7,7 @@ because the `lightning` and `pytorch_lightning` packages each have their own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -166,3 +167,21 @@ class PreparingLauncher(Launcher):
         if trainer is not None:
             self._prepare(trainer)
         return super().launch(function, *args, trainer=trainer, **kwargs)
+
+
+def lend_summary_(trainer: Any, make: Callable[[Any, int], Any]) -> None:
+    """Let the Trainer's summaries of the model be made by `make(pl_module, max_depth)`.
+
+    Puts ``_summary`` on the callback that prints one, beside that of its class, and reads its
+    ``_max_depth``. Where either is missing, the summary shows what it would without.
+    """
+    for callback in trainer.callbacks:
+        depth = getattr(callback, "_max_depth", None)
+        if isinstance(callback, L.pytorch.callbacks.ModelSummary) and isinstance(depth, int):
+            vars(callback)["_summary"] = partial(_summary, make, depth)
+
+
+def _summary(make: Callable[[Any, int], Any], depth: int, trainer: Any, pl_module: Any) -> Any:
+    """Stands for a callback's method, and can be pickled."""
+    del trainer
+    return make(pl_module, depth)

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from helpers.budgets import Plain, converted
 from helpers.domains import refused
 from helpers.predicted import Net, domain_of
 from torch import nn
@@ -53,6 +54,14 @@ def test_copies_and_files_of_a_model_keep_its_plan():
     assert step_costs(copy.deepcopy(model), 2, 64) == step_costs(model, 2, 64)
     again = pickle.loads(pickle.dumps(model))
     assert again.plan == model.plan
+    assert step_costs(again, 2, 64) == step_costs(model, 2, 64)
+
+
+def test_a_pickled_model_forgets_a_network_that_cannot_be_pickled():
+    class Local(Net):
+        """Nobody else knows it."""
+
+    again = pickle.loads(pickle.dumps(domain_of(Local())))
     costs = step_costs(again, 2, 64)
     assert costs.finetune is None
     assert "forgets" in str(costs)
@@ -145,6 +154,34 @@ def test_a_network_whose_inputs_cannot_be_guessed_says_so():
 def test_a_network_that_is_not_converted_is_refused():
     with refused(ConfigError, "must be a DA3Model, as `convert(network)` gives it, got Net"):
         step_costs(Net())
+
+
+@pytest.mark.parametrize(
+    ("share", "split"), [(0.8, "pieces"), (0.97, "pieces"), (0.8, "accumulate")]
+)
+def test_the_curve_under_a_budget_is_that_of_the_split_step(share, split):
+    whole = step_costs(converted(Plain()), 8, 64).ours
+    model = converted(Plain(), budget=int(share * whole.peak_bytes), split=split)
+    held = step_costs(model, 8, 64)
+    step = held.ours
+    assert len(held.parts) > 1
+    assert step.timeline != whole.timeline
+    assert max(step.timeline) == step.peak_bytes < whole.peak_bytes
+    assert len(step.names) == len(step.timeline)
+    assert 0 < step.forward_end < step.backward_end < len(step.timeline)
+    at = step.timeline.index(step.peak_bytes)
+    assert (step.names[at], step.phase_at(at)) == (step.peak_node, step.peak_phase)
+    (line,) = [x for x in plot_step(step).axes[0].lines if x.get_label().startswith("DA3")]
+    assert max(line.get_ydata()) * 2**10 == pytest.approx(step.peak_bytes)
+
+
+def test_the_number_of_classes_of_a_new_domain():
+    model = convert(Net())
+    fewer, more = (step_costs(model, 1, 64, num_classes=n) for n in (2, 12))
+    width = model.fc.in_features
+    assert more.domain_parameters - fewer.domain_parameters == 10 * (width + 1)
+    with refused(ConfigError, "is active, which has its own"):
+        step_costs(domain_of(Net()), 1, 64, num_classes=3)
 
 
 # --- the plan, and names that moved

@@ -1,0 +1,192 @@
+"""Running a rewritten network: within a budget, with gates and their loss, and by its methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_da3.budget.microbatches import (
+    Ledger,
+    Run,
+    batch_size,
+    check_apart,
+    run_microbatches,
+)
+from lightning_da3.budget.policy import BudgetPolicy
+from lightning_da3.config import DA3Config
+from lightning_da3.eager import KeepsLess
+from lightning_da3.errors import InputError
+from lightning_da3.model.batches import carrying, explain_types, laid_out, tell_that_nothing_trains
+from lightning_da3.model.clashes import guard_backbone_, with_own_config
+from lightning_da3.model.methods import Entry, Method, Methods
+from lightning_da3.model.multi_domain import MultiDomain
+from lightning_da3.model.original import Original
+from lightning_da3.model.pending import trains_later_
+from lightning_da3.nn.call import Call, Executed, Noise
+from lightning_da3.nn.gate import annealed_target, budget_loss, executed_fraction
+from lightning_da3.planning.plan import Plan
+
+NOISE_UNTIL = 0.8  # of training; the gates settle without noise
+
+
+class Running(MultiDomain):
+    """A backbone with domains that runs. Everything is an attribute of `DA3Model`; see there."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        plan: Plan,
+        config: DA3Config,
+        fingerprint: str,
+        architecture: str,
+        original: Original | None = None,
+    ) -> None:
+        original = original or Original()
+        config = with_own_config(config, original.network)
+        super().__init__(backbone, plan, config, fingerprint, architecture)
+        guard_backbone_(backbone, original.network, self.calls)
+        self.original = original
+        self.budget_policy = BudgetPolicy(config.memory)
+        self.progress = 1.0
+        self.gate_loss_scale: float | None = None
+        self.gates_over_ranks = False
+        self.methods = Methods()
+        self.train(self.training)
+
+    def _computed(
+        self, run: Callable[[Call, Any, Any], tuple[Any, Ledger]], args: Any, kwargs: Any
+    ) -> Any:
+        """The output of one call, ready to be trained with.
+
+        Args:
+            run: Computes it, and notes how much of every host was executed.
+            args: The arguments.
+            kwargs: The named arguments.
+        """
+        call, name = self.calls.resting, self._active
+        output, ledger = run(self._noisy(call, args, kwargs), args, kwargs)
+        executed = self._executed(ledger)
+        output = laid_out(output, (args, kwargs))
+        trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if trains and self.bank and not self._was_set and call is self.calls.everywhere:
+            self._was_set = tell_that_nothing_trains(output, self.domains)
+        if executed and self.config.gate and self.training and torch.is_grad_enabled():
+            loss, scale = self.gate_loss(executed), self.gate_loss_scale
+            if scale is None and call.unit is not None:
+                output = carrying(output, loss, call.unit.beside(loss))
+            else:
+                output = carrying(output, loss, scale)
+        if name is not None and torch.is_grad_enabled():
+            trains_later_(output, self.domain(name), lambda: self._active == name)
+        return output
+
+    # --- other methods of the user's network ------------------------------------------------------
+
+    def run_method(self, path: str, method: str, args: Any, kwargs: Any) -> Any:
+        """What a method of a part of the user's network returns, for the active domain.
+
+        Args:
+            path: The part's dotted name; "" is the network.
+            method: The method's name.
+            args: Its arguments.
+            kwargs: Its named arguments.
+
+        Raises:
+            DA3Error: It cannot be rewritten, or holds a part of a host whose adapter could not act.
+        """
+        entry, tensors = Entry.of(path, method, args, kwargs)
+
+        def make() -> Method:
+            about = (self.original, self.backbone, self.plan, self.config, self.calls)
+            return Method(entry, *about, tensors)
+
+        def run_once(found: Method, call: Call) -> tuple[Any, Ledger]:
+            ledger: Ledger = []
+            with self.calls.running(call.noted_in(ledger)), self._python(found.plan):
+                return found(self.backbone, call, tensors), ledger
+
+        def run(call: Call, *_: Any) -> tuple[Any, Ledger]:
+            try:
+                return run_once(self.methods.get(entry, make), call)
+            except InputError:  # it was traced where the sizes of its inputs decided otherwise
+                return run_once(self.methods.get(entry, make, anew=True), call)
+
+        return self._computed(run, args, kwargs)
+
+    def own_parameters(self, path: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of the active domain's adapters in a part of the user's network."""
+        for name, adapter in self.calls.resting.adapters.items():
+            host = name.split(":")[0]
+            if not path or host == path or host.startswith(f"{path}."):
+                yield from adapter.named_parameters(f"adapters.{name}")
+
+    # --- one pass ---------------------------------------------------------------------------------
+
+    def _noisy(self, call: Call, args: Any, kwargs: Any) -> Call:
+        """The call of a whole batch, with noise on its gates while they are learned."""
+        gate = self.config.gate
+        if gate is None or not (gate.noise and self.training and self.progress < NOISE_UNTIL):
+            return call
+        noise = self.calls.here.noise or Noise(batch_size(args, kwargs) or 0)
+        return call.with_noise(noise)
+
+    def _run_within_budget(self, call: Call, args: Any, kwargs: Any) -> tuple[Any, Ledger]:
+        """`_run`; a training step's batch goes in microbatches if it would exceed the budget."""
+        policy, trains = self.budget_policy, self.backbone if call.alone else self
+        trained = [p for p in trains.parameters() if p.requires_grad]
+        if not (trained and torch.is_grad_enabled()):
+            return self._run(call, *args, **kwargs)
+        count = batch_size(args, kwargs)
+        split = policy.microbatches_for(self, args, kwargs, self._check_apart)
+        if split is None or not count or split.samples >= count:
+            return self._run(call, *args, **kwargs)
+
+        def run_of(start: int, samples: int) -> Run:
+            return partial(self._run, call.part(start, samples))
+
+        return run_microbatches(run_of, args, kwargs, split.counts(count), split.again, trained)
+
+    @torch.no_grad()
+    def _check_apart(self, args: Any, kwargs: Any) -> None:
+        """Before a batch is split for the first time: refuse samples that act on each other."""
+        check_apart(partial(self._run, Call()), args, kwargs, self.plan.network)
+
+    def _run(self, call: Call, *args: Any, **kwargs: Any) -> tuple[Any, Ledger]:
+        """One pass through the backbone: the output, and how much of every host was executed."""
+        ledger: Ledger = []
+        with self.calls.running(call.noted_in(ledger)), self._python(self.plan):
+            try:
+                return self.backbone(*args, **kwargs), ledger
+            except RuntimeError as error:
+                explain_types((args, kwargs), self.dtype, self.plan.network, error)
+                raise
+
+    def _python(self, plan: Plan) -> AbstractContextManager[Any]:
+        """What stays Python keeps less inside; a compiler sees to that by itself."""
+        if not plan.python or torch.compiler.is_compiling():
+            return nullcontext()
+        return KeepsLess(exact=self.config.memory.exact)
+
+    def _executed(self, ledger: Ledger) -> list[Executed]:
+        """What was executed; its share is remembered."""
+        executed = [entry for _, entry in ledger]
+        share = executed_fraction(executed).detach() if executed else None
+        self.calls.here.executed = share
+        return executed
+
+    @property
+    def executed_flops_fraction(self) -> Tensor | None:
+        """The share of the hosts' FLOPs that the last pass of this thread executed."""
+        return self.calls.here.executed
+
+    def gate_loss(self, executed: Sequence[Executed]) -> Tensor:
+        """The weighted budget loss of one forward pass, a scalar."""
+        assert self.config.gate is not None
+        target = annealed_target(self.config.gate.target, self.progress)
+        loss = budget_loss(executed, target, over_ranks=self.gates_over_ranks)
+        return loss * self.config.gate.weight
