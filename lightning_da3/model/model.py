@@ -30,9 +30,8 @@ from lightning_da3.model.batches import (
     laid_out,
     tell_that_nothing_trains,
 )
-from lightning_da3.model.mixed import NEAREST, Domains, by_sample, check_domains
+from lightning_da3.model.mixed import NEAREST, Domains, by_sample, check_domains, check_outside
 from lightning_da3.model.modes import hold_in_eval_
-from lightning_da3.model.multi_domain import MultiDomain
 from lightning_da3.model.nearest import (
     check_known,
     joined_features,
@@ -42,6 +41,7 @@ from lightning_da3.model.nearest import (
 )
 from lightning_da3.model.original import Original
 from lightning_da3.model.pending import trains_later_
+from lightning_da3.model.saving import SavesDomains
 from lightning_da3.nn.call import Call, Executed, Noise
 from lightning_da3.nn.gate import (
     annealed_target,
@@ -55,7 +55,7 @@ from lightning_da3.torch_private.trees import tree_map_only
 NOISE_UNTIL = 0.8  # of training; the gates settle without noise
 
 
-class DA3Model(MultiDomain):
+class DA3Model(SavesDomains):
     """A network whose backbone is frozen and held in eval, with domains to switch between.
 
     Made by `lightning_da3.convert`. Calls like the network it was made from. With no domain active
@@ -153,6 +153,7 @@ class DA3Model(MultiDomain):
             domains = self.nearest_domains(*args, **kwargs)
         check_domains(domains, count)
         own = [None if name is None else self.domain(name) for name in domains]
+        check_outside(own, self.holder)
         slots = self._slots
         with torch.no_grad():
             output, ledger = self._run(slots.mixed(own, self._device), *args, **kwargs)

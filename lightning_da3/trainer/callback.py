@@ -35,8 +35,9 @@ class DA3Callback(EvaluatesByDomain):
     """Learn one domain, or several, with the network inside any LightningModule.
 
     Before the optimizers are made, the network is converted (once, in place of the original) and
-    the domain is added or selected. Only the domain's parameters train; Lightning's checkpoints
-    hold the domains alone. The LightningModule needs no change.
+    the domain is added or selected. Only the domain's parameters train, with what requires a
+    gradient beside the network, of which every domain has its own; Lightning's checkpoints hold the
+    domains alone. The LightningModule needs no change.
 
     Several domains in one run take turns, batch by batch: give their numbers of classes by name,
     and a `DomainLoader` of their loaders. Loaders to validate, test or predict with may be a dict
@@ -74,6 +75,11 @@ class DA3Callback(EvaluatesByDomain):
         monitor: A logged metric: the file, of an earlier fit as well, is replaced only by an epoch
             in which it is at least as good. None: by every epoch.
         mode: Whether less of it is better (``"min"``) or more (``"max"``).
+        outside: What becomes of what requires a gradient beside the network, such as
+            ``self.classifier`` beside ``self.feature_extractor``, with the buffers next to it.
+            ``"domain"``: it belongs to the domain, as its adapters do. ``"shared"``: all domains
+            train the same, and so change each other, which a warning says. ``"frozen"``: it does
+            not train; statistics next to it are the domain's.
 
     Raises:
         ConfigError: `num_classes` is given beside a dict of domains, or that is empty; or a metric
@@ -92,13 +98,16 @@ class DA3Callback(EvaluatesByDomain):
         budget: int | str | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
+        outside: Literal["domain", "shared", "frozen"] = "domain",
     ) -> None:
         super().__init__()
         self.domain = domain
         self.num_classes = num_classes
         self.config = DA3Config.of(config).within(budget)
         self.backbone = backbone
-        self.session = TrainingSession(_domains(domain, num_classes), self.config, backbone)
+        self.session = TrainingSession(
+            _domains(domain, num_classes), self.config, backbone, outside
+        )
         self.files = DomainFiles(save_dir, self.session.domains, monitor, mode)
         self.figures = Figures(predict)
 

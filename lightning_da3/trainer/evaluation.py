@@ -83,12 +83,12 @@ class EvaluatesByDomain(L.Callback):
         self._before_evaluation = self.session.network.active_domain
 
     def _return(self) -> None:
-        self.session.network.set_domain(self._before_evaluation)
+        self.session.activate(self._before_evaluation)
 
     def _activate(self, loaders: Any, dataloader_idx: int) -> None:
         network = self.session.network
         if isinstance(loaders, Mapping) and {*loaders} <= {*network.domains}:
-            network.set_domain(list(loaders)[dataloader_idx])
+            self.session.activate(list(loaders)[dataloader_idx])
         elif len(self.session.domains) > 1:
             raise ConfigError(
                 f"This run is of {list(self.session.domains)}, so its loaders must say of which "
