@@ -252,18 +252,20 @@ class Holder:
                 if given is not None and _fits(given, tensor):
                     tensor.detach().copy_(given)
             return
-        for name in shared:  # a state of before there were sets has one, in use
+        for name, tensor in shared.items():  # a state of before there were sets has one, in use
             value = state.get(f"{net}shared.{name}", state.get(prefix + name))
             sets = [f"{net}bank.{d}.outside." for d in extra["num_classes"] if self._has_set(d)]
-            for where in [f"{net}shared.", *sets] if value is not None else []:
+            fits = value is not None and value.shape == tensor.shape
+            for where in [f"{net}shared.", *sets] if fits else []:
                 state.setdefault(where + name, value)
         for outside, names in self._lent:
-            is_shared = outside is self.network.shared
-            where = f"{net}shared." if is_shared else f"{net}bank.{self._domain_name()}.outside."
-            current = tensors_of(outside)
+            domain = None if outside is self.network.shared else self._domain_name()
+            where = f"{net}shared." if domain is None else f"{net}bank.{domain}.outside."
+            current = {} if domain in (None, *extra["num_classes"]) else tensors_of(outside)
             for name in names:
-                if where + name in state or prefix + name in state:
-                    state[prefix + name] = state.get(where + name, current[name])
+                if prefix + name in state or where + name in state:
+                    here = current.get(name, state.get(prefix + name))
+                    state[prefix + name] = state.get(where + name, here)
 
     def _has_set(self, name: str) -> bool:
         if name in self.network.domains:

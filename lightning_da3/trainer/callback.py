@@ -41,7 +41,8 @@ class DA3Callback(EvaluatesByDomain):
 
     Several domains in one run take turns, batch by batch: give their numbers of classes by name,
     and a `DomainLoader` of their loaders. Loaders to validate, test or predict with may be a dict
-    by domain in any run; each is computed with its own.
+    by domain in any run; each is computed with its own. What the module logs then has the name of
+    the domain: ``loss/flowers`` beside ``loss`` in training, ``acc/flowers`` in evaluation.
 
     Logged, with every logger of the Trainer:
 
@@ -55,7 +56,8 @@ class DA3Callback(EvaluatesByDomain):
       beside the network takes memory as well.
     * ``da3/resident_bytes``: largest resident set of the process so far, by epoch (on CPU, where
       the system tells).
-    * ``da3/executed_flops_fraction``: share of the hosts' FLOPs that the gates let run, by epoch.
+    * ``da3/executed_flops_fraction``: share of the hosts' FLOPs that the gates let run, by epoch;
+      of several domains also ``da3/executed_flops_fraction/<domain>``.
 
     `first_steps` holds the figures of the last fit for pictures
     (`lightning_da3.trainer.loggers.log_first_steps`).
@@ -73,7 +75,8 @@ class DA3Callback(EvaluatesByDomain):
         predict: Predict the peak of a step; takes about as long as a few steps, once a fit.
         budget: The peak bytes that a step may take, as in `MemoryConfig`; None: as `config` says.
         monitor: A logged metric: the file, of an earlier fit as well, is replaced only by an epoch
-            in which it is at least as good. None: by every epoch.
+            in which it is at least as good. None: by every epoch. Of several domains, each by
+            ``<monitor>/<domain>`` where that is logged.
         mode: Whether less of it is better (``"min"``) or more (``"max"``).
         outside: What becomes of what requires a gradient beside the network, such as
             ``self.classifier`` beside ``self.feature_extractor``, with the buffers next to it.
@@ -197,6 +200,8 @@ class DA3Callback(EvaluatesByDomain):
         model.gates_over_ranks = trainer.world_size > 1
         model.budget_policy.tell = rank_zero_info
         self.figures.start(trainer, pl_module, model)
+        if len(self.session.domains) > 1:
+            self.session.names.begin(pl_module, training=True)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             resumed = trainer.ckpt_path is not None and trainer.global_step > 0
             self.files.begin(model, resumed=resumed, write=trainer.is_global_zero)
@@ -205,6 +210,7 @@ class DA3Callback(EvaluatesByDomain):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.session.network.gates_over_ranks = False
         self.session.network.gate_loss_scale = None  # another loop may follow
+        self.session.names.end()
         self._all_logged(trainer, last=True)
 
     @override
@@ -253,6 +259,7 @@ class DA3Callback(EvaluatesByDomain):
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.session.names.pause()
         self.figures.epoch_ends(pl_module)
         model, metrics = self.session.network, trainer.callback_metrics
         self.files.end_epoch(model, metrics)
@@ -262,6 +269,7 @@ class DA3Callback(EvaluatesByDomain):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         self.figures.abort()
+        self.session.names.abort()
         explain_targets_(exception, self.model)
         self.files.abort()
         stop_waiting(pl_module)

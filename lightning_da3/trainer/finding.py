@@ -53,7 +53,7 @@ def find_backbone(module: nn.Module, name: str | None) -> str:
         )
     found = _clear(fitting)
     if found is None:
-        if all(not list(child.children()) for child in fitting.values()):
+        if any(not list(child.children()) for child in fitting.values()):  # a layer of its own
             raise ConfigError(_is_the_network(module))
         counts = ", ".join(f"{key!r} ({_count(child):,})" for key, child in fitting.items())
         example = max(fitting, key=lambda key: _count(fitting[key]))

@@ -15,6 +15,7 @@ from lightning_da3.model.outside import tensors_of
 from lightning_da3.trainer.attaching import attach_
 from lightning_da3.trainer.averaging import average_domains_only, copy_again
 from lightning_da3.trainer.frozen import FrozenTensors
+from lightning_da3.trainer.naming import DomainNames
 from lightning_da3.trainer.optimizers import (
     check_learns,
     drop_frozen_,
@@ -38,6 +39,7 @@ class TrainingSession:
 
     Attributes:
         model: The converted network, or None before it is found.
+        names: Of what is logged, while several domains take turns.
 
     Raises:
         ConfigError: `outside` is none of the three.
@@ -54,6 +56,7 @@ class TrainingSession:
             raise ConfigError(f"`outside` must be one of {OUTSIDE}, got {shown(outside)}.")
         self.domains, self.config, self.backbone = dict(domains), config, backbone
         self.outside = outside
+        self.names = DomainNames()
         self._said = False
         self._copies: list[DA3Model] = []  # in averages of the LightningModule
         self.model: DA3Model | None = None
@@ -93,6 +96,11 @@ class TrainingSession:
         """Activate a domain, in averages of the network as well: their parameters are in turn."""
         for model in (self.network, *self._copies):
             model.set_domain(domain)
+
+    def turn_to(self, domain: str) -> None:
+        """A batch of a domain comes next, of several domains that take turns."""
+        self.activate(domain)
+        self.names.step(domain)
 
     def open_domains(self) -> None:
         """Let every domain require gradients: DDP and optimizers take what does."""

@@ -4,7 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from helpers.lit import Lit, network
+from helpers.lit import CONFIG, Lit, data, network, trainer
+from lightning_da3 import DA3Callback, DA3Config
+from lightning_da3.model.outside import tensors_of
+
+ALONE = DA3Config(adapter=CONFIG.adapter, gate=None, head=None)
 
 
 class Scale(nn.Module):
@@ -66,3 +70,21 @@ def scores(module, domain):
     )
     module.train()
     return torch.cat([result[0].view(1), result[1].flatten()])
+
+
+def learn(tmp_path, module, domain, loader=None, callbacks=(), epochs=1, ckpt_path=None, **kwargs):
+    da3 = DA3Callback(domain, config=ALONE, predict=False, **kwargs)
+    fitter = trainer(tmp_path, da3, epochs=epochs, callbacks=list(callbacks))
+    fitter.fit(module, loader or data(sum(map(ord, domain))), ckpt_path=ckpt_path)
+    return fitter
+
+
+def learned(module, domain):
+    """The set of a domain, copied."""
+    module.net.refresh()
+    return {k: v.clone() for k, v in tensors_of(module.net.domain(domain).outside).items()}
+
+
+def assert_equal(one, other):
+    assert set(one) == set(other)
+    assert not [name for name in one if not torch.equal(one[name], other[name])]
