@@ -283,6 +283,7 @@ def hold_(
     network: Any,
     policy: str = "domain",
     learned: Collection[str] = (),
+    copies: Collection[str] = (),
 ) -> None:
     """Say which module a network is in, if anything trains beside it there; edits both.
 
@@ -294,10 +295,13 @@ def hold_(
         network: A `MultiDomain`; it may stand in the module later.
         policy: As of `Holder`.
         learned: Names of the domains that are to be learned.
+        copies: Names of copies of the network, which do not train.
 
     Raises:
         ConfigError: A parameter has no shape yet.
     """
+    for name in copies:
+        root.get_submodule(name).requires_grad_(False)
     holder = network.holder
     if holder is None or holder.root is not root:
         if not any(True for _ in outside_of(root, path)):

@@ -19,7 +19,7 @@ from lightning_da3.model.holder import Holder
 from lightning_da3.model.nearest import new_statistics
 from lightning_da3.model.outside import Outside, take_back_, tensors_of, with_room
 from lightning_da3.model.slots import Slots, connect_
-from lightning_da3.model.state import OUTSIDE, complete_state
+from lightning_da3.model.state import OUTSIDE, SHARED, complete_state
 from lightning_da3.nn.call import Call, Calls
 from lightning_da3.planning.plan import Plan
 
@@ -39,12 +39,14 @@ class MultiDomain(nn.Module):
         calls: What new calls compute with, and those that run.
         former: What earlier versions called the backbone, where they called it otherwise
             (`lightning_da3.model.identity.former_identity`).
+        follows: It is a momentum teacher: a copy whose domains require no gradient, active or not.
         shared: What trains beside the network and no domain owns; None: nothing.
         holder: The module that this is in, where what trains beside it is switched as well; None:
             no module was attached.
     """
 
     former: Mapping[str, str] = MappingProxyType({})
+    follows = False
 
     def __init__(
         self,
@@ -77,6 +79,18 @@ class MultiDomain(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for outside in (self.shared, *(self.domain(name).outside for name in self.domains)):
             take_back_(outside)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """PyTorch's own, of the network and its domains.
+
+        Without what trains beside it: that is of the module that holds it, which lists it.
+        """
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            inside = name[len(prefix) + 1 :] if prefix else name
+            if not inside.startswith(SHARED) and inside.split(".")[2:3] != [OUTSIDE[:-1]]:
+                yield name, parameter
 
     @property
     def domains(self) -> list[str]:
@@ -153,7 +167,7 @@ class MultiDomain(nn.Module):
                 )
             holder.take_back()
         if domain is not None:
-            domain.requires_grad_(True)
+            domain.requires_grad_(not self.follows)
             domain.loss_unit.on(self._device)  # now: a compiler could not make it
         before, self._active, self._was_set = self._active, name, True
         self.calls.everywhere, self.calls.here.resting = self._slots.call(domain), None
@@ -259,6 +273,7 @@ class MultiDomain(nn.Module):
             "num_classes": {name: domain.num_classes for name, domain in domains.items()},
             "class_names": {name: domain.class_names for name, domain in domains.items()},
             "active": self._active,
+            **({"follows": True} if self.follows else {}),
             **({"loss_units": units} if units else {}),
         }
 

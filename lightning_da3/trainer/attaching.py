@@ -28,6 +28,12 @@ from lightning_da3.model.state import (
 from lightning_da3.nn.statistics import Statistics
 from lightning_da3.trainer.example_inputs import inputs_of
 from lightning_da3.trainer.finding import find_backbone
+from lightning_da3.trainer.teachers import (
+    convert_copies_,
+    copies_of,
+    follow_,
+    tell_of_hooks,
+)
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -64,11 +70,13 @@ def attach_(
     if isinstance(network, DA3Model):
         model = network
     else:
+        tell_of_hooks(network)
         model = convert(network, config, inputs_of(module, network))
     for domain, num_classes in domains.items():
         _check_same(model, config, domain, num_classes)
         _check_outside(model, domain, outside)
-    hold_(module, name, model, outside, domains)
+    copies = copies_of(module, network) if model is not network else []
+    hold_(module, name, model, outside, domains, copies)
     for domain, num_classes in domains.items():
         if domain not in model.domains:
             model.add_domain(domain, num_classes)
@@ -77,6 +85,8 @@ def attach_(
     active = model.active_domain
     model.set_domain(active if active in domains else next(iter(domains)))
     put_(module, network, model)
+    convert_copies_(module, copies, model)
+    follow_(module, model, model.active_domain)
     if config.memory.budget is not None:  # of this machine, whatever the network came with
         model.budget_policy.hold(config.memory)
     return model
@@ -314,8 +324,11 @@ def _convert_as_in_(module: nn.Module, state: Mapping[str, Any]) -> dict[DA3Mode
         if not isinstance(network, DA3Model):
             original, network = network, convert(network, _config(extra))
             put_(module, original, network)
-        hold_(module, name, network)
+        network.follows = extra.get("follows", False)
         active[network] = extra["active"]
+    for name, network in _models(module).items():
+        if network in active and not network.follows:
+            hold_(module, name, network)
     return active
 
 

@@ -184,7 +184,8 @@ class DomainFiles:
 
     def _save(self, model: DA3Model, metrics: Mapping[str, Any]) -> None:
         """Save the epoch that is pending, if its monitored value is of this epoch, and as good."""
-        logged = {domain: metrics.get(self._monitored(domain, metrics)) for domain in self.domains}
+        names = {domain: self._monitored(domain, metrics) for domain in self.domains}
+        logged: dict[str, Any] = {domain: metrics.get(name) for domain, name in names.items()}
         if self.monitor is not None:
             # of another epoch, which was validated
             old = [name for name, value in logged.items() if value is self._seen.get(name)]

@@ -9,6 +9,7 @@ from torch import nn
 from lightning_da3.errors import ConfigError
 from lightning_da3.layers import CONVS
 from lightning_da3.model.model import DA3Model
+from lightning_da3.trainer.teachers import copies_of
 
 MOST = 0.9  # of all parameters: the network
 LOSSES_AND_METRICS = ("torch.nn.modules.loss", "torchmetrics")
@@ -19,7 +20,7 @@ def find_backbone(module: nn.Module, name: str | None) -> str:
 
     Without a name: the one child that is converted already; else the one with convolutions, or, if
     none has any, with linear layers. Of several the one that alone trains, or that has at least
-    90 % of their parameters. Losses and metrics are none.
+    90 % of their parameters. Losses, metrics and momentum teachers are none.
 
     Args:
         module: A LightningModule, say.
@@ -41,7 +42,7 @@ def find_backbone(module: nn.Module, name: str | None) -> str:
                 f"It has {sorted(children)}."
             ) from error
         return name
-    candidates = {key: child for key, child in children.items() if not _is_loss(child)}
+    candidates = {k: child for k, child in children.items() if not _is_no_network(child)}
     fitting: Mapping[str, nn.Module] = {}
     for kinds in ((DA3Model,), (DA3Model, *CONVS), (DA3Model, nn.Linear)):
         fitting = fitting or {k: c for k, c in candidates.items() if _has(c, *kinds)}
@@ -72,7 +73,10 @@ def _clear(fitting: Mapping[str, nn.Module]) -> str | None:
     ]
     everything = sum(map(_count, fitting.values()))
     most = [key for key, child in fitting.items() if _count(child) >= MOST * everything]
-    for choice in (list(fitting), trained, most):
+    first, *others = fitting
+    copies = copies_of(nn.ModuleDict(dict(fitting)), fitting[first])
+    original = [first] if {*others} <= {*copies} else []  # and momentum teachers of it
+    for choice in (list(fitting), trained, most, original):
         if len(choice) == 1:
             return choice[0]
     return None
@@ -88,7 +92,9 @@ def _is_the_network(module: nn.Module) -> str:
     )
 
 
-def _is_loss(module: nn.Module) -> bool:
+def _is_no_network(module: nn.Module) -> bool:
+    if isinstance(module, DA3Model) and module.follows:
+        return True
     named = type(module).__name__.endswith(("Loss", "Criterion"))
     return named or any(
         kind.__module__.startswith(LOSSES_AND_METRICS) for kind in type(module).__mro__

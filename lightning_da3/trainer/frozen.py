@@ -43,10 +43,10 @@ class FrozenTensors:
 
     def _sums(self, model: DA3Model) -> Iterator[tuple[str, int]]:
         learned = (*(f"bank.{name}." for name in self.domains), SHARED)
-        for tensors in (model.named_parameters(), model.named_buffers()):
-            for name, value in tensors:
-                if not name.startswith(learned):
-                    yield name, _checksum(value, _weights(value.device))
+        state = model.state_dict(keep_vars=True)  # has what trains beside the network as well
+        for name, value in {**state, **dict(model.named_buffers())}.items():
+            if isinstance(value, Tensor) and not name.startswith(learned):
+                yield name, _checksum(value, _weights(value.device))
 
 
 def _checksum(value: Tensor, weights: Tensor) -> int:

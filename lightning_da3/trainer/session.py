@@ -22,6 +22,7 @@ from lightning_da3.trainer.optimizers import (
     join_domains_,
     not_optimized,
 )
+from lightning_da3.trainer.teachers import follow_
 
 OUTSIDE = ("domain", "shared", "frozen")
 
@@ -34,7 +35,6 @@ class TrainingSession:
             they are of: ``{name: batch}``.
         config: The choices for the conversion.
         backbone: Dotted name of the network inside the LightningModule, or None to look for it.
-
         outside: What becomes of what trains beside the network, as for `DA3Callback`.
 
     Attributes:
@@ -57,6 +57,7 @@ class TrainingSession:
         self.domains, self.config, self.backbone = dict(domains), config, backbone
         self.outside = outside
         self.names = DomainNames()
+        self._module: Any = None
         self._said = False
         self._copies: list[DA3Model] = []  # in averages of the LightningModule
         self.model: DA3Model | None = None
@@ -64,7 +65,7 @@ class TrainingSession:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the network: it belongs to the LightningModule."""
-        return {**vars(self), "model": None, "_copies": []}
+        return {**vars(self), "model": None, "_copies": [], "_module": None}
 
     @property
     def network(self) -> DA3Model:
@@ -80,6 +81,7 @@ class TrainingSession:
             trainer: Its callbacks may have copied the module, and copy it again; or None.
         """
         before = [name for name, _ in pl_module.named_parameters()]
+        self._module = pl_module
         self.model = attach_(pl_module, self.backbone, self.config, self.domains, self.outside)
         if trainer is not None and [name for name, _ in pl_module.named_parameters()] != before:
             copy_again(trainer, pl_module)
@@ -96,6 +98,8 @@ class TrainingSession:
         """Activate a domain, in averages of the network as well: their parameters are in turn."""
         for model in (self.network, *self._copies):
             model.set_domain(domain)
+        if self._module is not None:
+            follow_(self._module, self.network, domain)
 
     def turn_to(self, domain: str) -> None:
         """A batch of a domain comes next, of several domains that take turns."""

@@ -36,6 +36,7 @@ def small():
         ({"net": nn.Linear(9, 9), "measure": StructuralSimilarityIndexMeasure()}, "net"),
         ({"net": network(), "loss": StyleLoss(), "criterion": nn.CrossEntropyLoss()}, "net"),
         ({"net": network(), "teacher": network().requires_grad_(False)}, "net"),  # that trains
+        ({"net": network(), "teacher": network()}, "net"),  # which the other is a copy of
         ({"net": network(), "stem": small()}, "net"),  # nearly all parameters
         ({"net": convert(network(), CONFIG), "other": network()}, "net"),  # converted already
     ],
