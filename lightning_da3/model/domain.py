@@ -138,7 +138,8 @@ def _check_classes(plan: Plan, config: DA3Config, num_classes: object, *, replac
     if replaced and num_classes is None:
         raise ConfigError(
             f"`num_classes` is missing: every domain gets its own {plan.head!r}. "
-            "Say how many classes, as in `add_domain('flowers', num_classes=102)`."
+            "Say how many classes, as in `add_domain('flowers', num_classes=102)`; or keep the "
+            "pretrained one, frozen, for all domains: DA3Config(head=None)."
         )
     if replaced:
         check_num_classes(num_classes)

@@ -64,7 +64,11 @@ class DA3Callback(EvaluatesByDomain):
 
     Args:
         domain: The name of the domain; or, to learn several, numbers of classes by name.
-        num_classes: The number of classes of the one domain; needed when it is new.
+        num_classes: The number of classes of the one domain; needed when it is new: it gets a
+            fresh classifier, which trains, in the place of the pretrained one. None where there is
+            none to replace: the network's own output layers are frozen then (a line in the log
+            says so, unless `config` does with ``head=None``), and adapters train, with what is
+            outside of the network.
         config: The choices for the conversion, or a dict of them as YAML gives it; the same for
             every domain of one network.
         backbone: Name of the network inside the LightningModule, such as ``net``; by default the

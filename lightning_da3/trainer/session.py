@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import ConfigError
@@ -85,13 +85,23 @@ class TrainingSession:
         self.model = attach_(pl_module, self.backbone, self.config, self.domains, self.outside)
         if trainer is not None and [name for name, _ in pl_module.named_parameters()] != before:
             copy_again(trainer, pl_module)
-        holder = self.network.holder
-        if holder is not None and self.outside == "shared" and not self._said:
+        if not self._said:
             self._said = True
+            self._tell(self.network)
+
+    def _tell(self, network: DA3Model) -> None:
+        """Say, once, what would be silent otherwise."""
+        if network.holder is not None and self.outside == "shared":
             rank_zero_warn(
-                f"{sorted(tensors_of(self.network.shared))}, outside of the network, train with "
+                f"{sorted(tensors_of(network.shared))}, outside of the network, train with "
                 f"every domain in turn: what {list(self.domains)} learn changes what all other "
                 'domains compute. DA3Callback(..., outside="domain") keeps them apart.'
+            )
+        if network.plan.head is None and network.config.head is not None and not network.holder:
+            rank_zero_info(
+                f"DA3: no single layer gives the output of {network.plan.network}, so that its own "
+                "output layers are kept, frozen; adapters train. DA3Config(head='name') gives "
+                "every domain its own of one layer, DA3Config(head=None) says that this is meant."
             )
 
     def activate(self, domain: str | None) -> None:

@@ -5,13 +5,15 @@ import copy
 import pytest
 import torch
 from helpers.apart import ALONE, PARAMETERS, Apart, assert_equal, learn, learned, scores
-from helpers.lit import data, trainer
+from helpers.lit import CONFIG, Lit, data, network, trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from lightning_da3 import (
     ConfigError,
     DA3Callback,
+    DA3Config,
     DomainError,
     DomainLoader,
     InputError,
@@ -234,3 +236,65 @@ def test_averages_of_domains_that_take_turns_are_each_domains_own(tmp_path, kind
         learn(tmp_path, alone, name, data("ab".index(name)), epochs=2)
         one, other = learned(alone, name)["classifier.1.weight"], averaged["classifier.1.weight"]
         assert (one - other).norm() < (one - start["classifier.1.weight"]).norm()
+
+
+class Kinds(Apart):
+    """Parts that hold their parameters in ways of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory = nn.LSTM(8, 8, batch_first=True)
+        self.normed = parametrizations.weight_norm(nn.Linear(8, 8))
+        self.spectral = parametrizations.spectral_norm(nn.Linear(8, 8))
+        self.tied = nn.Linear(8, 8)
+        self.tied.weight = self.spectral.parametrizations.weight.original
+        self.listed = nn.ParameterList([torch.ones(8), torch.ones(8)])
+        self.named = nn.ParameterDict({"shift": torch.zeros(8)})
+
+    def forward(self, x):
+        x = self.memory(self.net(x)[:, None])[0][:, 0]
+        x = self.tied(self.spectral(self.normed(x))) * self.listed[0] + self.named["shift"]
+        return self.classifier(x) * self.listed[1][:2] + self.offset
+
+
+def test_parts_of_every_kind_are_switched(tmp_path):
+    module = Kinds()
+    learn(tmp_path, module, "a")
+    before = scores(module, "a")
+    names = set(tensors_of(module.net.domain("a").outside))
+    assert {"memory.weight_ih_l0", "listed.1", "named.shift"} <= names
+    assert "normed.parametrizations.weight.original0" in names
+    module.net.save_domain("a", tmp_path / "a.safetensors")
+    learn(tmp_path, module, "b")
+    assert not torch.equal(scores(module, "b"), before)
+    assert torch.equal(scores(module, "a"), before)
+    assert module.tied.weight is module.spectral.parametrizations.weight.original
+    module.net.set_domain("b")
+    assert module.tied.weight is module.spectral.parametrizations.weight.original
+    module.net.load_domain(tmp_path / "a.safetensors", "c")
+    assert torch.equal(scores(module, "c"), before)
+
+
+def test_a_head_that_is_kept_is_said(tmp_path, caplog):
+    class Pooled(Lit):
+        def __init__(self):
+            super().__init__("later")
+            self.net = network()[:-1]
+
+    def lines():
+        said = [r.getMessage() for r in caplog.records if "output layers are kept" in r.msg]
+        caplog.clear()
+        return said
+
+    caplog.set_level("INFO")
+    auto = DA3Config(adapter=CONFIG.adapter, gate=None)
+    for _ in range(2):
+        da3 = DA3Callback("a", config=auto, predict=False)
+        trainer(tmp_path, da3, epochs=1).fit(Pooled(), data())
+        (line,) = lines()
+        assert "no single layer gives the output of Sequential" in line
+    learn(tmp_path, Pooled(), "a")  # head=None
+    learn(tmp_path, Apart(), "a")
+    assert not lines()
+    with pytest.raises(ConfigError, match=r"keep the pretrained one, frozen.*head=None"):
+        trainer(tmp_path, DA3Callback("a", config=auto)).fit(Lit(), data())
