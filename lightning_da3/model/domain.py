@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import ConfigError
 from lightning_da3.formatting import shown
+from lightning_da3.model.outside import Outside
 from lightning_da3.nn.adapter import Adapter
 from lightning_da3.nn.call import LossUnit
 from lightning_da3.nn.head import Head, new_head
@@ -33,6 +34,7 @@ class Domain(nn.Module):
 
     Attributes:
         loss_unit: In what unit its losses come.
+        outside: What trains with it in the module that holds the network; None: nothing.
 
     Raises:
         ConfigError: `class_names` are no strings, or not as many as there are classes.
@@ -49,6 +51,7 @@ class Domain(nn.Module):
         self.statistics: Statistics | None = None  # of the backbone's features of its samples
         self.adapters = nn.ModuleDict(dict(adapters))
         self.head = head
+        self.outside: Outside | None = None
         self.num_classes = num_classes
         self.class_names = checked_class_names(class_names, num_classes)
         self.loss_unit = LossUnit()
@@ -135,7 +138,8 @@ def _check_classes(plan: Plan, config: DA3Config, num_classes: object, *, replac
     if replaced and num_classes is None:
         raise ConfigError(
             f"`num_classes` is missing: every domain gets its own {plan.head!r}. "
-            "Say how many classes, as in `add_domain('flowers', num_classes=102)`."
+            "Say how many classes, as in `add_domain('flowers', num_classes=102)`; or keep the "
+            "pretrained one, frozen, for all domains: DA3Config(head=None)."
         )
     if replaced:
         check_num_classes(num_classes)

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from lightning_da3.budget.microbatches import cut
 from lightning_da3.errors import InputError
+from lightning_da3.model.domain import Domain
+from lightning_da3.model.holder import Holder
+from lightning_da3.model.outside import tensors_of
 from lightning_da3.torch_private.trees import tree_flatten, tree_unflatten
 
 Domains = Sequence[str | None] | Literal["nearest"]
@@ -30,6 +33,22 @@ def check_domains(domains: Sequence[str | None], count: int) -> None:
         raise InputError(
             f"`domains` has {len(domains)} entries and the batch {count} samples. Give one name, "
             "or None for the backbone alone, for every sample."
+        )
+
+
+def check_outside(domains: Sequence[Domain | None], holder: Holder | None) -> None:
+    """Refuse samples of several domains where something outside of the network is of one at a time.
+
+    Raises:
+        InputError: It is so.
+    """
+    if holder is None or len(set(domains)) < 2:
+        return
+    names = sorted({key for d in domains if d is not None for key in tensors_of(d.outside)})
+    if names:
+        raise InputError(
+            f"{type(holder.root).__name__} has {names} outside of the network, which are of one "
+            "domain at a time: call `set_domain(name)`, then compute the samples of that domain."
         )
 
 

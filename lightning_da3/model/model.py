@@ -15,7 +15,7 @@ from lightning_da3.config import is_finite
 from lightning_da3.errors import ConfigError, InputError
 from lightning_da3.formatting import shown
 from lightning_da3.model.batches import check_input
-from lightning_da3.model.mixed import NEAREST, Domains, by_sample, check_domains
+from lightning_da3.model.mixed import NEAREST, Domains, by_sample, check_domains, check_outside
 from lightning_da3.model.modes import set_mode_
 from lightning_da3.model.nearest import (
     check_known,
@@ -98,6 +98,7 @@ class DA3Model(Running):
             domains = self.nearest_domains(*args, **kwargs)
         check_domains(domains, count)
         own = [None if name is None else self.domain(name) for name in domains]
+        check_outside(own, self.holder)
         slots = self._slots
         with torch.no_grad():
             output, ledger = self._run(slots.mixed(own, self._device), *args, **kwargs)

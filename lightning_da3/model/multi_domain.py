@@ -1,10 +1,9 @@
-"""A backbone and its domains, of which one at most is active: the verbs, files and state."""
+"""A backbone and its domains, of which one at most is active: the verbs and the state."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -12,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_da3.config import DA3Config
-from lightning_da3.errors import CheckpointError, ConfigError, DA3Error, DomainError
-from lightning_da3.files.domain_file import domain_file_bytes, read_domain, write_domain
+from lightning_da3.errors import ConfigError, DomainError
 from lightning_da3.files.names import check_name
 from lightning_da3.formatting import shown
 from lightning_da3.model.domain import Bank, Domain, new_domain
-from lightning_da3.model.identity import check_identity, identity
+from lightning_da3.model.holder import Holder
 from lightning_da3.model.nearest import new_statistics
+from lightning_da3.model.outside import Outside, take_back_, tensors_of, with_room
 from lightning_da3.model.slots import Slots, connect_
-from lightning_da3.model.state import HAS_STATISTICS, check_tensors, complete_state
+from lightning_da3.model.state import OUTSIDE, SHARED, complete_state
 from lightning_da3.nn.call import Call, Calls
 from lightning_da3.planning.plan import Plan
 
@@ -40,9 +39,14 @@ class MultiDomain(nn.Module):
         calls: What new calls compute with, and those that run.
         former: What earlier versions called the backbone, where they called it otherwise
             (`lightning_da3.model.identity.former_identity`).
+        follows: It is a momentum teacher: a copy whose domains require no gradient, active or not.
+        shared: What trains beside the network and no domain owns; None: nothing.
+        holder: The module that this is in, where what trains beside it is switched as well; None:
+            no module was attached.
     """
 
     former: Mapping[str, str] = MappingProxyType({})
+    follows = False
 
     def __init__(
         self,
@@ -55,6 +59,8 @@ class MultiDomain(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.bank = Bank()
+        self.shared: Outside | None = None
+        self.holder: Holder | None = None
         self.plan, self.config = plan, config
         self.fingerprint, self.architecture = fingerprint, architecture
         self._active: str | None = None
@@ -62,6 +68,29 @@ class MultiDomain(nn.Module):
         self.calls = Calls()
         connect_(backbone, self.calls)
         self.register_load_state_dict_pre_hook(complete_state)  # type: ignore[no-untyped-call]
+        self.register_state_dict_pre_hook(MultiDomain.refresh)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Alone: a copy of the module that holds it says so itself."""
+        self.refresh()
+        return {**vars(self), "holder": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for outside in (self.shared, *(self.domain(name).outside for name in self.domains)):
+            take_back_(outside)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """PyTorch's own, of the network and its domains.
+
+        Without what trains beside it: that is of the module that holds it, which lists it.
+        """
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            inside = name[len(prefix) + 1 :] if prefix else name
+            if not inside.startswith(SHARED) and inside.split(".")[2:3] != [OUTSIDE[:-1]]:
+                yield name, parameter
 
     @property
     def domains(self) -> list[str]:
@@ -111,28 +140,41 @@ class MultiDomain(nn.Module):
                 f"`delete_domain({name!r})`."
             )
         domain = self._new_domain(num_classes, class_names, self._device)
+        domain.outside = None if self.holder is None else self.holder.fresh()
         self.bank[name] = domain.requires_grad_(False).train(self.training)
 
     def set_domain(self, name: str | None) -> None:
         """Activate a domain by changing references; None leaves the backbone alone.
 
         Parameters of the active domain require a gradient, all others do not. Calls that run in
-        other threads end with the domain that they began with.
+        other threads end with the domain that they began with. What trains with the domain in the
+        module that a Trainer attached is switched as well, for all threads.
 
         Args:
             name: One of `domains`, or None.
 
         Raises:
-            DomainError: There is no such domain.
+            DomainError: There is no such domain, or the module has no place for what is its own.
         """
         domain = None if name is None else self.domain(name)
+        holder = self.holder
+        if holder is not None:
+            if lacking := holder.lacking(None if domain is None else domain.outside):
+                raise DomainError(
+                    f"Domain {name!r} has {lacking} outside of the network, for which "
+                    f"{type(holder.root).__name__} has no place. Make it with the parts that the "
+                    "domain was learned with."
+                )
+            holder.take_back()
         if domain is not None:
-            domain.requires_grad_(True)
+            domain.requires_grad_(not self.follows)
             domain.loss_unit.on(self._device)  # now: a compiler could not make it
         before, self._active, self._was_set = self._active, name, True
         self.calls.everywhere, self.calls.here.resting = self._slots.call(domain), None
         if before is not None and before != name:
             self.domain(before).requires_grad_(False)
+        if holder is not None:
+            holder.put(domain)
 
     def delete_domain(self, name: str) -> None:
         """Remove a domain and its parameters; if it was active, the backbone alone remains.
@@ -159,77 +201,6 @@ class MultiDomain(nn.Module):
             if here.resting is not alone:  # a domain was set inside
                 self.set_domain(before)
             here.resting = outside
-
-    # --- files ------------------------------------------------------------------------------------
-
-    def save_domain(self, name: str, path: str | os.PathLike[str], **metadata: Any) -> None:
-        """Write one domain to a safetensors file, whole or not at all.
-
-        Args:
-            name: One of `domains`.
-            path: The file; its folder must exist.
-            metadata: Anything JSON holds that should lie with it, such as metrics.
-
-        Raises:
-            DomainError: There is no such domain.
-            CheckpointError: It cannot be written, or holds NaN; a file that was there stays.
-        """
-        write_domain(path, self.domain(name).state_dict(), self._about(name, metadata))
-
-    def domain_file_bytes(self, name: str) -> int:
-        """The size of the file that `save_domain` makes of one domain, in bytes.
-
-        Raises:
-            DomainError: There is no such domain.
-        """
-        return domain_file_bytes(self.domain(name).state_dict(), self._about(name, {}))
-
-    def _about(self, name: str, metadata: dict[str, Any]) -> dict[str, Any]:
-        """What a domain's file says of it."""
-        domain = self.domain(name)
-        about: dict[str, Any] = {
-            "domain": name,
-            "num_classes": domain.num_classes,
-            "extra": metadata,
-        }
-        if domain.class_names is not None:
-            about["class_names"] = domain.class_names
-        return {**about, **identity(self)}
-
-    def load_domain(self, path: str | os.PathLike[str], name: str | None = None) -> str:
-        """Add the domain that `save_domain` wrote.
-
-        Args:
-            path: The file.
-            name: What to call it here; by default as it was called.
-
-        Returns:
-            Its name.
-
-        Raises:
-            CheckpointError: The file is damaged or foreign, or was made for another backbone or
-                another config; the model is left as it was.
-            DomainError: There is a domain of that name already.
-        """
-        file = read_domain(path)
-        check_identity(self, file.metadata, str(path))
-        about, has_statistics = file.metadata, HAS_STATISTICS in file.tensors
-        classes = (about["num_classes"], about.get("class_names"))
-        try:
-            if name is None:  # a name that was good enough once can be replaced here
-                check_name(about["domain"])
-            expected = self.expected_tensors(*classes, statistics=has_statistics)
-            check_tensors(file.tensors, expected)
-        except DA3Error as error:
-            raise CheckpointError(
-                f"The domain file {str(path)!r} does not fit this model: {error}"
-            ) from error
-        name = about["domain"] if name is None else name
-        self.add_domain(name, *classes)
-        if has_statistics:
-            self.expect_statistics(name)
-        self.domain(name).load_state_dict(file.tensors)
-        return name
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -259,6 +230,38 @@ class MultiDomain(nn.Module):
         if self.domain(name).statistics is None:
             self.domain(name).statistics = new_statistics(self.plan, self._device)
 
+    def refresh(self, *_: object) -> None:
+        """Take over statistics of what trains beside the network, before they are read here."""
+        if self.holder is not None:
+            self.holder.refresh()
+
+    def expected_outside(
+        self, name: str | None, outside: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What may be loaded of what trains beside the network with a domain.
+
+        Args:
+            name: The domain; None: a new one.
+            outside: What there is to load, by name.
+
+        Returns:
+            Of these tensors those that have a place, with its shape: all, if no module is attached.
+        """
+        if self.holder is None:
+            return {f"{OUTSIDE}{key}": value for key, value in outside.items()}
+        places = tensors_of(self.shared)
+        if name is not None and name in self.bank:
+            places |= tensors_of(self.domain(name).outside)
+        return {f"{OUTSIDE}{key}": value for key, value in places.items() if key in outside}
+
+    def expect_outside(self, name: str, outside: Mapping[str, Tensor]) -> None:
+        """Make room for what is about to be loaded of what trains beside the network."""
+        domain = self.domain(name)
+        if set(outside) <= set(tensors_of(domain.outside)):
+            return
+        with nullcontext() if self.holder is None else self.holder.resting():
+            domain.outside = with_room(domain.outside, outside, self.shared)
+
     def get_extra_state(self) -> dict[str, Any]:
         """What a state dict must say beside its tensors; plain types only."""
         domains = {name: self.domain(name) for name in self.domains}
@@ -270,6 +273,7 @@ class MultiDomain(nn.Module):
             "num_classes": {name: domain.num_classes for name, domain in domains.items()},
             "class_names": {name: domain.class_names for name, domain in domains.items()},
             "active": self._active,
+            **({"follows": True} if self.follows else {}),
             **({"loss_units": units} if units else {}),
         }
 

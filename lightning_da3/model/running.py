@@ -24,9 +24,9 @@ from lightning_da3.errors import InputError
 from lightning_da3.model.batches import carrying, explain_types, laid_out, tell_that_nothing_trains
 from lightning_da3.model.clashes import guard_backbone_, with_own_config
 from lightning_da3.model.methods import Entry, Method, Methods
-from lightning_da3.model.multi_domain import MultiDomain
 from lightning_da3.model.original import Original
 from lightning_da3.model.pending import trains_later_
+from lightning_da3.model.saving import SavesDomains
 from lightning_da3.nn.call import Call, Executed, Noise
 from lightning_da3.nn.gate import annealed_target, budget_loss, executed_fraction
 from lightning_da3.planning.plan import Plan
@@ -34,7 +34,7 @@ from lightning_da3.planning.plan import Plan
 NOISE_UNTIL = 0.8  # of training; the gates settle without noise
 
 
-class Running(MultiDomain):
+class Running(SavesDomains):
     """A backbone with domains that runs. Everything is an attribute of `DA3Model`; see there."""
 
     def __init__(

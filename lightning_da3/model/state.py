@@ -12,6 +12,7 @@ from lightning_da3.errors import CheckpointError, DA3Error
 from lightning_da3.files.domain_file import fingerprint
 from lightning_da3.files.names import check_name
 from lightning_da3.model.domain import Bank, Domain
+from lightning_da3.model.holder import Holder
 from lightning_da3.model.identity import (
     backbone_state,
     computing,
@@ -19,6 +20,7 @@ from lightning_da3.model.identity import (
     uncompiled_name,
 )
 from lightning_da3.model.original import Original
+from lightning_da3.model.outside import Outside, tensors_of
 from lightning_da3.nn.convolution import FrozenConv, FrozenConvTranspose
 from lightning_da3.nn.head import HeadSlot
 from lightning_da3.nn.normalization import FrozenAffine
@@ -27,6 +29,7 @@ from lightning_da3.planning.plan import Plan
 
 EXTRA = "_extra_state"  # PyTorch's own key
 HAS_STATISTICS = "statistics.mean"  # a tensor that a domain has if it has statistics
+OUTSIDE, SHARED = "outside.", "shared."  # a domain's, and no domain's, beside the network
 EXTRA_TYPES: dict[str, type | tuple[type, ...]] = {  # of what is always there
     "backbone": str,
     "num_classes": Mapping,
@@ -43,6 +46,8 @@ class HoldsDomains(Protocol):
     fingerprint: str
     former: Mapping[str, str]
     original: Original
+    holder: Holder | None
+    shared: Outside | None
 
     @property
     def domains(self) -> list[str]:
@@ -63,6 +68,14 @@ class HoldsDomains(Protocol):
 
     def expect_statistics(self, name: str) -> None:
         """Make room for statistics that are about to be loaded."""
+
+    def expected_outside(
+        self, name: str | None, outside: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What may be loaded of what trains beside the network with a domain."""
+
+    def expect_outside(self, name: str, outside: Mapping[str, Tensor]) -> None:
+        """Make room for that."""
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a state dict says beside its tensors."""
@@ -133,20 +146,24 @@ def complete_state(model: HoldsDomains, state: dict[str, Any], prefix: str, *_: 
         return  # PyTorch says so, or does not, as `strict` has it
     check_state(model, state, prefix)
     extra = state.get(prefix + EXTRA)
+    if model.holder is None:  # nothing trains beside it
+        for key in [key for key in state if key.startswith(prefix + SHARED)]:
+            del state[key]
     mine = {prefix + key: value for key, value in _own_tensors(model).items()}
     if extra is not None and _is_ours(model, state, prefix):
         _make_room(model, extra, state, prefix)
+        mine = {prefix + key: value for key, value in _own_tensors(model).items()}
     elif not any(key in mine for key in state):
         _from_network_(model, state, prefix)
         extra = None
     has_backbone = any(key.startswith(prefix + "backbone.") for key in state)
     stored = () if extra is None else tuple(f"{prefix}bank.{n}." for n in extra["num_classes"])
-    statistics = _keys_of_statistics(model, prefix)
+    optional = _optional_keys(model, prefix)
     for key, value in mine.items():
         if key.startswith(prefix + "backbone."):
             kept = not has_backbone
         else:
-            kept = not key.startswith(stored) or key in statistics
+            kept = not key.startswith(stored) or key in optional
         if kept:
             state.setdefault(key, value)
     state.setdefault(prefix + EXTRA, model.get_extra_state())
@@ -236,6 +253,8 @@ def _check_domains(
             class_names = extra.get("class_names", {}).get(name)
             has_statistics = f"{bank}{name}.{HAS_STATISTICS}" in state
             tensors = model.expected_tensors(num_classes, class_names, statistics=has_statistics)
+            outside = outside_in(state, f"{bank}{name}.")
+            tensors |= model.expected_outside(name, outside)
             expected.update({f"{bank}{name}.{key}": value for key, value in tensors.items()})
             if name in model.domains:
                 _check_classes(name, num_classes, model.domain(name).num_classes)
@@ -258,19 +277,40 @@ def _make_room(
             model.add_domain(name, num_classes, extra.get("class_names", {}).get(name))
         if f"{prefix}bank.{name}.{HAS_STATISTICS}" in state:
             model.expect_statistics(name)
+        model.expect_outside(name, outside_in(state, f"{prefix}bank.{name}."))
 
 
-def _keys_of_statistics(model: HoldsDomains, prefix: str) -> set[str]:
-    """They are of the backbone, so that a state from before there were any is as good."""
+def _optional_keys(model: HoldsDomains, prefix: str) -> set[str]:
+    """Of statistics and of what trains beside the network: older states have none."""
     return {
-        f"{prefix}bank.{name}.statistics.{key}"
+        f"{prefix}bank.{name}.{part}{key}"
         for name in model.domains
-        for key in getattr(model.domain(name).statistics, "_buffers", ())
+        for part, keys in (
+            ("statistics.", getattr(model.domain(name).statistics, "_buffers", ())),
+            (OUTSIDE, tensors_of(model.domain(name).outside)),
+        )
+        for key in keys
     }
 
 
+def outside_in(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What a state has of what trains beside the network with a domain.
+
+    Args:
+        state: A domain's, or one that has it.
+        prefix: What the names of the domain's tensors begin with.
+    """
+    prefix += OUTSIDE
+    return {k.removeprefix(prefix): value for k, value in state.items() if k.startswith(prefix)}
+
+
 def _own_tensors(model: HoldsDomains) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    sets = {SHARED: model.shared}
+    sets |= {f"bank.{name}.{OUTSIDE}": model.domain(name).outside for name in model.domains}
+    for prefix, outside in sets.items():  # whether or not they are in use elsewhere
+        tensors.update({prefix + key: value for key, value in tensors_of(outside).items()})
+    return tensors
 
 
 def _from_network_(model: HoldsDomains, state: dict[str, Any], prefix: str) -> None:

@@ -66,8 +66,9 @@ class Conditioning:
         elif self._facts(node).does == "quotient":
             operands = operands[1:]
         for operand in operands:
-            trained = isinstance(operand, fx.Node) and operand in self.trained
-            if trained and not self._is_of_many(operand):
+            if not isinstance(operand, fx.Node) or operand not in self.trained:
+                continue
+            if not self._is_of_many(operand):
                 yield operand
 
     def _is_tame(self, exponent: object) -> bool:

@@ -48,3 +48,11 @@ def is_compiled(module: nn.Module) -> bool:
     """Whether `torch.compile` made a module, or its method `compile` was called."""
     by_method = getattr(module, "_compiled_call_impl", None) is not None
     return by_method or original_of(module) is not None
+
+
+def gradient_hooks(network: nn.Module) -> int:
+    """How many hooks there are on gradients: of parameters, and of the network as a whole."""
+    of_parameters = sum(
+        len(getattr(p, "_backward_hooks", None) or ()) for p in network.parameters()
+    )
+    return of_parameters + sum(len(getattr(network, kind, ())) for kind in BACKWARD_HOOKS)

@@ -1,4 +1,4 @@
-"""Finds the network inside a bigger module, puts its converted twin in its place, loads both."""
+"""Puts a converted network in the place of the original in a bigger module, and loads both."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from lightning_da3.config import DA3Config
 from lightning_da3.converting import convert
 from lightning_da3.errors import CheckpointError, ConfigError, ConversionError
 from lightning_da3.files.reading import check_readable
-from lightning_da3.layers import CONVS
+from lightning_da3.model.holder import hold_
 from lightning_da3.model.model import DA3Model
+from lightning_da3.model.outside import tensors_of
 from lightning_da3.model.state import (
     EXTRA,
     EXTRA_TYPES,
@@ -26,44 +27,15 @@ from lightning_da3.model.state import (
 )
 from lightning_da3.nn.statistics import Statistics
 from lightning_da3.trainer.example_inputs import inputs_of
+from lightning_da3.trainer.finding import find_backbone
+from lightning_da3.trainer.teachers import (
+    convert_copies_,
+    copies_of,
+    follow_,
+    tell_of_hooks,
+)
 
 _Module = TypeVar("_Module", bound=nn.Module)
-
-
-def find_backbone(module: nn.Module, name: str | None) -> str:
-    """Dotted name of the network inside `module`.
-
-    Args:
-        module: A LightningModule, say.
-        name: What the user says it is called, or None to look for the one child with convolutions.
-
-    Raises:
-        ConfigError: The name is wrong, or nothing or more than one child fits.
-    """
-    children = dict(module.named_children())
-    if name is not None:
-        try:
-            module.get_submodule(name)
-        except AttributeError as error:
-            raise ConfigError(
-                f"{type(module).__name__} has no submodule {name!r} to take as backbone. "
-                f"It has {sorted(children)}."
-            ) from error
-        return name
-    fitting = [key for key, child in children.items() if _has(child, *CONVS)]
-    fitting = fitting or [key for key, child in children.items() if _has(child, nn.Linear)]
-    if len(fitting) != 1:
-        found = f"{fitting} all have" if fitting else f"of {sorted(children)} none has"
-        raise ConfigError(
-            f"Cannot tell which part of {type(module).__name__} is the backbone: {found} "
-            "convolutions or linear layers. Name it: DA3Callback(..., backbone='net'), where "
-            "self.net is the network."
-        )
-    return fitting[0]
-
-
-def _has(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    return any(isinstance(layer, (DA3Model, *kinds)) for layer in module.modules())
 
 
 def attach_(
@@ -71,6 +43,7 @@ def attach_(
     backbone: str | None,
     config: DA3Config,
     domains: Mapping[str, int | None],
+    outside: str = "domain",
 ) -> DA3Model:
     """Convert the network inside `module` if it is not yet, and activate a domain of it.
 
@@ -80,12 +53,15 @@ def attach_(
         config: The choices for the conversion.
         domains: Number of classes by name, at least one; new ones are added, the first is
             activated unless another of them is active.
+        outside: What becomes of what trains in `module` beside the network
+            (`lightning_da3.model.holder.Holder.policy`).
 
     Returns:
         The converted network, now part of `module`.
 
     Raises:
-        ConfigError: The backbone cannot be found, or the arguments contradict an existing domain.
+        ConfigError: The backbone cannot be found, the arguments contradict an existing domain, or
+            a parameter beside the network has no shape yet.
         ConversionError: The network cannot be converted.
         DomainError: A domain is ill-named.
     """
@@ -94,19 +70,43 @@ def attach_(
     if isinstance(network, DA3Model):
         model = network
     else:
+        tell_of_hooks(network)
         model = convert(network, config, inputs_of(module, network))
     for domain, num_classes in domains.items():
         _check_same(model, config, domain, num_classes)
+        _check_outside(model, domain, outside)
+    copies = copies_of(module, network) if model is not network else []
+    hold_(module, name, model, outside, domains, copies)
     for domain, num_classes in domains.items():
         if domain not in model.domains:
             model.add_domain(domain, num_classes)
+        if model.holder is not None:
+            model.holder.complete(model.domain(domain))
     active = model.active_domain
     model.set_domain(active if active in domains else next(iter(domains)))
-    if model is not network:
-        module.set_submodule(name, model)
+    put_(module, network, model)
+    convert_copies_(module, copies, model)
+    follow_(module, model, model.active_domain)
     if config.memory.budget is not None:  # of this machine, whatever the network came with
         model.budget_policy.hold(config.memory)
     return model
+
+
+def put_(module: nn.Module, network: nn.Module, model: DA3Model) -> None:
+    """Put a converted network wherever a module has the original, under every name of it."""
+    for name, child in list(module.named_modules(remove_duplicate=False)):
+        if child is network and name and model is not network:
+            module.set_submodule(name, model)
+
+
+def _check_outside(model: DA3Model, domain: str, outside: str) -> None:
+    own = tensors_of(model.domain(domain).outside) if domain in model.domains else {}
+    trained = [name for name, tensor in own.items() if isinstance(tensor, nn.Parameter)]
+    if trained and outside != "domain":
+        raise ConfigError(
+            f"Domain {domain!r} has learned {trained} outside of the network, its own: "
+            f'outside={outside!r} is too late. Leave it at "domain", or `delete_domain` first.'
+        )
 
 
 def _check_same(model: DA3Model, config: DA3Config, domain: str, num_classes: int | None) -> None:
@@ -145,7 +145,10 @@ def load_state_(
         CheckpointError: Keys are missing or unexpected, or shapes or backbones differ. Nothing is
             loaded then.
     """
+    state = dict(state)
     for name, model in _models(module).items():
+        if model.holder is not None and model.holder.root is module:
+            model.holder.align_(module, state, "")
         check_state(model, state, f"{name}." if name else "")
     with _unchanged_on_error(module, state):
         _load_(module, state, strict, load)
@@ -319,9 +322,13 @@ def _convert_as_in_(module: nn.Module, state: Mapping[str, Any]) -> dict[DA3Mode
                 "configure_model. Make it there, or give ckpt_path to the Trainer."
             ) from error
         if not isinstance(network, DA3Model):
-            network = convert(network, _config(extra))
-            module.set_submodule(name, network)
+            original, network = network, convert(network, _config(extra))
+            put_(module, original, network)
+        network.follows = extra.get("follows", False)
         active[network] = extra["active"]
+    for name, network in _models(module).items():
+        if network in active and not network.follows:
+            hold_(module, name, network)
     return active
 
 

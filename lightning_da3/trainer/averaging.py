@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_da3.model.model import DA3Model
 from lightning_da3.model.state import without_backbones
 from lightning_da3.trainer.lightning_private import averaged_model, is_of_lightning
 
@@ -20,14 +21,22 @@ def copy_again(trainer: Any, pl_module: Any) -> None:
         callback.setup(trainer, pl_module, trainer.state.fn)
 
 
-def average_domains_only(trainer: Any) -> None:
-    """Leave frozen weights as they are, to the last bit, and backbones out of checkpoints."""
+def average_domains_only(trainer: Any) -> list[DA3Model]:
+    """Leave frozen weights as they are, to the last bit, and backbones out of checkpoints.
+
+    Returns:
+        The networks in the averages.
+    """
+    copies: list[DA3Model] = []
     for callback in _averaging(trainer):
         average = averaged_model(callback)
         mean = getattr(average, "avg_fn", None)
         if mean is not None and not isinstance(mean, _Mean):
             average.avg_fn = _Mean(mean)
             average.register_state_dict_post_hook(_leave_out_backbones)
+        if average is not None:
+            copies += [module for module in average.modules() if isinstance(module, DA3Model)]
+    return copies
 
 
 def _averaging(trainer: Any) -> list[Any]:

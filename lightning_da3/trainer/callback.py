@@ -41,12 +41,14 @@ class DA3Callback(EvaluatesByDomain):
     """Learn one domain, or several, with the network inside any LightningModule.
 
     Before the optimizers are made, the network is converted (once, in place of the original) and
-    the domain is added or selected. Only the domain's parameters train; Lightning's checkpoints
-    hold the domains alone. The LightningModule needs no change.
+    the domain is added or selected. Only the domain's parameters train, with what requires a
+    gradient beside the network, of which every domain has its own; Lightning's checkpoints hold the
+    domains alone. The LightningModule needs no change.
 
     Several domains in one run take turns, batch by batch: give their numbers of classes by name,
     and a `DomainLoader` of their loaders. Loaders to validate, test or predict with may be a dict
-    by domain in any run; each is computed with its own.
+    by domain in any run; each is computed with its own. What the module logs then has the name of
+    the domain: ``loss/flowers`` beside ``loss`` in training, ``acc/flowers`` in evaluation.
 
     Logged, with every logger of the Trainer:
 
@@ -60,14 +62,19 @@ class DA3Callback(EvaluatesByDomain):
       beside the network takes memory as well.
     * ``da3/resident_bytes``: largest resident set of the process so far, by epoch (on CPU, where
       the system tells).
-    * ``da3/executed_flops_fraction``: share of the hosts' FLOPs that the gates let run, by epoch.
+    * ``da3/executed_flops_fraction``: share of the hosts' FLOPs that the gates let run, by epoch;
+      of several domains also ``da3/executed_flops_fraction/<domain>``.
 
     `first_steps` holds the figures of the last fit for pictures
     (`lightning_da3.trainer.loggers.log_first_steps`).
 
     Args:
         domain: The name of the domain; or, to learn several, numbers of classes by name.
-        num_classes: The number of classes of the one domain; needed when it is new.
+        num_classes: The number of classes of the one domain; needed when it is new: it gets a
+            fresh classifier, which trains, in the place of the pretrained one. None where there is
+            none to replace: the network's own output layers are frozen then (a line in the log
+            says so, unless `config` does with ``head=None``), and adapters train, with what is
+            outside of the network.
         config: The choices for the conversion, or a dict of them as YAML gives it; the same for
             every domain of one network.
         backbone: Name of the network inside the LightningModule, such as ``net``; by default the
@@ -78,8 +85,14 @@ class DA3Callback(EvaluatesByDomain):
         predict: Predict the peak of a step; takes about as long as a few steps, once a fit.
         budget: The peak bytes that a step may take, as in `MemoryConfig`; None: as `config` says.
         monitor: A logged metric: the file, of an earlier fit as well, is replaced only by an epoch
-            in which it is at least as good. None: by every epoch.
+            in which it is at least as good. None: by every epoch. Of several domains, each by
+            ``<monitor>/<domain>`` where that is logged.
         mode: Whether less of it is better (``"min"``) or more (``"max"``).
+        outside: What becomes of what requires a gradient beside the network, such as
+            ``self.classifier`` beside ``self.feature_extractor``, with the buffers next to it.
+            ``"domain"``: it belongs to the domain, as its adapters do. ``"shared"``: all domains
+            train the same, and so change each other, which a warning says. ``"frozen"``: it does
+            not train; statistics next to it are the domain's.
 
     Raises:
         ConfigError: `num_classes` is given beside a dict of domains, or that is empty; or a metric
@@ -98,13 +111,16 @@ class DA3Callback(EvaluatesByDomain):
         budget: int | str | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
+        outside: Literal["domain", "shared", "frozen"] = "domain",
     ) -> None:
         super().__init__()
         self.domain = domain
         self.num_classes = num_classes
         self.config = DA3Config.of(config).within(budget)
         self.backbone = backbone
-        self.session = TrainingSession(_domains(domain, num_classes), self.config, backbone)
+        self.session = TrainingSession(
+            _domains(domain, num_classes), self.config, backbone, outside
+        )
         self.files = DomainFiles(save_dir, self.session.domains, monitor, mode)
         self.figures = Figures(predict)
         self.saying = Saying()
@@ -197,6 +213,8 @@ class DA3Callback(EvaluatesByDomain):
         model.budget_policy.tell = rank_zero_info
         self.figures.start(trainer, pl_module, model)
         self.saying.start()
+        if len(self.session.domains) > 1:
+            self.session.names.begin(pl_module, training=True)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             resumed = trainer.ckpt_path is not None and trainer.global_step > 0
             self.files.begin(model, resumed=resumed, write=trainer.is_global_zero)
@@ -206,6 +224,7 @@ class DA3Callback(EvaluatesByDomain):
         self.saying.end(trainer, self.session.network)
         self.session.network.gates_over_ranks = False
         self.session.network.gate_loss_scale = None  # another loop may follow
+        self.session.names.end()
         self._all_logged(trainer, last=True)
 
     @override
@@ -253,11 +272,12 @@ class DA3Callback(EvaluatesByDomain):
     ) -> None:
         model = self.session.network
         self.figures.step_ends(pl_module, model)
-        steps = self.figures.first_steps
-        self.saying.step_ends(trainer, pl_module, model, self.session.domains, steps)
+        steps, outside = self.figures.first_steps, self.session.outside_parameters
+        self.saying.step_ends(trainer, pl_module, model, self.session.domains, steps, outside)
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.session.names.pause()
         self.figures.epoch_ends(pl_module)
         model, metrics = self.session.network, trainer.callback_metrics
         self.files.end_epoch(model, metrics)
@@ -267,6 +287,7 @@ class DA3Callback(EvaluatesByDomain):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         self.figures.abort()
+        self.session.names.abort()
         explain_targets_(exception, self.model)
         self.files.abort()
         stop_waiting(pl_module)

@@ -35,7 +35,8 @@ class DomainFiles:
     Args:
         folder: The folder, or None to save nothing.
         domains: The names of the domains.
-        monitor: The metric that tells epochs apart; None: the last is the best.
+        monitor: The metric that tells epochs apart, or what its name begins with where it is logged
+            as ``<monitor>/<domain>``; None: the last is the best.
         mode: ``"min"`` if less of it is better, or ``"max"``.
 
     Raises:
@@ -65,7 +66,7 @@ class DomainFiles:
         self._writes = False  # this process is the one that does
         self._best: dict[str, float | None] = {}  # of each domain's file
         self._own: set[str] = set()  # domains whose file this fit has written
-        self._seen: Any = None  # the monitored value of an epoch before
+        self._seen: dict[str, Any] = {}  # the monitored value of an epoch before, by domain
         self._pending = False  # an epoch has ended whose monitored value is not there yet
 
     def path(self, domain: str) -> Path | None:
@@ -97,7 +98,7 @@ class DomainFiles:
             CheckpointError: What a killed fit left cannot be put back.
         """
         self._active, self._writes, self._own = self.folder is not None, write, set()
-        self._seen, self._pending = None, False
+        self._seen, self._pending = {}, False
         for path in self._paths().values():
             if not resumed:
                 _put_back(path)
@@ -132,7 +133,7 @@ class DomainFiles:
             return
         self._save(model, metrics)
         self._pending = False
-        if last and self.monitor not in metrics:
+        if last and any(self._monitored(name, metrics) not in metrics for name in self.domains):
             raise ConfigError(
                 f"DA3Callback(monitor={self.monitor!r}) monitors what is not logged, so that no "
                 f"epoch could be saved. Logged are {sorted(metrics)}."
@@ -183,20 +184,28 @@ class DomainFiles:
 
     def _save(self, model: DA3Model, metrics: Mapping[str, Any]) -> None:
         """Save the epoch that is pending, if its monitored value is of this epoch, and as good."""
-        value = None
+        names = {domain: self._monitored(domain, metrics) for domain in self.domains}
+        logged: dict[str, Any] = {domain: metrics.get(name) for domain, name in names.items()}
         if self.monitor is not None:
-            logged = metrics.get(self.monitor)
-            if logged is None or logged is self._seen:  # of another epoch, which was validated
+            # of another epoch, which was validated
+            old = [name for name, value in logged.items() if value is self._seen.get(name)]
+            if old or None in logged.values():
                 return
-            self._seen, value = logged, float(logged)
+            self._seen = logged
         self._pending = False
         for domain, path in self._paths().items():
+            value = None if self.monitor is None else float(logged[domain])
             if value is None or self._is_as_good(value, domain, path):
                 if domain not in self._own and check_readable(path, "domain file"):
                     _keep(path)
                 model.save_domain(domain, path, metrics=finite(metrics))
                 self._own.add(domain)
                 self._best[domain] = value
+
+    def _monitored(self, domain: str, metrics: Mapping[str, Any]) -> str:
+        """The name by which a domain's monitored value is logged: its own, where it has one."""
+        own = f"{self.monitor}/{domain}"
+        return own if own in metrics else str(self.monitor)
 
     def _is_as_good(self, value: float, domain: str, path: Path) -> bool:
         best = self._best[domain]
@@ -213,7 +222,8 @@ class DomainFiles:
         try:
             about = read_domain(path).metadata
             check_identity(model, about, str(path))
-            return float(about["extra"]["metrics"][self.monitor])
+            metrics = about["extra"]["metrics"]
+            return float(metrics[self._monitored(path.name.removesuffix(SUFFIX), metrics)])
         except (DA3Error, KeyError, TypeError, ValueError):
             return None
 

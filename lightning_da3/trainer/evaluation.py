@@ -15,6 +15,8 @@ from lightning_da3.trainer.session import TrainingSession
 class EvaluatesByDomain(L.Callback):
     """Activates the domain that an evaluation loader is named by, and afterwards the one before.
 
+    Of several loaders what is logged has the name of the domain (`DomainNames`).
+
     Attributes:
         session: What the run learns.
     """
@@ -24,15 +26,15 @@ class EvaluatesByDomain(L.Callback):
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._remember()
+        self._begin(pl_module)
 
     @override
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._remember()
+        self._begin(pl_module)
 
     @override
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._remember()
+        self._begin(pl_module)
 
     @override
     def on_validation_batch_start(
@@ -68,8 +70,16 @@ class EvaluatesByDomain(L.Callback):
         self._activate(trainer.predict_dataloaders, dataloader_idx)
 
     @override
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.session.names.pause()
+
+    @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._return()
+
+    @override
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.session.names.pause()
 
     @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -79,16 +89,22 @@ class EvaluatesByDomain(L.Callback):
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._return()
 
-    def _remember(self) -> None:
+    def _begin(self, pl_module: L.LightningModule) -> None:
         self._before_evaluation = self.session.network.active_domain
+        self.session.names.begin(pl_module, training=False)
 
     def _return(self) -> None:
-        self.session.network.set_domain(self._before_evaluation)
+        self.session.names.end()
+        self.session.activate(self._before_evaluation)
 
     def _activate(self, loaders: Any, dataloader_idx: int) -> None:
         network = self.session.network
         if isinstance(loaders, Mapping) and {*loaders} <= {*network.domains}:
-            network.set_domain(list(loaders)[dataloader_idx])
+            name = list(loaders)[dataloader_idx]
+            if len(loaders) > 1 or len(self.session.domains) > 1:
+                self.session.turn_to(name)
+            else:
+                self.session.activate(name)
         elif len(self.session.domains) > 1:
             raise ConfigError(
                 f"This run is of {list(self.session.domains)}, so its loaders must say of which "

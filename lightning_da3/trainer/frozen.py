@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_da3.errors import DA3Error
 from lightning_da3.model.model import DA3Model
+from lightning_da3.model.state import SHARED
 from lightning_da3.trainer.refusals import BACKBONE_OUT_OF_REACH
 
 
@@ -41,11 +42,11 @@ class FrozenTensors:
             )
 
     def _sums(self, model: DA3Model) -> Iterator[tuple[str, int]]:
-        learned = tuple(f"bank.{name}." for name in self.domains)
-        for tensors in (model.named_parameters(), model.named_buffers()):
-            for name, value in tensors:
-                if not name.startswith(learned):
-                    yield name, _checksum(value, _weights(value.device))
+        learned = (*(f"bank.{name}." for name in self.domains), SHARED)
+        state = model.state_dict(keep_vars=True)  # has what trains beside the network as well
+        for name, value in {**state, **dict(model.named_buffers())}.items():
+            if isinstance(value, Tensor) and not name.startswith(learned):
+                yield name, _checksum(value, _weights(value.device))
 
 
 def _checksum(value: Tensor, weights: Tensor) -> int:

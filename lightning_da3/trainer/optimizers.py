@@ -9,6 +9,46 @@ import torch
 from torch import Tensor, nn
 
 from lightning_da3.errors import ConfigError
+from lightning_da3.model.holder import Place
+
+
+def join_domains_(optimizers: Iterable[torch.optim.Optimizer], places: Iterable[Place]) -> None:
+    """Let the group that has a parameter of the active domain have those of all domains.
+
+    What a LightningModule holds beside its network are the active domain's parameters, so that
+    ``self.classifier.parameters()`` are of one domain alone.
+
+    Args:
+        optimizers: All of the Trainer's.
+        places: Of parameters beside the network.
+    """
+    found = {id(parameter): place for place in places for parameter in place.every}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            names = group.get("param_names", group["params"])
+            joined = [
+                (own, name)
+                for parameter, name in zip(group["params"], names, strict=True)
+                for own in _in_place_of(parameter, found.get(id(parameter)))
+            ]
+            for key, i in (("params", 0), ("param_names", 1)):
+                if key in group:
+                    group[key][:] = [both[i] for both in joined]
+
+
+def _in_place_of(parameter: Tensor, place: Place | None) -> list[Tensor]:
+    if place is None:
+        return [parameter]
+    return place.learned if parameter is place.live else []
+
+
+def not_optimized(
+    optimizers: Iterable[torch.optim.Optimizer], places: Iterable[Place]
+) -> list[str]:
+    """Names of parameters beside the network that train in no optimizer, if there are any."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    return [place.name for place in places if groups and id(place.live) not in held]
 
 
 def drop_frozen_(optimizers: Iterable[torch.optim.Optimizer]) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 from lightning_da3.errors import ConfigError
 from lightning_da3.model.model import DA3Model
-from lightning_da3.trainer.attaching import find_backbone
 from lightning_da3.trainer.building import builds_later
+from lightning_da3.trainer.finding import find_backbone
 from lightning_da3.trainer.lightning_private import is_from_lightning, is_of_lightning
 
 BACKBONE_OUT_OF_REACH = (

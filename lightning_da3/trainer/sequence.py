@@ -22,10 +22,12 @@ from lightning_da3.files.reading import check_readable
 from lightning_da3.files.writing import remove_abandoned
 from lightning_da3.formatting import shown
 from lightning_da3.model.domain import check_num_classes, checked_class_names
+from lightning_da3.model.holder import hold_
 from lightning_da3.model.model import DA3Model
-from lightning_da3.trainer.attaching import check_checkpoint, find_backbone
+from lightning_da3.trainer.attaching import check_checkpoint, put_
 from lightning_da3.trainer.callback import DA3Callback
 from lightning_da3.trainer.figures import finite
+from lightning_da3.trainer.finding import find_backbone
 from lightning_da3.trainer.sequence_checkpoint import SequenceCheckpoint
 
 
@@ -269,6 +271,8 @@ def _converted(
     lit.setup("fit")
     lit.configure_model()
     name = find_backbone(lit, backbone)
-    model = convert(lit.get_submodule(name), config)
-    lit.set_submodule(name, model)
+    network = lit.get_submodule(name)
+    model = convert(network, config)
+    hold_(lit, name, model)
+    put_(lit, network, model)
     return lit, model

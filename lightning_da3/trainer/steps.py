@@ -42,7 +42,7 @@ def training_step(
     """
     if len(session.domains) > 1:
         name, batch = _named(session, batch)
-        session.network.set_domain(name)
+        session.turn_to(name)
     if not session.network.budget_policy.accumulates:
         return proceed(batch, *args, **kwargs)
     module = strategy.lightning_module

@@ -35,6 +35,7 @@ class DA3Strategy(LearnsDomains, SingleDeviceStrategy):
         budget: The peak bytes that a step may take, as in `MemoryConfig`; None: as `config` says.
         monitor: A logged metric that an epoch is saved by, as for `DA3Callback`.
         mode: Whether less of it is better (``"min"``) or more (``"max"``).
+        outside: What becomes of what trains beside the network, as for `DA3Callback`.
         kwargs: As `lightning.pytorch.strategies.SingleDeviceStrategy` takes them.
     """
 
@@ -50,11 +51,12 @@ class DA3Strategy(LearnsDomains, SingleDeviceStrategy):
         budget: int | str | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
+        outside: Literal["domain", "shared", "frozen"] = "domain",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        saving: _Saving = {"save_dir": save_dir, "monitor": monitor, "mode": mode}
-        self._da3 = _callback(domain, num_classes, config, backbone, saving, budget)
+        rest: _Rest = {"save_dir": save_dir, "monitor": monitor, "mode": mode, "outside": outside}
+        self._da3 = _callback(domain, num_classes, config, backbone, rest, budget)
         self._devices: list[torch.device] | None = None
 
     @property
@@ -94,6 +96,7 @@ class DA3DDPStrategy(LearnsDomains, PreparingStrategy):
         budget: The peak bytes that a step may take, as in `MemoryConfig`; None: as `config` says.
         monitor: A logged metric that an epoch is saved by, as for `DA3Callback`.
         mode: Whether less of it is better (``"min"``) or more (``"max"``).
+        outside: What becomes of what trains beside the network, as for `DA3Callback`.
         kwargs: As `lightning.pytorch.strategies.DDPStrategy` takes them.
     """
 
@@ -109,11 +112,12 @@ class DA3DDPStrategy(LearnsDomains, PreparingStrategy):
         budget: int | str | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
+        outside: Literal["domain", "shared", "frozen"] = "domain",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        saving: _Saving = {"save_dir": save_dir, "monitor": monitor, "mode": mode}
-        self._da3 = _callback(domain, num_classes, config, backbone, saving, budget)
+        rest: _Rest = {"save_dir": save_dir, "monitor": monitor, "mode": mode, "outside": outside}
+        self._da3 = _callback(domain, num_classes, config, backbone, rest, budget)
 
     @override
     def setup_environment(self) -> None:
@@ -131,12 +135,13 @@ class DA3DDPStrategy(LearnsDomains, PreparingStrategy):
             callback.session.attach(module)
 
 
-class _Saving(TypedDict):
-    """How `DA3Callback` saves."""
+class _Rest(TypedDict):
+    """What a `DA3Callback` takes beside."""
 
     save_dir: str | None
     monitor: str | None
     mode: Literal["min", "max"]
+    outside: Literal["domain", "shared", "frozen"]
 
 
 def _callback(
@@ -144,17 +149,17 @@ def _callback(
     num_classes: int | None,
     config: DA3Config | None,
     backbone: str | None,
-    saving: _Saving,
+    rest: _Rest,
     budget: int | str | None,
 ) -> DA3Callback | None:
     if domain is not None:
-        return DA3Callback(domain, num_classes, config, backbone, budget=budget, **saving)
+        return DA3Callback(domain, num_classes, config, backbone, budget=budget, **rest)
     given = {
         "num_classes": num_classes,
         "config": config,
         "backbone": backbone,
-        "save_dir": saving["save_dir"],
-        "monitor": saving["monitor"],
+        "save_dir": rest["save_dir"],
+        "monitor": rest["monitor"],
         "budget": budget,
     }
     given = {name: value for name, value in given.items() if value is not None}

@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from helpers.apart import ALONE, PARAMETERS, Apart, learned
 from helpers.lit import CONFIG, Lit, LitConfigure, data
 from lightning_da3 import (
     DA3Callback,
@@ -145,22 +146,28 @@ def monitors_nothing(folder, strategy):
 
 
 def interleaved(folder, strategy):
-    class Module(Lit):
+    """The classifier is outside of the network, and of each domain."""
+
+    class Module(Apart):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
 
         def on_before_optimizer_step(self, optimizer):
-            self.grads = {
-                name: [p.grad is not None for p in self.net.domain(name).parameters()]
-                for name in self.net.domains
-            }
-            assert all(self.grads.pop(self.net.active_domain))
-            assert not any(any(given) for given in self.grads.values())
+            active = self.net.active_domain
+            trained = [*self.net.domain(active).parameters(), *self.classifier.parameters()]
+            assert all(p.grad is not None for p in trained)
+            others = [name for name in self.net.domains if name != active]
+            for name in others:
+                assert len(learned(self, name)) > 6
+                assert not any(p.grad is not None for p in self.net.domain(name).parameters())
 
     module = Module()
-    callback = DA3Callback({"a": 2, "b": 2}, config=CONFIG)
+    callback = DA3Callback({"a": None, "b": None}, config=ALONE)
     fitter = trainer(folder, strategy, callbacks=[callback], max_epochs=2)
     fitter.fit(module, DomainLoader({"a": data(), "b": data(1)}))
+    for name in "ab":  # the same on every rank
+        for tensor in (learned(module, name)[key] for key in sorted(PARAMETERS)):
+            assert torch.equal(tensor, fitter.strategy.broadcast(tensor))
     save(fitter, folder, "learned", fitter.global_step)
 
 

@@ -143,7 +143,7 @@ def test_loaders_by_domain_evaluate_each_with_its_own(tmp_path):
             expected = [module.net(x) for x, _ in data(seed)]
         torch.testing.assert_close(scores, expected, rtol=0, atol=0)
     (a, b) = fitter.test(module, loaders, verbose=False)
-    assert a["val_loss/dataloader_idx_0"] != b["val_loss/dataloader_idx_1"]
+    assert a["val_loss/a"] != b["val_loss/b"]
 
 
 def test_a_run_of_one_domain_validates_the_others_too(tmp_path):
