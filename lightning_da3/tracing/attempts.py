@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
@@ -17,6 +16,7 @@ from lightning_da3.tracing.guards import must_be_default
 from lightning_da3.tracing.guessing import first_guesses
 from lightning_da3.tracing.probes import ProbeFailed, Probes, probe_inputs
 from lightning_da3.tracing.refusals import NewLeaf
+from lightning_da3.tracing.signatures import options_of, takes_one
 from lightning_da3.tracing.tracer import Tracer
 
 _MOST_LEAVES = 50  # functions that become nodes: a forward that has more of them stays Python
@@ -66,12 +66,8 @@ def traced_graph(module: nn.Module, session: Session, path: str = "") -> Graph:
     Raises:
         Exception: It cannot be traced. The user's forward is run, so this may be anything.
     """
-    options = {
-        name: parameter.default
-        for name, parameter in inspect.signature(module.forward).parameters.items()
-        if isinstance(parameter.default, (type(None), bool, int, float, str))
-    }
-    absent = {name for name, default in options.items() if default is None}
+    options = options_of(module, max(1, len((not path and session.inputs) or ())))
+    absent = {name for name, default in options.items() if default in (None, {})}
     free = _attempt(module, (), session, path)
     if isinstance(free, Exception) and (path or not options):
         raise free
@@ -130,9 +126,7 @@ def _inputs(module: nn.Module, session: Session) -> Iterator[Sequence[Any]]:
     if session.inputs is not None:
         yield session.inputs
         return
-    parameters = inspect.signature(module.forward).parameters.values()
-    required = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    if len(required) == 1:
+    if takes_one(module):
         yield from first_guesses(module)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx, nn
 
 from lightning_da3.layers import has_frozen_form
+from lightning_da3.nn.layer_graph import LAYER, LayerGraph
 from lightning_da3.nn.python import PythonFunction
 from lightning_da3.torch_private.modules import FORWARD_HOOKS, HOOKS_WITH_KWARGS, hooks_of
 from lightning_da3.tracing.attempts import Session, traced_graph
@@ -25,7 +26,6 @@ from lightning_da3.tracing.probes import PROBED
 from lightning_da3.tracing.refusals import first_line
 from lightning_da3.tracing.tracer import Tracer
 
-LAYER = "layer"  # name of the one layer in the graph of a single layer
 
 
 def trace(
@@ -145,7 +145,7 @@ def _keep_attributes_(gm: fx.GraphModule, module: nn.Module) -> None:
 def _single(layer: nn.Module) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.call_module(LAYER, (graph.placeholder("input"),)))
-    gm = fx.GraphModule({LAYER: layer}, graph, class_name=type(layer).__name__)
+    gm = LayerGraph({LAYER: layer}, graph, class_name=type(layer).__name__)
     for name, value in vars(layer).items():  # such as out_channels
         if not name.startswith("_") and name not in vars(gm):
             vars(gm)[name] = value

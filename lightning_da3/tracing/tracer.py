@@ -8,6 +8,7 @@ runs as Python each time.
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
 import weakref
 from collections.abc import Callable, Collection
@@ -15,18 +16,23 @@ from contextlib import ExitStack
 from types import CodeType
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from lightning_da3.layers import has_hooks, is_registered
 from lightning_da3.tracing import frames
 from lightning_da3.tracing.aliases import Aliases
 from lightning_da3.tracing.functions import PythonFunctions
-from lightning_da3.tracing.guards import must_be, must_be_default
+from lightning_da3.tracing.guards import asks_inputs, holds_layers, must_be, must_be_default
 from lightning_da3.tracing.interception import FACTORIES, intercepted
 from lightning_da3.tracing.probes import PROBED, SIZE, VARIES, Probes, versions
 from lightning_da3.tracing.refusals import CannotTrace, NewLeaf, first_line
+from lightning_da3.tracing.signatures import call_of
 from lightning_da3.tracing.values import Value
 from lightning_da3.tracing.watching import Draws, Modes, Snapshot, plain_modes, random_states
+
+
+_CONSTANTS = (type(None), str, torch.dtype, torch.device)
 
 
 class Tracer(fx.Tracer):
@@ -110,6 +116,19 @@ class Tracer(fx.Tracer):
             return proxy
         self._noted(must_be_default, (proxy, target, args[0]))
         return args[0]
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """The forward's placeholders, and what is called with them."""
+        own = inspect.unwrap(root_fn)
+        function, args = super().create_args_for_root(own, is_module, concrete_args)
+        rest = self.defaults and inspect.getfullargspec(own).varkw
+        if rest and f"**{rest}" in self.defaults:
+            self._noted(must_be_default, (args[-1], rest, {}))
+        elif own is root_fn:
+            return function, args
+        return call_of(root_fn, args, self.defaults), args
 
     def _examine(self, node: fx.Node) -> None:
         """See what a new node gives, and whether it reads what was written to."""
@@ -247,6 +266,10 @@ class Tracer(fx.Tracer):
         if code is not None:
             raise NewLeaf(code, f"function {code.co_name}: {first_line(error)}") from error
 
+    def is_erased(self, node: fx.Node) -> bool:
+        """Whether a node went with the forward of a module that is one node now."""
+        return node in self._erased
+
     def _frames(self) -> list[Any]:
         """The frames of the innermost module's forward that runs."""
         code = Tracer.look_into.__code__ if self.module_stack else Tracer.trace.__code__
@@ -269,14 +292,24 @@ class Tracer(fx.Tracer):
             self.cannot("it decides on the values of a tensor")
         if any(other != first for other in others):
             self.cannot("it decides on the size of its input")
-        if node.meta[VARIES]:
-            at_root = not self.module_stack and node.meta[VARIES] == SIZE
-            if not at_root or frames.leafable(self._frames(), self.leaves, self._forwards):
-                self.cannot(f"it decides on the {node.meta[VARIES]} of its input")
+        if node.meta[VARIES] and not self._may_check(node):
+            self.cannot(f"it decides on the {node.meta[VARIES]} of its input")
         if not isinstance(first, (int, float, str, type(None))) and not node.meta[VARIES]:
             return first  # a dtype, say, that does not vary
         self._noted(must_be, (value, first, frames.place(self._frames())))
         return first
+
+    def _may_check(self, node: fx.Node) -> bool:
+        """Whether a decision is one that is checked in every call, rather than made in Python.
+
+        That is what is decided alike on inputs of other sizes, where much would stay Python.
+        """
+        if frames.leafable(self._frames(), self.leaves, self._forwards):
+            return False
+        if node.meta[VARIES] != SIZE:
+            return asks_inputs(node)
+        path = next(reversed(self.module_stack), "")
+        return not path or holds_layers(self.root.get_submodule(path))
 
     def length(self, value: Value) -> int:
         """How many items a value has, now and later."""
@@ -331,7 +364,7 @@ class Tracer(fx.Tracer):
             return type(value)(self._items(proxy[i], item) for i, item in enumerate(value))
         if type(value) is dict:
             return {key: self._items(proxy[key], item) for key, item in value.items()}
-        return proxy if isinstance(value, (Tensor, int, float)) else value
+        return value if isinstance(value, _CONSTANTS) else proxy
 
     @property
     def _probing(self) -> bool:

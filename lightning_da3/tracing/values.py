@@ -34,6 +34,9 @@ class Value(fx.Proxy):
         probed = self.node.meta.get(PROBED)
         if probed is not None and not hasattr(probed[0], name):
             raise AttributeError(f"{type(probed[0]).__name__!r} has no attribute {name!r}")
+        if probed is not None and not isinstance(probed[0], Tensor):
+            if getattr(probed[0], name) is None:  # of an output that has not all that it may have
+                return None
         return Field(self, name)
 
     def __int__(self) -> int:
@@ -77,7 +80,7 @@ class Field(Value):
     @property
     def node(self) -> Any:  # type: ignore[override]
         """The node of the attribute."""
-        if self._node is None:
+        if self._node is None or self.tracer.is_erased(self._node):
             args = (self.root, self.attr)
             self._node = self.tracer.create_proxy("call_function", getattr, args, {}).node
         return self._node
