@@ -96,7 +96,9 @@ class Probes:
                 return
             values = [node.args[0] for _ in self.inputs]
         self._next += 1
-        node.meta[PROBED], node.meta[VARIES] = tuple(values), ""
+        tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves(values))
+        node.meta[PROBED] = tuple(values)
+        node.meta[VARIES] = "" if tensors or _same(values) else SIZE
 
     def _run(self, node: fx.Node, root: nn.Module, number: int) -> Any:
         def probed(n: fx.Node) -> Any:

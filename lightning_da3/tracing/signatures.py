@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from lightning_da3.errors import ConversionError
 
@@ -43,16 +43,16 @@ def takes_one(module: nn.Module) -> bool:
 
 
 def call_of(
-    forward: Callable[..., Any], args: list[Any], absent: Collection[str]
+    forward: Callable[..., Any], args: list[Any], fixed: Mapping[str, Any]
 ) -> Callable[..., Any]:
-    """A call of a forward as users make it: what is absent is not passed.
+    """A call of a forward as users make it: what is as it is by default is not passed.
 
     `torch.fx` calls the outermost decorator with everything by position, under wrong names.
 
     Args:
         forward: Of a class, maybe decorated.
         args: The module, and the value of every parameter, keyword-only ones before ``*args``.
-        absent: Names of arguments that nobody gives, as `options_of` has them.
+        fixed: Arguments that are always this, named as `options_of` names them.
 
     Raises:
         ConversionError: A decorator may read arguments that are not known by name.
@@ -62,11 +62,14 @@ def call_of(
     given, named = args[:1], {}
     for parameter, value in zip(parameters, args[1:], strict=True):
         name = _STARS.get(parameter.kind, "") + parameter.name
-        if name in absent:
+        if name in fixed and parameter.kind is parameter.VAR_KEYWORD:
+            named.update(fixed[name])
+            continue
+        if name in fixed and fixed[name] is parameter.default:
             continue
         if name.startswith("*"):
             raise ConversionError(f"its decorators may read {name}")
-        if parameter.kind is parameter.KEYWORD_ONLY or absent:
+        if parameter.kind is parameter.KEYWORD_ONLY or fixed:
             named[parameter.name] = value
         else:
             given.append(value)
