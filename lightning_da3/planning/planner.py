@@ -29,6 +29,8 @@ from lightning_da3.planning.spans import SpanFinder
 from lightning_da3.planning.stored import find_stored
 from lightning_da3.tracing.graphs import Part, Traced, module_of
 
+NEAR = 0.9  # of tokens, a class token among them counts as a position
+
 
 @dataclass
 class _Draft:
@@ -55,7 +57,7 @@ def make_plan(traced: Traced, config: DA3Config, examples: Sequence[Any] | None 
     Raises:
         ConversionError: There is nothing to adapt, or the head cannot be found.
     """
-    head = find_head(traced, config.head)
+    head = find_head(traced, config.head, examples)
     drafts = [_draft(part, head, None if part.path else examples) for part in traced.parts]
     _count_from_the_input_(drafts)
     if not any(draft.candidates for draft in drafts):
@@ -68,7 +70,7 @@ def make_plan(traced: Traced, config: DA3Config, examples: Sequence[Any] | None 
     training = [
         draft.part.path
         for draft in drafts
-        if draft.head or any(reduction >= least for reduction, _ in draft.candidates)
+        if draft.head or any(reduction >= NEAR * least for reduction, _ in draft.candidates)
     ]
     parts = tuple(_plan_part(draft, least, config, training) for draft in drafts)
     python = tuple(traced.python.items())
@@ -119,7 +121,7 @@ def _calls_one_of(part: Part, node: fx.Node, paths: Sequence[str]) -> bool:
 
 def _plan_part(draft: _Draft, least: float, config: DA3Config, training: Sequence[str]) -> PartPlan:
     gm, exact = draft.part.gm, config.memory.exact
-    hosts = tuple(host for reduction, host in draft.candidates if reduction >= least)
+    hosts = tuple(host for reduction, host in draft.candidates if reduction >= NEAR * least)
     # what an island reads may come from one that is trained
     inputs = [n for n in draft.flow.activations if n.op == "placeholder" and draft.part.path]
     others = [path for path in training if path != draft.part.path]  # graphs that this one calls

@@ -27,7 +27,7 @@ from lightning_da3.tracing.interception import FACTORIES, intercepted
 from lightning_da3.tracing.probes import PROBED, SIZE, VARIES, Probes, versions
 from lightning_da3.tracing.refusals import CannotTrace, NewLeaf, first_line
 from lightning_da3.tracing.signatures import call_of
-from lightning_da3.tracing.values import Value, holds, structured
+from lightning_da3.tracing.values import Value, built_from, holds, structured
 from lightning_da3.tracing.watching import Draws, Modes, Snapshot, plain_modes, random_states
 
 
@@ -83,7 +83,12 @@ class Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """A value is its node, whatever it says that it is."""
-        return a.node if isinstance(a, Value) else super().create_arg(a)
+        if isinstance(a, Value):
+            return a.node
+        made = built_from(a)  # torch.fx would give a plain dictionary
+        if made is not None:
+            return self.create_proxy("call_function", type(a), *made).node
+        return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Refuse what happens where a graph would not know of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import sys
 from collections.abc import Callable
@@ -106,6 +107,16 @@ def _items(proxy: Any, value: Any) -> Any:
     if type(value) is dict:
         return {key: _items(proxy[key], item) for key, item in value.items()}
     return value if isinstance(value, _CONSTANTS) else proxy
+
+
+def built_from(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments that make a dictionary of a type of its own; None for anything else."""
+    if not isinstance(value, dict) or type(value) is dict or isinstance(value, Value):
+        return None
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return (), {name: field for name, field in fields.items() if field is not None}
+    return (dict(value),), {}
 
 
 def holds(args: Any, kwargs: Any, kind: type) -> bool:
