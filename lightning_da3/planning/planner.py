@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import ConversionError
@@ -58,7 +58,11 @@ def make_plan(traced: Traced, config: DA3Config, examples: Sequence[Any] | None 
         ConversionError: There is nothing to adapt, or the head cannot be found.
     """
     head = find_head(traced, config.head, examples)
-    drafts = [_draft(part, head, None if part.path else examples) for part in traced.parts]
+    whole, samples = _positions(traced.inputs)
+    drafts = [
+        _draft(part, head, part.inputs if part.path else examples, whole, samples)
+        for part in traced.parts
+    ]
     _count_from_the_input_(drafts)
     if not any(draft.candidates for draft in drafts):
         for draft in drafts:
@@ -85,7 +89,10 @@ def _count_from_the_input_(drafts: Sequence[_Draft]) -> None:
         path = draft.part.path
         holders = [p for p in before if path == p or path.startswith(f"{p}.")]
         own = before[max(holders, key=len)] if holders else 1.0
-        draft.candidates = [(own * reduction, host) for reduction, host in draft.candidates]
+        draft.candidates = [
+            (reduction if draft.finder.counted(host) else own * reduction, host)
+            for reduction, host in draft.candidates
+        ]
         for node, reduction in reductions(draft.part.gm).items():
             if node.op == "call_module":
                 before[draft.part.user_name(str(node.target))] = own * reduction
@@ -98,12 +105,24 @@ def _least_reduction(min_stride: int | str, most: float) -> float:
     return min(min_stride, most)
 
 
-def _draft(part: Part, head: str | None, examples: Sequence[Any] | None) -> _Draft:
+def _positions(inputs: Sequence[Any]) -> tuple[tuple[int, ...], int]:
+    """The sizes of the first argument's axes but for samples and channels; samples of a probe."""
+    shape = tuple(inputs[0].shape) if inputs and isinstance(inputs[0], Tensor) else ()
+    return shape[2:] or shape[1:], (shape[0] + 1 if shape else 0)
+
+
+def _draft(
+    part: Part,
+    head: str | None,
+    examples: Sequence[Any] | None,
+    whole: tuple[int, ...],
+    samples: int,
+) -> _Draft:
     own = next((t for t in _targets(part.gm) if part.user_name(t) == head), None)
     flow = Flow(part.gm.graph)
     shapes = find_shapes(part.gm, examples)
     folds = dict(find_folds(part.gm, own))
-    finder = HostFinder(part, flow, shapes, own, folds)
+    finder = HostFinder(part, flow, shapes, own, folds, whole, samples)
     return _Draft(part, flow, shapes, own, folds, finder, list(finder.candidates()))
 
 

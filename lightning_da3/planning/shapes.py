@@ -18,6 +18,7 @@ from lightning_da3.memory.names import mutable
 from lightning_da3.nn.frozen import numbers
 from lightning_da3.planning.layers import layer_called
 from lightning_da3.torch_private.fake import FakeTensorMode
+from lightning_da3.tracing.guards import must_be, must_be_default
 from lightning_da3.tracing.guessing import first_sample, guesses
 from lightning_da3.tracing.probes import call_layer
 from lightning_da3.tracing.watching import unchanged
@@ -40,6 +41,8 @@ class _Recorder(fx.Interpreter):
         return {} if target.startswith("**") else super().placeholder(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.target in (must_be, must_be_default):  # one sample may be decided on otherwise
+            return None
         result = super().run_node(n)
         if isinstance(result, Tensor):
             self.shapes[n] = tuple(result.shape)
@@ -57,7 +60,7 @@ def find_shapes(gm: fx.GraphModule, examples: Sequence[Any] | None = None) -> Sh
         examples: Its arguments, if they are known: of tensors the first sample counts.
     """
     mode = fake_mode_of(gm) or FakeTensorMode(allow_non_fake_inputs=True)
-    given = [] if examples is None else [first_sample(examples)]
+    given = [] if examples is None else [first_sample(examples), list(examples)]
     for inputs in itertools.chain(given, guesses(gm)):
         # the user's own forward on a guess: anything can go wrong, and then nothing is known
         with quiet(), contextlib.suppress(Exception), mode, unchanged(gm):

@@ -32,12 +32,14 @@ class Session:
         python: Why modules stay Python, by their paths.
         leaves: Why functions are one node, by their code.
         calls: How modules are called, by their paths.
+        guessed: The network's arguments in those calls.
     """
 
     inputs: Sequence[Any] | None = None
     python: dict[str, str] = field(default_factory=dict)
     leaves: dict[CodeType, str] = field(default_factory=dict)
     calls: Mapping[str, ModuleCall] = field(default_factory=dict)
+    guessed: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ def note_calls_(network: nn.Module, session: Session) -> None:
         for pair in probe_inputs(inputs):
             session.calls = calls_of(network, Probes(pair, _mode(network)))
             if session.calls:
+                session.guessed = inputs
                 return
 
 

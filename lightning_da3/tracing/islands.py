@@ -54,7 +54,8 @@ def trace(
     islands = _Islands(twin, Session(inputs, reasons))
     root = islands.convert(twin, "")
     python = {**islands.python, **layers}
-    return Traced(root, tuple(islands.parts), python, islands.functions, network)
+    known = islands.session.inputs or islands.session.guessed
+    return Traced(root, tuple(islands.parts), python, islands.functions, network, known)
 
 
 class _Islands:
@@ -134,7 +135,8 @@ class _Islands:
             node.type = None  # an annotation may be a string, with which no graph can be pickled
             node.meta.pop(PROBED, None)
         gm = graph_of_module(module, found.graph)
-        self.parts.insert(index, Part(path, gm))
+        call = self.session.calls.get(path)
+        self.parts.insert(index, Part(path, gm, inputs=call and call.inputs[0]))
         return gm
 
 
