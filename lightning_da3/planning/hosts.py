@@ -27,7 +27,7 @@ from lightning_da3.planning.layers import (
 )
 from lightning_da3.planning.macs import macs_per_position
 from lightning_da3.planning.plan import HostPlan
-from lightning_da3.planning.shapes import Shapes, reductions
+from lightning_da3.planning.shapes import InputSize, Shapes, reductions
 from lightning_da3.tracing.graphs import Part, module_of, output_node
 
 
@@ -40,8 +40,7 @@ class HostFinder:
         shapes: Shapes of its values, as far as they are known.
         head: Module name of the classifier, which is no host.
         folds: Convolution by batch norm node.
-        whole: Positions of the network's input, by axis, if they are known.
-        samples: How many samples `part` is called with, if that is known.
+        size: How large the network's input is.
     """
 
     def __init__(
@@ -51,10 +50,9 @@ class HostFinder:
         shapes: Shapes,
         head: str | None,
         folds: dict[str, str],
-        whole: tuple[int, ...] = (),
-        samples: int = 0,
+        size: InputSize,
     ) -> None:
-        self.whole, self.samples = whole, samples
+        self.size = size
         self.part, self.gm, self.flow, self.shapes, self.head = part, part.gm, flow, shapes, head
         self.norm_of = {conv: norm for norm, conv in folds.items()}
         self.reduction = reductions(part.gm)
@@ -118,8 +116,8 @@ class HostFinder:
 
     def _reduction(self, x: fx.Node, host: HostPlan) -> float:
         source = next(n for n in self.flow.nodes if n.op == "placeholder")
-        whole, here = self.shapes.get(source, ())[2:], self.shapes.get(x)
-        whole = self.whole if self.part.path or not whole else whole
+        whole, here = self.size.positions(self.shapes.get(source, ())), self.shapes.get(x)
+        whole = self.size.whole if self.part.path or not whole else whole
         if host.stride is not None or not whole or here is None:
             return self.reduction[x]
         area = max(1, math.prod(here[1:-1]) - host.prefix_tokens)
@@ -127,7 +125,7 @@ class HostFinder:
 
     def counted(self, host: HostPlan) -> bool:
         """Whether the reduction of a host of this graph is from the network's own input."""
-        return bool(self.part.path and self.whole and self.shapes) and host.stride is None
+        return bool(self.part.path and self.size.whole and self.shapes) and host.stride is None
 
     def _name(self, target: str) -> str:
         name = self.part.user_name(target)
@@ -143,7 +141,9 @@ class HostFinder:
             return
         inside = self.flow.between(x, [last])
         first = (self.part.inputs or (None,))[0]
-        whole = isinstance(first, Tensor) and len(first) == self.samples  # and no windows of it
+        whole = (
+            isinstance(first, Tensor) and len(first) == self.size.samples
+        )  # and no windows of it
         host = self._branch(x, last, inside) if whole and self.shapes.get(x) else None
         if host is not None and host.stride is None:
             yield self.flow.position[x], self._reduction(x, host), host

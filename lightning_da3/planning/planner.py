@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import ConversionError
@@ -24,7 +24,14 @@ from lightning_da3.planning.places import common_owner, find_places, free_name
 from lightning_da3.planning.plan import HostPlan, NodePlan, PartPlan, Plan, RecomputeRegion
 from lightning_da3.planning.prologue import find_prologue
 from lightning_da3.planning.regions import RegionFinder
-from lightning_da3.planning.shapes import Shapes, find_shapes, reductions, sizes
+from lightning_da3.planning.shapes import (
+    InputSize,
+    Shapes,
+    find_shapes,
+    input_size,
+    reductions,
+    sizes,
+)
 from lightning_da3.planning.spans import SpanFinder
 from lightning_da3.planning.stored import find_stored
 from lightning_da3.tracing.graphs import Part, Traced, module_of
@@ -58,10 +65,9 @@ def make_plan(traced: Traced, config: DA3Config, examples: Sequence[Any] | None 
         ConversionError: There is nothing to adapt, or the head cannot be found.
     """
     head = find_head(traced, config.head, examples)
-    whole, samples = _positions(traced.inputs)
+    size = input_size(traced)
     drafts = [
-        _draft(part, head, part.inputs if part.path else examples, whole, samples)
-        for part in traced.parts
+        _draft(part, head, part.inputs if part.path else examples, size) for part in traced.parts
     ]
     _count_from_the_input_(drafts)
     if not any(draft.candidates for draft in drafts):
@@ -105,24 +111,12 @@ def _least_reduction(min_stride: int | str, most: float) -> float:
     return min(min_stride, most)
 
 
-def _positions(inputs: Sequence[Any]) -> tuple[tuple[int, ...], int]:
-    """The sizes of the first argument's axes but for samples and channels; samples of a probe."""
-    shape = tuple(inputs[0].shape) if inputs and isinstance(inputs[0], Tensor) else ()
-    return shape[2:] or shape[1:], (shape[0] + 1 if shape else 0)
-
-
-def _draft(
-    part: Part,
-    head: str | None,
-    examples: Sequence[Any] | None,
-    whole: tuple[int, ...],
-    samples: int,
-) -> _Draft:
+def _draft(part: Part, head: str | None, examples: Sequence[Any] | None, size: InputSize) -> _Draft:
     own = next((t for t in _targets(part.gm) if part.user_name(t) == head), None)
     flow = Flow(part.gm.graph)
     shapes = find_shapes(part.gm, examples)
     folds = dict(find_folds(part.gm, own))
-    finder = HostFinder(part, flow, shapes, own, folds, whole, samples)
+    finder = HostFinder(part, flow, shapes, own, folds, size)
     return _Draft(part, flow, shapes, own, folds, finder, list(finder.candidates()))
 
 

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +18,7 @@ from lightning_da3.memory.names import mutable
 from lightning_da3.nn.frozen import numbers
 from lightning_da3.planning.layers import layer_called
 from lightning_da3.torch_private.fake import FakeTensorMode
+from lightning_da3.tracing.graphs import Traced
 from lightning_da3.tracing.guards import must_be, must_be_default
 from lightning_da3.tracing.guessing import first_sample, guesses
 from lightning_da3.tracing.probes import call_layer
@@ -73,6 +74,35 @@ def find_shapes(gm: fx.GraphModule, examples: Sequence[Any] | None = None) -> Sh
 
 def _without_values(x: Any) -> Any:
     return torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x
+
+
+class InputSize(NamedTuple):
+    """How large a network's input is.
+
+    Attributes:
+        axes: Of the first convolution.
+        whole: Positions of the first argument, by axis; empty if it is not known.
+        samples: How many samples the network's parts are called with, see `Part.inputs`.
+    """
+
+    axes: int = 0
+    whole: tuple[int, ...] = ()
+    samples: int = 0
+
+    def positions(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The axes of an input that are no samples, nor channels, which sound may not have."""
+        return shape[1:] if len(shape) == 1 + self.axes else shape[2:]
+
+
+def input_size(traced: Traced) -> InputSize:
+    """How large the input of a traced network is, as far as it is known or was guessed."""
+    convs = (m for m in traced.root.modules() if isinstance(m, CONVS))
+    axes = next((conv.weight.dim() - 2 for conv in convs), 0)
+    first = traced.inputs[0] if traced.inputs else None
+    if not isinstance(first, Tensor) or not first.dim():
+        return InputSize(axes)
+    shape = tuple(first.shape)
+    return InputSize(axes, InputSize(axes).positions(shape), shape[0] + 1)
 
 
 def sizes(gm: fx.GraphModule, shapes: Shapes) -> dict[fx.Node, float]:
