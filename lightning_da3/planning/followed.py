@@ -30,16 +30,17 @@ def head_by_running(root: nn.Module, examples: Sequence[Any] | None) -> str | No
         root: The traced network, in eval and frozen.
         examples: Its arguments, if they are known.
     """
-    mode = fake_mode_of(root) or FakeTensorMode(allow_non_fake_inputs=True)
+    fake = fake_mode_of(root) or FakeTensorMode(allow_non_fake_inputs=True)
     given = [] if examples is None else [first_sample(examples)]
     for inputs in (*given, *(() if given else first_guesses(root))):
-        # the user's own forward on a guess: anything can go wrong, and then nothing is known
-        with quiet(), contextlib.suppress(Exception), mode, unchanged(root):
-            return _run(root, [_without_values(i) for i in inputs])
+        for mode in (fake, contextlib.nullcontext()):  # one that decides on values needs some
+            # the user's own forward on a guess: anything can go wrong, and then nothing is known
+            with quiet(), contextlib.suppress(Exception), mode, unchanged(root):
+                return _run(root, [_input(i) for i in inputs])
     return None
 
 
-def _without_values(x: Any) -> Any:
+def _input(x: Any) -> Any:
     if not isinstance(x, Tensor):
         return x
     return torch.zeros(x.shape, dtype=x.dtype, requires_grad=x.is_floating_point())
@@ -66,7 +67,7 @@ def _run(root: nn.Module, inputs: Sequence[Any]) -> str | None:
                 layer.weight.requires_grad_(True)
         output = root(*inputs)
     logits = [t for t in _values(output) if t.grad_fn is not None]
-    readers = _readers([t.grad_fn for t in logits])
+    readers = _readers({t.grad_fn: None for t in logits})
     for value in logits:
         name = _follow(value.grad_fn, made, readers)
         layer = layers.get(name or "")
@@ -88,7 +89,7 @@ def _values(output: Any) -> Iterator[Tensor]:
     yield from (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
 
-def _readers(roots: Sequence[Any]) -> Counter[Any]:
+def _readers(roots: dict[Any, None]) -> Counter[Any]:
     """How often every backward node's value is read."""
     found: Counter[Any] = Counter(dict.fromkeys(roots, 1))
     waiting, seen = list(roots), set(roots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -50,7 +51,8 @@ def _read(function: Callable[..., fx.GraphModule], args: tuple[Any, ...]) -> fx.
 def graph_of_module(module: nn.Module, graph: fx.Graph) -> UserGraph:
     """A module's graph, with what a Python parent may read of its child, and hooks on it."""
     gm = UserGraph(module, graph, class_name=type(module).__name__)
-    vars(gm).update({k: v for k, v in _attributes(module).items() if k not in vars(gm)})
+    read = {**_of_class(module), **_attributes(module)}
+    vars(gm).update({k: v for k, v in read.items() if k not in vars(gm)})
     kinds = (*FORWARD_HOOKS, *HOOKS_WITH_KWARGS)
     for ours, theirs in zip(hooks_of(gm, kinds), hooks_of(module, kinds), strict=True):
         ours.update(theirs)
@@ -68,3 +70,22 @@ def graph_of_layer(layer: nn.Module) -> UserGraph:
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if not name.startswith("_")}
+
+
+def _of_class(module: nn.Module) -> dict[str, Any]:
+    """Plain values that a module's class has, or computes as properties."""
+    found: dict[str, Any] = {}
+    for kind in reversed(type(module).__mro__):
+        if kind.__module__.split(".")[0] in ("torch", "builtins"):
+            continue
+        for name, value in vars(kind).items():
+            if name.startswith("_") or not isinstance(value, (property, *_PLAIN)):
+                continue
+            with contextlib.suppress(Exception):  # the user's own property: anything can come
+                value = getattr(module, name)
+                if isinstance(value, _PLAIN):
+                    found[name] = value
+    return found
+
+
+_PLAIN = (type(None), bool, int, float, str, tuple, list)
