@@ -96,7 +96,7 @@ SWIN = {**WINDOWS, "image_size": 32, "patch_size": 2}
 OF_IMAGES = "ForImageClassification"
 SMP = "segmentation_models_pytorch"
 RESNET: dict[str, Any] = {"encoder_weights": None, "classes": CLASSES}
-VOLUME, CUBE = (1, 1, 96, 96, 96), (1, 1, 32, 32, 32)
+VOLUME, CUBE = (2, 1, 96, 96, 96), (2, 1, 32, 32, 32)
 
 ZOO: dict[str, Entry] = {
     "vit": transformer(f"ViT{OF_IMAGES}", "ViTConfig", IMAGE),
@@ -181,12 +181,6 @@ ZOO: dict[str, Entry] = {
     ),
     "clip_tower": plain(
         "open_clip", PICTURES, PICTURES, lambda clip: clip.create_model("ViT-B-32").visual
-    ),
-    "conformer": plain(
-        "torchaudio.models",
-        (2, 200, 80),
-        (2, 40, 80),
-        lambda models: models.conformer.ConformerLayer(80, 128, 4, 31),
     ),
     "timm_features": plain(
         "timm",

@@ -40,7 +40,23 @@ def must_be(value: Any, decided: Any, place: str) -> None:
         )
 
 
-def asks_inputs(node: fx.Node) -> bool:
+def may_check(node: fx.Node, varies: str, module: nn.Module, whole: bool) -> bool:
+    """Whether a decision is one that is checked in every call, rather than made in Python.
+
+    That is what is decided alike on inputs of other sizes, where much would stay Python.
+
+    Args:
+        node: What is decided on.
+        varies: What that depends on, as `lightning_da3.tracing.probes` says.
+        module: The one whose forward decides.
+        whole: It is the whole network.
+    """
+    if varies != "size":
+        return _asks_inputs(node)
+    return whole or _holds_layers(module)
+
+
+def _asks_inputs(node: fx.Node) -> bool:
     """Whether a value says something of the types of the network's arguments alone.
 
     Autocast, which changes the types of what is computed on the way, leaves those as they are.
@@ -54,7 +70,7 @@ def asks_inputs(node: fx.Node) -> bool:
     return True
 
 
-def holds_layers(module: nn.Module) -> bool:
+def _holds_layers(module: nn.Module) -> bool:
     """Whether a module has several layers that mix channels: more than one to embed or project."""
     layers = [m for m in module.modules() if facts_of(m).mixes_channels]
     return len(layers) > 1

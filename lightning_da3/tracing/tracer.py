@@ -22,9 +22,9 @@ from lightning_da3.layers import has_hooks, is_registered
 from lightning_da3.tracing import frames
 from lightning_da3.tracing.aliases import Aliases
 from lightning_da3.tracing.functions import PythonFunctions
-from lightning_da3.tracing.guards import asks_inputs, holds_layers, must_be, must_be_default
+from lightning_da3.tracing.guards import may_check, must_be, must_be_default
 from lightning_da3.tracing.interception import FACTORIES, intercepted
-from lightning_da3.tracing.probes import PROBED, SIZE, VARIES, Probes, versions
+from lightning_da3.tracing.probes import PROBED, VARIES, Probes, versions
 from lightning_da3.tracing.refusals import CannotTrace, NewLeaf, first_line
 from lightning_da3.tracing.signatures import call_of
 from lightning_da3.tracing.values import Value, built_from, holds, structured
@@ -290,25 +290,16 @@ class Tracer(fx.Tracer):
             self.cannot("it decides on the values of a tensor")
         if any(other != first for other in others):
             self.cannot("it decides on the size of its input")
-        if node.meta[VARIES] and not self._may_check(node):
-            self.cannot(f"it decides on the {node.meta[VARIES]} of its input")
+        if node.meta[VARIES]:
+            leaf = frames.leafable(self._frames(), self.leaves, self._forwards)
+            path = next(reversed(self.module_stack), "")
+            whole = self.whole and not path
+            if leaf or not may_check(node, node.meta[VARIES], self.root.get_submodule(path), whole):
+                self.cannot(f"it decides on the {node.meta[VARIES]} of its input")
         if not isinstance(first, (int, float, str, type(None))) and not node.meta[VARIES]:
             return first  # a dtype, say, that does not vary
         self._noted(must_be, (value, first, frames.place(self._frames())))
         return first
-
-    def _may_check(self, node: fx.Node) -> bool:
-        """Whether a decision is one that is checked in every call, rather than made in Python.
-
-        That is what is decided alike on inputs of other sizes, where much would stay Python.
-        """
-        if frames.leafable(self._frames(), self.leaves, self._forwards):
-            return False
-        if node.meta[VARIES] != SIZE:
-            return asks_inputs(node)
-        path = next(reversed(self.module_stack), "")
-        whole = self.whole and not path
-        return whole or holds_layers(self.root.get_submodule(path))
 
     def length(self, value: Value) -> int:
         """How many items a value has, now and later."""
