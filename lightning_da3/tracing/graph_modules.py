@@ -32,10 +32,10 @@ class UserGraph(fx.GraphModule):
 
     def __deepcopy__(self, memo: Any) -> UserGraph:
         """A copy; that of `torch.fx` has what the graph names alone."""
-        twin: UserGraph = super().__deepcopy__(memo)
+        twin: Any = super().__deepcopy__(memo)
         own = copy.deepcopy(_attributes(self), memo)
         vars(twin).update({k: v for k, v in own.items() if k not in vars(twin)})
-        return twin
+        return twin  # type: ignore[no-any-return]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Files hold what `torch.fx` writes of a graph, which is of no subclass."""

@@ -136,7 +136,7 @@ class _Islands:
             node.meta.pop(PROBED, None)
         gm = graph_of_module(module, found.graph)
         call = self.session.calls.get(path)
-        self.parts.insert(index, Part(path, gm, inputs=call and call.inputs[0]))
+        self.parts.insert(index, Part(path, gm, inputs=None if call is None else call.inputs[0]))
         return gm
 
 

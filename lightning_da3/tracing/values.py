@@ -36,8 +36,9 @@ class Value(fx.Proxy):
         probed = self.node.meta.get(PROBED)
         if probed is not None and not hasattr(probed[0], name):
             raise AttributeError(f"{type(probed[0]).__name__!r} has no attribute {name!r}")
-        structure = probed is not None and not isinstance(probed[0], Tensor)
-        if structure and getattr(probed[0], name) is None:  # an output that may have more
+        first = None if probed is None else probed[0]
+        structure = first is not None and not isinstance(first, Tensor)
+        if structure and getattr(first, name) is None:  # an output that may have more
             return None
         return Field(self, name)
 
@@ -111,10 +112,11 @@ def _items(proxy: Any, value: Any) -> Any:
 
 def built_from(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """The arguments that make a dictionary of a type of its own; None for anything else."""
-    if not isinstance(value, dict) or type(value) is dict or isinstance(value, Value):
+    if not isinstance(value, dict) or type(value) is dict:
         return None
-    if dataclasses.is_dataclass(value):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    kept: Any = value
+    if dataclasses.is_dataclass(kept):
+        fields = {f.name: getattr(kept, f.name) for f in dataclasses.fields(kept)}
         return (), {name: field for name, field in fields.items() if field is not None}
     return (dict(value),), {}
 

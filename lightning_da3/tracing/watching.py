@@ -52,10 +52,10 @@ class Snapshot:
     def restore(self, root: nn.Module | None = None) -> None:
         """Make a module, and all in it, as it was; by default everything."""
         inside = self._attributes if root is None else root.modules()
-        for hooks, before in self._hooks:
-            if hooks != before:
+        for hooks, former in self._hooks:
+            if hooks != former:
                 hooks.clear()
-                hooks.update(before)
+                hooks.update(former)
         for module in inside:
             if module not in self._attributes:
                 continue  # made while tracing

@@ -66,7 +66,7 @@ def test_what_writes_through_a_view_writes_into_the_map_or_is_refused(axes):
         assert_relatively_close([convert(network, CONFIG, x)(x)], [network(x)], 1e-5)
     else:
         with pytest.raises(ConversionError, match=r"`mul_` writes through a view.*contiguous"):
-            convert(network, CONFIG, x)
+            convert(network, CONFIG, x)(x)
 
 
 def test_maps_come_out_laid_out_as_the_input_is():
