@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from lightning_da3.memory.saved import SavedActivations
 from lightning_da3.torch_private.autograd import current_node, next_node_number, node_number
@@ -137,9 +138,9 @@ class ByNode(fx.Interpreter):
 
 def mutable(value: Any) -> Any:
     """`value` with plain lists and dictionaries in the place of those of `torch.fx`."""
-    if isinstance(value, list):
+    if type(value) in (list, immutable_list):
         return [mutable(v) for v in value]
-    if isinstance(value, dict):
+    if type(value) in (dict, immutable_dict):  # others are the user's own
         return {k: mutable(v) for k, v in value.items()}
     return tuple(mutable(v) for v in value) if type(value) is tuple else value
 

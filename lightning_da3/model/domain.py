@@ -132,8 +132,9 @@ def _check_classes(plan: Plan, config: DA3Config, num_classes: object, *, replac
             why = f"no single Linear or convolution leads to the output of {plan.network}"
         raise ConfigError(
             f"`num_classes` is {shown(num_classes)}, but every domain keeps the network's own "
-            f"head: {why}. Leave `num_classes` out, or name a layer to replace: "
-            "DA3Config(head='classifier.4'), say."
+            f"head: {why}. If the classifier is outside of the network (`self.fc` beside it, say), "
+            "that is fine: leave `num_classes` out. So it is with DA3Config(head=None). Else name "
+            f"the layer to replace, DA3Config(head=..), such as {list(plan.linear_layers[-4:])}."
         )
     if replaced and num_classes is None:
         raise ConfigError(

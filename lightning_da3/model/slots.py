@@ -29,8 +29,7 @@ class Slots:
 
     def __init__(self, backbone: nn.Module, plan: Plan) -> None:
         self.hosts = [host.name for host in plan.hosts]
-        head = None if plan.head is None else backbone.get_submodule(plan.head)
-        self.head = cast(HeadSlot | None, head)
+        self.head = None if plan.head is None else _slot_in(backbone.get_submodule(plan.head))
 
     def head_of(self, domain: Domain | None) -> nn.Module | None:
         """The head that samples of a domain are computed by; None if all keep the network's own."""
@@ -68,6 +67,11 @@ class Slots:
             return Call(adapters)
         heads = [cast(nn.Module, self.head_of(domain)) for domain in positions]
         return Call(adapters, MixedHeads(heads, list(positions.values())))
+
+
+def _slot_in(place: nn.Module) -> HeadSlot:
+    """The slot, which is the one layer of a graph where the network around it stays Python."""
+    return next(module for module in place.modules() if isinstance(module, HeadSlot))
 
 
 def connect_(backbone: nn.Module, calls: Calls) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from lightning_da3.nn.frozen import frozen
@@ -79,6 +80,26 @@ class FrozenAffine(nn.Module):
         scale, shift = BatchNormStatistics.of(norm).affine()
         dtype = cast(Tensor, norm.running_mean).dtype
         self.scale, self.shift = frozen(scale.to(dtype)), frozen(shift.to(dtype))
+
+    @property
+    def weight(self) -> Tensor:
+        """With the other three, a batch norm's tensors that give the same function."""
+        return self.scale
+
+    @property
+    def bias(self) -> Tensor:
+        """See `weight`."""
+        return self.shift
+
+    @property
+    def running_mean(self) -> Tensor:
+        """See `weight`."""
+        return torch.zeros_like(self.scale)
+
+    @property
+    def running_var(self) -> Tensor:
+        """See `weight`."""
+        return torch.full_like(self.scale, 1.0 - self.eps)
 
     def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This layer's own state from that of the user's network.

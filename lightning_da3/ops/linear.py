@@ -71,7 +71,9 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.dtype = x.dtype
-        return _linear(x, weight, bias)
+        y = _linear(x, weight, bias)
+        # oneDNN's is a view, into which no Python that reads it might write
+        return y if torch.compiler.is_compiling() else y.data
 
     @staticmethod
     @once_differentiable

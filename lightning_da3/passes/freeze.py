@@ -12,7 +12,7 @@ from lightning_da3.config import DA3Config
 from lightning_da3.layers import convolution_of, replacement_for
 from lightning_da3.nn.activation import Sum
 from lightning_da3.nn.convolution import FrozenConv, FrozenConvTranspose
-from lightning_da3.nn.frozen import frozen
+from lightning_da3.nn.frozen import answer_as_, frozen
 from lightning_da3.nn.normalization import FrozenAffine
 from lightning_da3.planning.layers import layer_called
 from lightning_da3.planning.plan import NodePlan, PartPlan
@@ -44,6 +44,9 @@ def freeze_(part: Part, plan: PartPlan, config: DA3Config) -> None:
     # all are built before the first is put in: layers that are called twice are still there
     built = [builders[step.action](nodes[step.name], step) for step in steps]
     for step, layer in zip(steps, built, strict=True):
+        called = module_of(gm, nodes[step.name])
+        if called is not None:
+            answer_as_(layer, called)
         _call(gm, nodes[step.name], step, layer)
     for step in plan.nodes:
         if step.action in ("fold", "remove"):

@@ -7,6 +7,7 @@ from typing import cast
 from lightning_da3.config import DA3Config
 from lightning_da3.nn.head import Head, HeadSlot
 from lightning_da3.planning.plan import Plan
+from lightning_da3.tracing.graph_modules import LAYER, UserGraph
 from lightning_da3.tracing.graphs import Traced
 
 
@@ -14,8 +15,12 @@ def put_slot_(traced: Traced, plan: Plan, config: DA3Config) -> None:
     """Put a slot where the planned classifier is."""
     del config
     if plan.head is not None:
-        head = cast(Head, traced.root.get_submodule(plan.head))
-        traced.root.set_submodule(plan.head, HeadSlot(head))
+        place = plan.head
+        layer = traced.root.get_submodule(place)
+        if isinstance(layer, UserGraph):  # of this layer alone
+            place = f"{place}.{LAYER}"
+            layer = traced.root.get_submodule(place)
+        traced.root.set_submodule(place, HeadSlot(cast(Head, layer)))
         for part in traced.parts:
             for node in part.gm.graph.nodes:  # what a forward asks of the classifier's weights
                 owner, _, name = str(node.target).rpartition(".")

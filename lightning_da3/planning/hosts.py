@@ -11,21 +11,24 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from lightning_da3.layers import BATCH_NORMS, CONVS, facts_of, facts_of_call
 from lightning_da3.planning.flow import Flow, Nodes
 from lightning_da3.planning.layers import (
+    common_path,
     has_statistics,
+    has_weights,
     is_depthwise,
     is_pointwise,
     is_spatial,
     layer_called,
+    mixes_channels,
 )
 from lightning_da3.planning.macs import macs_per_position
 from lightning_da3.planning.plan import HostPlan
-from lightning_da3.planning.shapes import Shapes, reductions
-from lightning_da3.tracing.graphs import Part, module_of
+from lightning_da3.planning.shapes import InputSize, Shapes, reductions
+from lightning_da3.tracing.graphs import Part, module_of, output_node
 
 
 class HostFinder:
@@ -37,11 +40,19 @@ class HostFinder:
         shapes: Shapes of its values, as far as they are known.
         head: Module name of the classifier, which is no host.
         folds: Convolution by batch norm node.
+        size: How large the network's input is.
     """
 
     def __init__(
-        self, part: Part, flow: Flow, shapes: Shapes, head: str | None, folds: dict[str, str]
+        self,
+        part: Part,
+        flow: Flow,
+        shapes: Shapes,
+        head: str | None,
+        folds: dict[str, str],
+        size: InputSize,
     ) -> None:
+        self.size = size
         self.part, self.gm, self.flow, self.shapes, self.head = part, part.gm, flow, shapes, head
         self.norm_of = {conv: norm for norm, conv in folds.items()}
         self.reduction = reductions(part.gm)
@@ -62,6 +73,8 @@ class HostFinder:
                 if host is not None:
                     covered |= set(inside)
                     found.append((self.flow.position[x], self._reduction(x, host), host))
+        if not found and self.part.path and not self.part.single:
+            found += self._whole_branch()
         lone: list[tuple[int, float, HostPlan]] = []
         for node in self.flow.activations:
             conv = module_of(self.gm, node)
@@ -108,16 +121,37 @@ class HostFinder:
 
     def _reduction(self, x: fx.Node, host: HostPlan) -> float:
         source = next(n for n in self.flow.nodes if n.op == "placeholder")
-        whole, here = self.shapes.get(source, ())[2:], self.shapes.get(x)
+        whole, here = self.size.positions(self.shapes.get(source, ())), self.shapes.get(x)
+        whole = self.size.whole if self.part.path or not whole else whole
         if host.stride is not None or not whole or here is None:
             return self.reduction[x]
         area = max(1, math.prod(here[1:-1]) - host.prefix_tokens)
         return float(round((math.prod(whole) / area) ** (1 / len(whole)), 6))
 
+    def counted(self, host: HostPlan) -> bool:
+        """Whether the reduction of a host of this graph is from the network's own input."""
+        return bool(self.part.path and self.size.whole and self.shapes) and host.stride is None
+
     def _name(self, target: str) -> str:
         name = self.part.user_name(target)
         self.names[name] += 1
         return name + (f":{self.names[name]}" if self.names[name] > 1 else "")
+
+    def _whole_branch(self) -> Iterator[tuple[int, float, HostPlan]]:
+        """The graph as one host of tokens, whose result is added to its input in Python maybe."""
+        result = output_node(self.part.gm.graph).args[0]
+        last = result[0] if isinstance(result, (tuple, list)) and result else result
+        x = next(iter(self.flow.activations), None)
+        if x is None or not isinstance(last, fx.Node) or last is x or not self._dominates(x, last):
+            return
+        inside = self.flow.between(x, [last])
+        first = (self.part.inputs or (None,))[0]
+        whole = (
+            isinstance(first, Tensor) and len(first) == self.size.samples
+        )  # and no windows of it
+        host = self._branch(x, last, inside) if whole and self.shapes.get(x) else None
+        if host is not None and host.stride is None:
+            yield self.flow.position[x], self._reduction(x, host), host
 
     # --- convolutions -----------------------------------------------------------------------------
 
@@ -205,11 +239,9 @@ class HostFinder:
         """A host of the whole branch, unless its convolutions are hosts by themselves."""
         layers = [layer for n in inside if (layer := module_of(self.gm, n)) is not None]
         dense = [c for c in layers if is_spatial(c) and not is_depthwise(c)]
-        named = [
-            str(n.target) for n in inside if n.op == "call_module" and _has_weights(self.gm, n)
-        ]
+        named = [str(n.target) for n in inside if n.op == "call_module" and has_weights(self.gm, n)]
         depthwise = [str(n.target) for n in inside if is_depthwise(module_of(self.gm, n))]
-        if dense or not named or not _mixes_channels(self.gm, inside):
+        if dense or not named or not mixes_channels(self.gm, inside):
             return None
         if any(
             user not in inside for n in inside if n is not last for user in self.flow.readers(n)
@@ -226,7 +258,7 @@ class HostFinder:
         here = self.shapes.get(last)
         positions = None if here is None else math.prod(here) / channels
         return HostPlan(
-            name=self._name(depthwise[0] if depthwise else _common_path(named)),
+            name=self._name(depthwise[0] if depthwise else common_path(named)),
             source=x.name,
             readers=tuple(n.name for n in inside if x in n.all_input_nodes),
             last=self.norm_of.get(last.name, last.name),
@@ -308,27 +340,3 @@ class HostFinder:
 
 def _is_elementwise(layer: nn.Module | None) -> bool:
     return facts_of(layer).elementwise and (type(layer) not in BATCH_NORMS or has_statistics(layer))
-
-
-def _has_weights(gm: fx.GraphModule, node: fx.Node) -> bool:
-    layer = module_of(gm, node)
-    return layer is not None and any(True for _ in layer.parameters())
-
-
-def _mixes_channels(gm: fx.GraphModule, inside: Nodes) -> bool:
-    return any(facts_of(module_of(gm, n)).mixes_channels for n in inside) or any(
-        i.op == "get_attr" and str(i.target).endswith("weight")
-        for n in inside
-        for i in n.all_input_nodes
-    )
-
-
-def _common_path(targets: list[str]) -> str:
-    """What dotted names have in common: the block that holds them."""
-    split = [target.split(".") for target in targets]
-    common = []
-    for names in zip(*split, strict=False):
-        if len(set(names)) > 1:
-            break
-        common.append(names[0])
-    return ".".join(common) or targets[-1]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TypeGuard
 
 from torch import fx, nn
 
-from lightning_da3.layers import BATCH_NORMS, CONVS, is_in_place, layer_of
+from lightning_da3.layers import BATCH_NORMS, CONVS, facts_of, is_in_place, layer_of
 from lightning_da3.nn.convolution import Conv
 from lightning_da3.planning.plan import NodePlan
 from lightning_da3.tracing.graphs import module_of
@@ -48,3 +49,29 @@ def is_depthwise(layer: nn.Module | None) -> bool:
 
 def _is_conv(layer: nn.Module | None) -> TypeGuard[Conv]:
     return type(layer) in CONVS
+
+
+def has_weights(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether `node` calls a layer with parameters."""
+    layer = module_of(gm, node)
+    return layer is not None and any(True for _ in layer.parameters())
+
+
+def mixes_channels(gm: fx.GraphModule, inside: Iterable[fx.Node]) -> bool:
+    """Whether one of these nodes is a linear map over channels."""
+    return any(facts_of(module_of(gm, n)).mixes_channels for n in inside) or any(
+        i.op == "get_attr" and str(i.target).endswith("weight")
+        for n in inside
+        for i in n.all_input_nodes
+    )
+
+
+def common_path(targets: list[str]) -> str:
+    """What dotted names have in common: the block that holds them."""
+    split = [target.split(".") for target in targets]
+    common = []
+    for names in zip(*split, strict=False):
+        if len(set(names)) > 1:
+            break
+        common.append(names[0])
+    return ".".join(common) or targets[-1]

@@ -180,6 +180,17 @@ class Plan:
         return tuple(sorted({node.layer for node in self.nodes if node.keeps == "kept"}))
 
     @property
+    def linear_layers(self) -> tuple[str, ...]:
+        """The linear layers and convolutions of all graphs, which may be named as a head."""
+        kinds = ("Linear", "Conv1d", "Conv2d", "Conv3d")
+        return tuple(
+            f"{part.path}.{node.place}" if part.path else node.place
+            for part in self.parts
+            for node in part.nodes
+            if node.layer in kinds
+        )
+
+    @property
     def headline(self) -> str:
         """What there is to adapt, and what stays Python; for people."""
         lines = [f"{self.network}: {len(self.hosts)} hosts, head: {self.head or 'its own'}"]

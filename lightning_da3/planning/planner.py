@@ -24,10 +24,19 @@ from lightning_da3.planning.places import common_owner, find_places, free_name
 from lightning_da3.planning.plan import HostPlan, NodePlan, PartPlan, Plan, RecomputeRegion
 from lightning_da3.planning.prologue import find_prologue
 from lightning_da3.planning.regions import RegionFinder
-from lightning_da3.planning.shapes import Shapes, find_shapes, reductions, sizes
+from lightning_da3.planning.shapes import (
+    InputSize,
+    Shapes,
+    find_shapes,
+    input_size,
+    reductions,
+    sizes,
+)
 from lightning_da3.planning.spans import SpanFinder
 from lightning_da3.planning.stored import find_stored
 from lightning_da3.tracing.graphs import Part, Traced, module_of
+
+NEAR = 0.9  # of tokens, a class token among them counts as a position
 
 
 @dataclass
@@ -62,9 +71,12 @@ def make_plan(
     Raises:
         ConversionError: There is nothing to adapt, or the head cannot be found.
     """
-    head = find_head(traced, config.head)
-    every = hosts_of is not None
-    drafts = [_draft(part, head, None if part.path else examples, every) for part in traced.parts]
+    head = find_head(traced, config.head, examples)
+    every, size = hosts_of is not None, input_size(traced)
+    drafts = [
+        _draft(part, head, part.inputs if part.path else examples, size, every)
+        for part in traced.parts
+    ]
     _count_from_the_input_(drafts)
     if hosts_of is not None:
         _take_known_(drafts, hosts_of)
@@ -78,7 +90,7 @@ def make_plan(
     training = [
         draft.part.path
         for draft in drafts
-        if draft.head or any(reduction >= least for reduction, _ in draft.candidates)
+        if draft.head or any(reduction >= NEAR * least for reduction, _ in draft.candidates)
     ]
     parts = tuple(_plan_part(draft, least, config, training) for draft in drafts)
     python = tuple(traced.python.items())
@@ -93,7 +105,10 @@ def _count_from_the_input_(drafts: Sequence[_Draft]) -> None:
         path = draft.part.path
         holders = [p for p in before if path == p or path.startswith(f"{p}.")]
         own = before[max(holders, key=len)] if holders else 1.0
-        draft.candidates = [(own * reduction, host) for reduction, host in draft.candidates]
+        draft.candidates = [
+            (reduction if draft.finder.counted(host) else own * reduction, host)
+            for reduction, host in draft.candidates
+        ]
         for node, reduction in reductions(draft.part.gm).items():
             if node.op == "call_module":
                 before[draft.part.user_name(str(node.target))] = own * reduction
@@ -135,13 +150,13 @@ def _ends(hosts: Sequence[HostPlan], places: Mapping[str, str]) -> dict[str, tup
 
 
 def _draft(
-    part: Part, head: str | None, examples: Sequence[Any] | None, every: bool = False
+    part: Part, head: str | None, examples: Sequence[Any] | None, size: InputSize, every: bool
 ) -> _Draft:
     own = next((t for t in _targets(part.gm) if part.user_name(t) == head), None)
     flow = Flow(part.gm.graph)
     shapes = find_shapes(part.gm, examples)
     folds = dict(find_folds(part.gm, own))
-    finder = HostFinder(part, flow, shapes, own, folds)
+    finder = HostFinder(part, flow, shapes, own, folds, size)
     return _Draft(part, flow, shapes, own, folds, finder, list(finder.candidates(every=every)))
 
 
@@ -159,7 +174,7 @@ def _calls_one_of(part: Part, node: fx.Node, paths: Sequence[str]) -> bool:
 
 def _plan_part(draft: _Draft, least: float, config: DA3Config, training: Sequence[str]) -> PartPlan:
     gm, exact = draft.part.gm, config.memory.exact
-    hosts = tuple(host for reduction, host in draft.candidates if reduction >= least)
+    hosts = tuple(host for reduction, host in draft.candidates if reduction >= NEAR * least)
     # what an island reads may come from one that is trained
     inputs = [n for n in draft.flow.activations if n.op == "placeholder" and draft.part.path]
     others = [path for path in training if path != draft.part.path]  # graphs that this one calls

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +18,8 @@ from lightning_da3.memory.names import mutable
 from lightning_da3.nn.frozen import numbers
 from lightning_da3.planning.layers import layer_called
 from lightning_da3.torch_private.fake import FakeTensorMode
+from lightning_da3.tracing.graphs import Traced
+from lightning_da3.tracing.guards import must_be, must_be_default
 from lightning_da3.tracing.guessing import first_sample, guesses
 from lightning_da3.tracing.probes import call_layer
 from lightning_da3.tracing.watching import unchanged
@@ -35,7 +37,13 @@ class _Recorder(fx.Interpreter):
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         return mutable(args), mutable(kwargs)
 
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The next argument; nobody gives one that has no name."""
+        return {} if target.startswith("**") else super().placeholder(target, args, kwargs)
+
     def run_node(self, n: fx.Node) -> Any:
+        if n.target in (must_be, must_be_default):  # one sample may be decided on otherwise
+            return None
         result = super().run_node(n)
         if isinstance(result, Tensor):
             self.shapes[n] = tuple(result.shape)
@@ -53,7 +61,7 @@ def find_shapes(gm: fx.GraphModule, examples: Sequence[Any] | None = None) -> Sh
         examples: Its arguments, if they are known: of tensors the first sample counts.
     """
     mode = fake_mode_of(gm) or FakeTensorMode(allow_non_fake_inputs=True)
-    given = [] if examples is None else [first_sample(examples)]
+    given = [] if examples is None else [first_sample(examples), list(examples)]
     for inputs in itertools.chain(given, guesses(gm)):
         # the user's own forward on a guess: anything can go wrong, and then nothing is known
         with quiet(), contextlib.suppress(Exception), mode, unchanged(gm):
@@ -66,6 +74,35 @@ def find_shapes(gm: fx.GraphModule, examples: Sequence[Any] | None = None) -> Sh
 
 def _without_values(x: Any) -> Any:
     return torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x
+
+
+class InputSize(NamedTuple):
+    """How large a network's input is.
+
+    Attributes:
+        axes: Of the first convolution.
+        whole: Positions of the first argument, by axis; empty if it is not known.
+        samples: How many samples the network's parts are called with, see `Part.inputs`.
+    """
+
+    axes: int = 0
+    whole: tuple[int, ...] = ()
+    samples: int = 0
+
+    def positions(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The axes of an input that are no samples, nor channels, which sound may not have."""
+        return shape[1:] if len(shape) == 1 + self.axes else shape[2:]
+
+
+def input_size(traced: Traced) -> InputSize:
+    """How large the input of a traced network is, as far as it is known or was guessed."""
+    convs = (m for m in traced.root.modules() if isinstance(m, CONVS))
+    axes = next((conv.weight.dim() - 2 for conv in convs), 0)
+    first = traced.inputs[0] if traced.inputs else None
+    if not isinstance(first, Tensor) or not first.dim():
+        return InputSize(axes)
+    shape = tuple(first.shape)
+    return InputSize(axes, InputSize(axes).positions(shape), shape[0] + 1)
 
 
 def sizes(gm: fx.GraphModule, shapes: Shapes) -> dict[fx.Node, float]:

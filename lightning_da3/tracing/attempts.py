@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
@@ -13,10 +12,12 @@ from torch import fx, nn
 from lightning_da3.errors import ConversionError
 from lightning_da3.memory import fake_mode_of
 from lightning_da3.torch_private.fake import FakeTensorMode
+from lightning_da3.tracing.calls import ModuleCall, calls_of
 from lightning_da3.tracing.guards import must_be_default
 from lightning_da3.tracing.guessing import first_guesses
 from lightning_da3.tracing.probes import ProbeFailed, Probes, probe_inputs
 from lightning_da3.tracing.refusals import NewLeaf
+from lightning_da3.tracing.signatures import options_of, takes_one
 from lightning_da3.tracing.tracer import Tracer
 
 _MOST_LEAVES = 50  # functions that become nodes: a forward that has more of them stays Python
@@ -30,11 +31,15 @@ class Session:
         inputs: The network's arguments, if they are known.
         python: Why modules stay Python, by their paths.
         leaves: Why functions are one node, by their code.
+        calls: How modules are called, by their paths.
+        guessed: The network's arguments in those calls.
     """
 
     inputs: Sequence[Any] | None = None
     python: dict[str, str] = field(default_factory=dict)
     leaves: dict[CodeType, str] = field(default_factory=dict)
+    calls: Mapping[str, ModuleCall] = field(default_factory=dict)
+    guessed: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
@@ -66,20 +71,23 @@ def traced_graph(module: nn.Module, session: Session, path: str = "") -> Graph:
     Raises:
         Exception: It cannot be traced. The user's forward is run, so this may be anything.
     """
-    options = {
-        name: parameter.default
-        for name, parameter in inspect.signature(module.forward).parameters.items()
-        if isinstance(parameter.default, (type(None), bool, int, float, str))
-    }
-    absent = {name for name, default in options.items() if default is None}
-    free = _attempt(module, (), session, path)
+    call = session.calls.get(path) if path else None
+    if call is not None:
+        found = _try(module, call.fixed, Probes(call.inputs, _mode(module)), session, path)
+        if isinstance(found, Exception):
+            raise found
+        if isinstance(found, Graph):
+            return found
+    options = options_of(module, max(1, len((not path and session.inputs) or ())))
+    absent = {name: default for name, default in options.items() if default in (None, {})}
+    free = _attempt(module, {}, session, path)
     if isinstance(free, Exception) and (path or not options):
         raise free
     if not absent and not isinstance(free, Exception):
         return free
     fixed = _attempt(module, absent, session, path)
     if isinstance(fixed, Exception):
-        fixed = _attempt(module, list(options), session, path)
+        fixed = _attempt(module, options, session, path)
     if isinstance(free, Exception):
         if isinstance(fixed, Exception):
             raise fixed
@@ -97,10 +105,10 @@ def _operations(graph: Graph) -> int:
 
 
 def _attempt(
-    module: nn.Module, defaults: Collection[str], session: Session, path: str
+    module: nn.Module, defaults: Mapping[str, Any], session: Session, path: str
 ) -> Graph | Exception:
     """The graph with the first inputs that fit, or why there is none."""
-    mode = fake_mode_of(module) or FakeTensorMode(allow_non_fake_inputs=True)
+    mode = _mode(module)
     for inputs in () if path else _inputs(module, session):
         for pair in probe_inputs(inputs):
             found = _try(module, defaults, Probes(pair, mode), session, path)
@@ -115,7 +123,7 @@ def _attempt(
 
 def _try(
     module: nn.Module,
-    defaults: Collection[str],
+    defaults: Mapping[str, Any],
     probes: Probes | None,
     session: Session,
     path: str,
@@ -126,19 +134,36 @@ def _try(
         return error
 
 
+def _mode(module: nn.Module) -> FakeTensorMode:
+    return fake_mode_of(module) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def note_calls_(network: nn.Module, session: Session) -> None:
+    """See how the modules of a network are called, if its inputs are known or can be guessed.
+
+    Args:
+        network: A copy that nobody else uses, before anything in it is converted.
+        session: What is found out is noted in it.
+    """
+    for inputs in _inputs(network, session):
+        for pair in probe_inputs(inputs):
+            session.calls = calls_of(network, Probes(pair, _mode(network)))
+            if session.calls:
+                session.guessed = inputs
+                return
+
+
 def _inputs(module: nn.Module, session: Session) -> Iterator[Sequence[Any]]:
     if session.inputs is not None:
         yield session.inputs
         return
-    parameters = inspect.signature(module.forward).parameters.values()
-    required = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    if len(required) == 1:
+    if takes_one(module):
         yield from first_guesses(module)
 
 
 def _traced(
     module: nn.Module,
-    defaults: Collection[str],
+    defaults: Mapping[str, Any],
     probes: Probes | None,
     session: Session,
     path: str,

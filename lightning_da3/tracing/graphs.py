@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +18,13 @@ class Part:
             whole model.
         gm: The graph, with the same weights, call signature and outputs.
         single: It is the graph of one layer.
+        inputs: What it is called with, without values, if that is known and it is a part.
     """
 
     path: str
     gm: fx.GraphModule
     single: bool = False
+    inputs: Sequence[Any] | None = None
 
     def user_name(self, target: str) -> str:
         """What the user's model calls the module that `gm` calls `target`."""
@@ -45,6 +48,7 @@ class Traced:
         python: Why a module stays Python, by its path.
         functions: Why a function is one node, by the path of the module that calls it.
         network: The name of the model's class.
+        inputs: The model's arguments, without values, as far as they are known or were guessed.
     """
 
     root: nn.Module
@@ -52,6 +56,7 @@ class Traced:
     python: dict[str, str] = field(default_factory=dict)
     functions: dict[str, str] = field(default_factory=dict)
     network: str = ""
+    inputs: Sequence[Any] = ()
 
 
 def module_of(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
+from torch import fx, nn
 from torch.fx.node import has_side_effect
 
 from lightning_da3.errors import InputError
-from lightning_da3.layers import register
+from lightning_da3.layers import facts_of, register
 
 
 def must_be_default(value: Any, name: str, default: Any) -> None:
@@ -31,11 +33,47 @@ def must_be(value: Any, decided: Any, place: str) -> None:
     """
     if value != decided:
         raise InputError(
-            f"The network's forward decides on the sizes of its input ({place}). It was traced "
+            f"The network's forward decides on its input's sizes or type ({place}). It was traced "
             f"where that is {decided!r}, and here it is {value!r}. Convert the network with "
             "`example_inputs` like this input, or put what decides into a module of its own, which "
             "then stays Python."
         )
+
+
+def may_check(node: fx.Node, varies: str, module: nn.Module, whole: bool) -> bool:
+    """Whether a decision is one that is checked in every call, rather than made in Python.
+
+    That is what is decided alike on inputs of other sizes, where much would stay Python.
+
+    Args:
+        node: What is decided on.
+        varies: What that depends on, as `lightning_da3.tracing.probes` says.
+        module: The one whose forward decides.
+        whole: It is the whole network.
+    """
+    if varies != "size":
+        return _asks_inputs(node)
+    return whole or _holds_layers(module)
+
+
+def _asks_inputs(node: fx.Node) -> bool:
+    """Whether a value says something of the types of the network's arguments alone.
+
+    Autocast, which changes the types of what is computed on the way, leaves those as they are.
+    """
+    waiting = [node]
+    for each in waiting:
+        tensor = each.op in ("placeholder", "get_attr")
+        if not (tensor or each.target in (getattr, operator.eq, operator.ne)):
+            return False
+        waiting += each.all_input_nodes
+    return True
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    """Whether a module has several layers that mix channels: more than one to embed or project."""
+    layers = [m for m in module.modules() if facts_of(m).mixes_channels]
+    return len(layers) > 1
 
 
 for _guard in (must_be_default, must_be):

@@ -59,7 +59,8 @@ class _Globals(dict[str, Any]):
     """
 
     def __init__(self, own: dict[str, Any], copies: _Copies) -> None:
-        super().__init__()
+        # which Python itself asks for, to import, warn and define classes
+        super().__init__({k: v for k, v in own.items() if k.startswith("__")})
         if own.get("len", builtins.len) is builtins.len:
             self["len"] = copies.value(builtins.len)
         self.own, self.copies = own, copies

@@ -14,18 +14,16 @@ from torch import fx, nn
 
 from lightning_da3.layers import has_frozen_form
 from lightning_da3.nn.python import PythonFunction
-from lightning_da3.torch_private.modules import FORWARD_HOOKS, HOOKS_WITH_KWARGS, hooks_of
-from lightning_da3.tracing.attempts import Session, traced_graph
+from lightning_da3.tracing.attempts import Session, note_calls_, traced_graph
 from lightning_da3.tracing.checks import check_convertible
 from lightning_da3.tracing.copying import frozen_copy
+from lightning_da3.tracing.graph_modules import graph_of_layer, graph_of_module
 from lightning_da3.tracing.graphs import Part, Traced
 from lightning_da3.tracing.interception import names_asked
 from lightning_da3.tracing.normalizing import normalize_
 from lightning_da3.tracing.probes import PROBED
 from lightning_da3.tracing.refusals import first_line
 from lightning_da3.tracing.tracer import Tracer
-
-LAYER = "layer"  # name of the one layer in the graph of a single layer
 
 
 def trace(
@@ -53,17 +51,24 @@ def trace(
         if path and Tracer().is_leaf_module(layer, path):
             twin.set_submodule(path, PythonFunction(layer))  # nothing is known of it any more
             layers[path] = reasons[path]
-    islands = _Islands(Session(inputs, reasons))
+    islands = _Islands(twin, Session(inputs, reasons))
     root = islands.convert(twin, "")
     python = {**islands.python, **layers}
-    return Traced(root, tuple(islands.parts), python, islands.functions, network)
+    known = islands.session.inputs or islands.session.guessed
+    return Traced(root, tuple(islands.parts), python, islands.functions, network, known)
 
 
 class _Islands:
-    """Finds the largest parts of a model that can be traced."""
+    """Finds the largest parts of a model that can be traced.
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    Args:
+        network: A copy of the model that nobody else uses.
+        session: What is known of it.
+    """
+
+    def __init__(self, network: nn.Module, session: Session) -> None:
+        self.network, self.session = network, session
+        self.noted = False
         self.parts: list[Part] = []
         self.python: dict[str, str] = {}
         self.functions: dict[str, str] = {}
@@ -90,12 +95,15 @@ class _Islands:
         if path and not holder and Tracer().is_leaf_module(module, path):
             if not has_frozen_form(module):
                 return module
-            gm = _single(module)
+            gm = graph_of_layer(module)
             self.parts.append(Part(path, gm, single=True))
             return gm
         if isinstance(module, PythonFunction):
             return module
         reason = self.session.python.get(path)
+        if path and not self.noted:
+            self.noted = True
+            note_calls_(self.network, self.session)
         called = sorted(asked.intersection(_methods(module)))
         if reason is None and called:
             reason = f"{type(module).__name__}: its methods are called: {', '.join(called)}"
@@ -126,30 +134,10 @@ class _Islands:
         for node in found.graph.nodes:
             node.type = None  # an annotation may be a string, with which no graph can be pickled
             node.meta.pop(PROBED, None)
-        gm = fx.GraphModule(module, found.graph, class_name=type(module).__name__)
-        _keep_attributes_(gm, module)
-        self.parts.insert(index, Part(path, gm))
+        gm = graph_of_module(module, found.graph)
+        call = self.session.calls.get(path)
+        self.parts.insert(index, Part(path, gm, inputs=None if call is None else call.inputs[0]))
         return gm
-
-
-def _keep_attributes_(gm: fx.GraphModule, module: nn.Module) -> None:
-    """What a Python parent may read of its child, and hooks on the child as a whole."""
-    for name, value in vars(module).items():
-        if not name.startswith("_") and name not in vars(gm):
-            vars(gm)[name] = value
-    kinds = (*FORWARD_HOOKS, *HOOKS_WITH_KWARGS)
-    for ours, theirs in zip(hooks_of(gm, kinds), hooks_of(module, kinds), strict=True):
-        ours.update(theirs)
-
-
-def _single(layer: nn.Module) -> fx.GraphModule:
-    graph = fx.Graph()
-    graph.output(graph.call_module(LAYER, (graph.placeholder("input"),)))
-    gm = fx.GraphModule({LAYER: layer}, graph, class_name=type(layer).__name__)
-    for name, value in vars(layer).items():  # such as out_channels
-        if not name.startswith("_") and name not in vars(gm):
-            vars(gm)[name] = value
-    return gm
 
 
 def _methods(module: nn.Module) -> set[str]:

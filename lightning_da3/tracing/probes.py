@@ -6,6 +6,7 @@ that asks for it gets its answer once and for all.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -96,7 +97,8 @@ class Probes:
                 return
             values = [node.args[0] for _ in self.inputs]
         self._next += 1
-        node.meta[PROBED], node.meta[VARIES] = tuple(values), ""
+        node.meta[PROBED] = tuple(values)
+        node.meta[VARIES] = "" if _hold_tensors(values) or _same(values) else SIZE
 
     def _run(self, node: fx.Node, root: nn.Module, number: int) -> Any:
         def probed(n: fx.Node) -> Any:
@@ -173,7 +175,7 @@ def _gives_queries(layer: nn.MultiheadAttention, args: Sequence[Any], kwargs: An
 
 def _varies(node: fx.Node, results: Sequence[Any]) -> str:
     """What a value that is no tensor depends on."""
-    if any(isinstance(leaf, Tensor) for leaf in tree_leaves(results)):
+    if _hold_tensors(results):
         return ""
     name = node.args[1] if node.target is getattr else node.target
     source = node.args[0] if node.args else None
@@ -187,6 +189,14 @@ def _varies(node: fx.Node, results: Sequence[Any]) -> str:
         return "" if _same(results) else SIZE
     kinds: list[str] = [i.meta.get(VARIES, "") for i in node.all_input_nodes]
     return max([*kinds, "" if _same(results) else SIZE], key=len)
+
+
+def _hold_tensors(values: Sequence[Any]) -> bool:
+    """Whether values are tensors or hold some, in a structure of the user's maybe."""
+    kinds = (Tensor, dict)  # a leaf that is a dictionary is of a type of its own
+    return any(
+        isinstance(leaf, kinds) or dataclasses.is_dataclass(leaf) for leaf in tree_leaves(values)
+    )
 
 
 def _same(results: Sequence[Any]) -> bool:

@@ -8,9 +8,10 @@ runs as Python each time.
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import CodeType
 from typing import Any
@@ -21,11 +22,12 @@ from lightning_da3.layers import has_hooks, is_registered
 from lightning_da3.tracing import frames
 from lightning_da3.tracing.aliases import Aliases
 from lightning_da3.tracing.functions import PythonFunctions
-from lightning_da3.tracing.guards import must_be, must_be_default
+from lightning_da3.tracing.guards import may_check, must_be, must_be_default
 from lightning_da3.tracing.interception import FACTORIES, intercepted
-from lightning_da3.tracing.probes import PROBED, SIZE, VARIES, Probes, versions
+from lightning_da3.tracing.probes import PROBED, VARIES, Probes, versions
 from lightning_da3.tracing.refusals import CannotTrace, NewLeaf, first_line
-from lightning_da3.tracing.values import Value
+from lightning_da3.tracing.signatures import call_of
+from lightning_da3.tracing.values import Value, built_from, holds, structured
 from lightning_da3.tracing.watching import Draws, Modes, Snapshot, plain_modes, random_states
 
 
@@ -35,20 +37,21 @@ class Tracer(fx.Tracer):
     `torch.fx.symbolic_trace` would look through them and lose every custom backward silently.
 
     Args:
-        defaults: Arguments of the traced forward that are what they are by default, so that it may
-            branch on them.
+        defaults: Arguments of the traced forward that are always this, so that it may branch on
+            them.
         probes: Inputs of the module, without values; None: what a value is stays unknown.
         leaves: Why a function is one node, by its code.
         python: Why a module stays Python, by its path.
         whole: The module is the whole network: what is written into its inputs, nobody else reads.
 
     Attributes:
-        opaque: The paths of modules that are one node and no layers.
+        opaque: Modules that are one node and no layers, by their paths.
+        erased: Nodes that went with the forward of a module that is one node now.
     """
 
     def __init__(
         self,
-        defaults: Collection[str] = (),
+        defaults: Mapping[str, Any] | None = None,
         probes: Probes | None = None,
         leaves: dict[CodeType, str] | None = None,
         python: dict[str, str] | None = None,
@@ -56,13 +59,13 @@ class Tracer(fx.Tracer):
         whole: bool = True,
     ) -> None:
         super().__init__()
-        self.defaults, self.probes, self.whole = defaults, probes, whole
+        self.defaults, self.probes, self.whole = defaults or {}, probes, whole
         self.leaves = {} if leaves is None else leaves
         self.python = {} if python is None else python
         self.opaque: dict[str, nn.Module] = {}
         self.aliases = Aliases(whole=whole)
         self._modes: Modes | None = None
-        self._erased: set[fx.Node] = set()
+        self.erased: set[fx.Node] = set()
         self._refused: CannotTrace | None = None
         self._made: list[weakref.ref[Value]] = []
         self._forwards = frames.forwards_of_functions()
@@ -80,7 +83,12 @@ class Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """A value is its node, whatever it says that it is."""
-        return a.node if isinstance(a, Value) else super().create_arg(a)
+        if isinstance(a, Value):
+            return a.node
+        made = built_from(a)  # torch.fx would give a plain dictionary
+        if made is not None:
+            return self.create_proxy("call_function", type(a), *made).node
+        return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Refuse what happens where a graph would not know of it."""
@@ -106,10 +114,23 @@ class Tracer(fx.Tracer):
         proxy = super().create_proxy(kind, target, args, kwargs, *others, **named)
         if kind != "get_attr":
             self._examine(proxy.node)
-        if kind != "placeholder" or target not in self.defaults or not args:
+        if kind != "placeholder" or target not in self.defaults or target.startswith("*"):
             return proxy
-        self._noted(must_be_default, (proxy, target, args[0]))
-        return args[0]
+        self._noted(must_be_default, (proxy, target, self.defaults[target]))
+        return self.defaults[target]
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """The forward's placeholders, and what is called with them."""
+        own = inspect.unwrap(root_fn)
+        function, args = super().create_args_for_root(own, is_module, concrete_args)
+        rest = self.defaults and inspect.getfullargspec(own).varkw
+        if rest and f"**{rest}" in self.defaults:
+            self._noted(must_be_default, (args[-1], rest, self.defaults[f"**{rest}"]))
+        elif own is root_fn:
+            return function, args
+        return call_of(root_fn, args, self.defaults), args
 
     def _examine(self, node: fx.Node) -> None:
         """See what a new node gives, and whether it reads what was written to."""
@@ -126,9 +147,9 @@ class Tracer(fx.Tracer):
         """A parameter is a node; not while values are looked at, nor one that is gone."""
         if self._probing:
             return attr_val
-        if self._erased:
+        if self.erased:
             for name, proxy in list(parameter_proxy_cache.items()):
-                if proxy.node in self._erased:
+                if proxy.node in self.erased:
                     del parameter_proxy_cache[name]
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -155,7 +176,7 @@ class Tracer(fx.Tracer):
             self.python[path] = f"{type(m).__name__}: {first_line(error)}"
         for node in reversed(list(self.graph.nodes)[nodes:]):
             self.graph.erase_node(node)
-            self._erased.add(node)
+            self.erased.add(node)
         self.module_stack, self.aliases = stack, aliases
         self._snapshot.restore()
         return self._opaque(m, path, args, kwargs)
@@ -236,7 +257,7 @@ class Tracer(fx.Tracer):
         if any(ref() is not None for ref in self._made):
             gc.collect()
         kept = [value for ref in self._made if (value := ref()) is not None]
-        names = [value.node.name for value in kept if value.node not in self._erased]
+        names = [value.node.name for value in kept if value.node not in self.erased]
         if names:
             raise CannotTrace(f"it leaves what it computed where others may find it: {names[:4]}")
 
@@ -270,8 +291,10 @@ class Tracer(fx.Tracer):
         if any(other != first for other in others):
             self.cannot("it decides on the size of its input")
         if node.meta[VARIES]:
-            at_root = not self.module_stack and node.meta[VARIES] == SIZE
-            if not at_root or frames.leafable(self._frames(), self.leaves, self._forwards):
+            leaf = frames.leafable(self._frames(), self.leaves, self._forwards)
+            path = next(reversed(self.module_stack), "")
+            whole = self.whole and not path
+            if leaf or not may_check(node, node.meta[VARIES], self.root.get_submodule(path), whole):
                 self.cannot(f"it decides on the {node.meta[VARIES]} of its input")
         if not isinstance(first, (int, float, str, type(None))) and not node.meta[VARIES]:
             return first  # a dtype, say, that does not vary
@@ -292,7 +315,7 @@ class Tracer(fx.Tracer):
 
     def _opaque(self, m: nn.Module, path: str, args: Any, kwargs: dict[str, Any]) -> Any:
         self.opaque[path] = m
-        return self._structured(self.create_proxy("call_module", path, args, kwargs))
+        return structured(self.create_proxy("call_module", path, args, kwargs))
 
     def _as_node(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """What is called for a function that is a node."""
@@ -301,12 +324,12 @@ class Tracer(fx.Tracer):
         factory = getattr(function, "__name__", "") in FACTORIES
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if self._probing or (factory and not _has(args, kwargs, Value)):
+            if self._probing or (factory and not holds(args, kwargs, Value)):
                 return function(*args, **kwargs)
             if factory:
                 return self.create_proxy("call_function", function, args, kwargs)
             proxy = self.create_proxy("call_module", self.functions.name_of(function), args, kwargs)
-            return self._structured(proxy)
+            return structured(proxy)
 
         return call
 
@@ -315,23 +338,9 @@ class Tracer(fx.Tracer):
 
     def _drawn(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Random numbers that no traced value is asked for are drawn in every call."""
-        if _has(args, kwargs, Tensor):
+        if holds(args, kwargs, Tensor):
             self.cannot(f"it draws random numbers ({getattr(function, '__name__', function)})")
         return self.create_proxy("call_function", function, args, kwargs)
-
-    def _structured(self, proxy: Value) -> Any:
-        """A tuple, list or dictionary of values, where a node gives one."""
-        probed = proxy.node.meta.get(PROBED)
-        if probed is None:
-            return proxy
-        return self._items(proxy, probed[0])
-
-    def _items(self, proxy: Any, value: Any) -> Any:
-        if type(value) in (tuple, list):
-            return type(value)(self._items(proxy[i], item) for i, item in enumerate(value))
-        if type(value) is dict:
-            return {key: self._items(proxy[key], item) for key, item in value.items()}
-        return proxy if isinstance(value, (Tensor, int, float)) else value
 
     @property
     def _probing(self) -> bool:
@@ -339,9 +348,3 @@ class Tracer(fx.Tracer):
 
     def _versions(self, node: fx.Node) -> list[int]:
         return [v for i in node.all_input_nodes for v in versions(i.meta.get(PROBED, ()))]
-
-
-def _has(args: Any, kwargs: Any, kind: type) -> bool:
-    found: list[Any] = []
-    fx.node.map_aggregate((args, kwargs), lambda a: found.append(a) if isinstance(a, kind) else a)
-    return bool(found)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from lightning_da3.torch_private.fake import is_fake
@@ -34,6 +36,10 @@ class Value(fx.Proxy):
         probed = self.node.meta.get(PROBED)
         if probed is not None and not hasattr(probed[0], name):
             raise AttributeError(f"{type(probed[0]).__name__!r} has no attribute {name!r}")
+        first = None if probed is None else probed[0]
+        structure = first is not None and not isinstance(first, Tensor)
+        if structure and getattr(first, name) is None:  # an output that may have more
+            return None
         return Field(self, name)
 
     def __int__(self) -> int:
@@ -77,7 +83,7 @@ class Field(Value):
     @property
     def node(self) -> Any:  # type: ignore[override]
         """The node of the attribute."""
-        if self._node is None:
+        if self._node is None or self._node in self.tracer.erased:
             args = (self.root, self.attr)
             self._node = self.tracer.create_proxy("call_function", getattr, args, {}).node
         return self._node
@@ -85,6 +91,41 @@ class Field(Value):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A call of the method."""
         return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+
+
+_CONSTANTS = (type(None), str, torch.dtype, torch.device)
+
+
+def structured(proxy: Value) -> Any:
+    """A tuple, list or dictionary of values, where a node gives one."""
+    probed = proxy.node.meta.get(PROBED)
+    return proxy if probed is None else _items(proxy, probed[0])
+
+
+def _items(proxy: Any, value: Any) -> Any:
+    if type(value) in (tuple, list):
+        return type(value)(_items(proxy[i], item) for i, item in enumerate(value))
+    if type(value) is dict:
+        return {key: _items(proxy[key], item) for key, item in value.items()}
+    return value if isinstance(value, _CONSTANTS) else proxy
+
+
+def built_from(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments that make a dictionary of a type of its own; None for anything else."""
+    if not isinstance(value, dict) or type(value) is dict:
+        return None
+    kept: Any = value
+    if dataclasses.is_dataclass(kept):
+        fields = {f.name: getattr(kept, f.name) for f in dataclasses.fields(kept)}
+        return (), {name: field for name, field in fields.items() if field is not None}
+    return (dict(value),), {}
+
+
+def holds(args: Any, kwargs: Any, kind: type) -> bool:
+    """Whether one of the arguments of a call is of a type, or holds one that is."""
+    found: list[Any] = []
+    fx.node.map_aggregate((args, kwargs), lambda a: found.append(a) if isinstance(a, kind) else a)
+    return bool(found)
 
 
 # what `x += y` is where x is a tensor, and where it is a number

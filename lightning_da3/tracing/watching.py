@@ -20,7 +20,7 @@ _MODULE_STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers
 
 
 class Snapshot:
-    """The attributes and buffers of a module and of all in it, to compare with and to go back to.
+    """Attributes, buffers and hooks of a module and all in it, to compare with and go back to.
 
     Args:
         root: It stays what it is.
@@ -31,6 +31,7 @@ class Snapshot:
         inside = [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]
         self._attributes = {m: _attributes(m) for m in inside}
         self._buffers = {m: dict(m._buffers) for m in inside}
+        self._hooks = [(hooks, dict(hooks)) for m in inside for hooks in _hooks(m)]
         self._versions = {id(b): version_of(b) for b in root.buffers()}
         self._contents: dict[int, Tensor] = {id(b): b.detach().clone() for b in root.buffers()}
 
@@ -51,6 +52,10 @@ class Snapshot:
     def restore(self, root: nn.Module | None = None) -> None:
         """Make a module, and all in it, as it was; by default everything."""
         inside = self._attributes if root is None else root.modules()
+        for hooks, former in self._hooks:
+            if hooks != former:
+                hooks.clear()
+                hooks.update(former)
         for module in inside:
             if module not in self._attributes:
                 continue  # made while tracing
@@ -87,6 +92,11 @@ def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
         for name, value in vars(module).items()
         if name not in _MODULE_STATE and not name.endswith("_hooks") and "_constant" not in name
     }
+
+
+def _hooks(module: nn.Module) -> list[dict[int, Any]]:
+    own = vars(module).items()
+    return [hooks for name, hooks in own if name.endswith("_hooks") and isinstance(hooks, dict)]
 
 
 def _items(value: Any) -> Any:

@@ -1,0 +1,31 @@
+"""Networks of public libraries, small: hosts in every block, and domains that last."""
+
+import pytest
+import torch
+from zoo_public import ZOO, build, lasts, outputs
+
+from lightning_da3 import AdapterConfig, DA3Config, convert
+
+CONFIG = DA3Config(adapter=AdapterConfig(hidden_channels=4, max_cells=16))
+FOUND = {  # head, hosts, modules that stay Python
+    "vit": ("classifier", 4, 0),
+    "dinov2": ("classifier", 5, 1),
+    "clip_vision": (None, 5, 0),
+    "convnext": ("classifier", 5, 0),
+    "resnet": ("classifier.1", 2, 0),
+    "ast": ("classifier.dense", 5, 0),
+    "bert": ("classifier", 4, 1),
+    "smp_unet": ("segmentation_head.0", 18, 0),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_network(name):
+    pytest.importorskip(ZOO[name].library)
+    network, batch = build(name, small=True)
+    model, again = (convert(network, CONFIG, batch, verify=False) for _ in range(2))
+    plan = model.plan
+    assert (plan.head, len(plan.hosts), len(plan.python)) == FOUND[name]
+    for one, other in zip(outputs(model, batch), outputs(network, batch), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    assert lasts(model, again, batch) == (True, True)
