@@ -132,9 +132,9 @@ def _check_classes(plan: Plan, config: DA3Config, num_classes: object, *, replac
             why = f"no single Linear or convolution leads to the output of {plan.network}"
         raise ConfigError(
             f"`num_classes` is {shown(num_classes)}, but every domain keeps the network's own "
-            f"head: {why}. If the classifier is outside of the network (`self.fc` beside it, say), "
-            "that is fine: leave `num_classes` out. So it is with DA3Config(head=None). Else name "
-            f"the layer to replace, DA3Config(head=..), such as {list(plan.linear_layers[-4:])}."
+            f"output: {why}. Leave `num_classes` out, as is right where the classifier is outside "
+            "of the network (`self.fc` beside it). To give every domain a layer of its own, name "
+            f"it: DA3Config(head=...), one of {list(plan.linear_layers[-4:])}, say."
         )
     if replaced and num_classes is None:
         raise ConfigError(
