@@ -171,7 +171,8 @@ def _traced(
     prefix = f"{path}." if path else ""
     while True:
         known = {p[len(prefix) :]: why for p, why in session.python.items() if p.startswith(prefix)}
-        tracer = Tracer(defaults, probes and probes.afresh(), session.leaves, known, whole=not path)
+        probes, sized = probes and probes.afresh(), session.inputs is not None
+        tracer = Tracer(defaults, probes, session.leaves, known, whole=not path, sized=sized)
         try:
             graph = tracer.trace(module)
         except BaseException as error:

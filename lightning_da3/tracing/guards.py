@@ -40,20 +40,21 @@ def must_be(value: Any, decided: Any, place: str) -> None:
         )
 
 
-def may_check(node: fx.Node, varies: str, module: nn.Module, whole: bool) -> bool:
+def may_check(node: fx.Node, varies: str, module: nn.Module | None, sized: bool) -> bool:
     """Whether a decision is one that is checked in every call, rather than made in Python.
 
-    That is what is decided alike on inputs of other sizes, where much would stay Python.
+    That is what is decided alike on inputs of other sizes, where much would stay Python; where the
+    sizes are guessed, other ones may well come, and that is the whole network alone.
 
     Args:
         node: What is decided on.
         varies: What that depends on, as `lightning_da3.tracing.probes` says.
-        module: The one whose forward decides.
-        whole: It is the whole network.
+        module: The one whose forward decides; None: the whole network.
+        sized: The user gave the inputs.
     """
     if varies != "size":
         return _asks_inputs(node)
-    return whole or _holds_layers(module)
+    return module is None or (sized and _holds_layers(module))
 
 
 def _asks_inputs(node: fx.Node) -> bool:

@@ -37,12 +37,12 @@ class Tracer(fx.Tracer):
     `torch.fx.symbolic_trace` would look through them and lose every custom backward silently.
 
     Args:
-        defaults: Arguments of the traced forward that are always this, so that it may branch on
-            them.
+        defaults: Arguments of the traced forward that are always this: it may branch on them.
         probes: Inputs of the module, without values; None: what a value is stays unknown.
         leaves: Why a function is one node, by its code.
         python: Why a module stays Python, by its path.
         whole: The module is the whole network: what is written into its inputs, nobody else reads.
+        sized: The probes are of the user's sizes, and not guessed.
 
     Attributes:
         opaque: Modules that are one node and no layers, by their paths.
@@ -57,9 +57,10 @@ class Tracer(fx.Tracer):
         python: dict[str, str] | None = None,
         *,
         whole: bool = True,
+        sized: bool = False,
     ) -> None:
         super().__init__()
-        self.defaults, self.probes, self.whole = defaults or {}, probes, whole
+        self.defaults, self.probes, self.whole, self.sized = defaults or {}, probes, whole, sized
         self.leaves = {} if leaves is None else leaves
         self.python = {} if python is None else python
         self.opaque: dict[str, nn.Module] = {}
@@ -286,15 +287,14 @@ class Tracer(fx.Tracer):
         if PROBED not in node.meta:
             self.cannot("it decides on a value that is not known")
         first, *others = node.meta[PROBED]
-        if isinstance(first, Tensor):
-            self.cannot("it decides on the values of a tensor")
-        if any(other != first for other in others):
-            self.cannot("it decides on the size of its input")
+        if isinstance(first, Tensor) or any(other != first for other in others):
+            what = "values of a tensor" if isinstance(first, Tensor) else "size of its input"
+            self.cannot(f"it decides on the {what}")
         if node.meta[VARIES]:
             leaf = frames.leafable(self._frames(), self.leaves, self._forwards)
             path = next(reversed(self.module_stack), "")
-            whole = self.whole and not path
-            if leaf or not may_check(node, node.meta[VARIES], self.root.get_submodule(path), whole):
+            here = self.root.get_submodule(path) if path or not self.whole else None
+            if leaf or not may_check(node, node.meta[VARIES], here, self.sized):
                 self.cannot(f"it decides on the {node.meta[VARIES]} of its input")
         if not isinstance(first, (int, float, str, type(None))) and not node.meta[VARIES]:
             return first  # a dtype, say, that does not vary

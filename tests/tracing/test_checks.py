@@ -13,7 +13,7 @@ def _seed():
 
 
 def test_a_network_with_nothing_to_adapt_is_refused():
-    refused(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), "nothing to adapt", "['Linear', 'ReLU']")
+    refused(nn.Sequential(nn.ReLU(), nn.Linear(3, 4)), "nothing to adapt", "['Linear', 'ReLU']")
     refused(nn.LSTM(3, 4), "nothing to adapt", "LSTM")
 
 
