@@ -30,8 +30,8 @@ GRADIENT_FAMILIES = ["resnet18", "resnext", "mobilenet_v2", "shufflenet_v2_x0_5"
 
 
 GRADIENT_FAMILIES += [
-    pytest.param(name, marks=pytest.mark.slow)
-    for name in ("densenet", "regnet_x_400mf", "mnasnet0_5", "alexnet", *SLOW_FAMILIES)
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("regnet_x_400mf", "mnasnet0_5", "alexnet")),
+    *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("densenet", *SLOW_FAMILIES)),
 ]
 
 

@@ -4,15 +4,20 @@ import importlib
 
 import pytest
 
-QUICK_MODELS = (
-    "resnet18 alexnet densenet121 mobilenet_v2 mobilenet_v3_small efficientnet_b0 regnet_y_400mf "
-    "shufflenet_v2_x0_5 squeezenet1_1 convnext_tiny vit_b_32 swin_t swin_v2_t maxvit_t r3d_18 "
-    "lraspp_mobilenet_v3_large fasterrcnn_mobilenet_v3_large_320_fpn raft_small"
+MODELS = "resnet18 mobilenet_v3_small shufflenet_v2_x0_5 swin_t lraspp_mobilenet_v3_large".split()
+MORE_MODELS = (
+    "alexnet densenet121 mobilenet_v2 efficientnet_b0 regnet_y_400mf squeezenet1_1 convnext_tiny "
+    "vit_b_32 swin_v2_t maxvit_t r3d_18 fasterrcnn_mobilenet_v3_large_320_fpn raft_small"
 ).split()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", QUICK_MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in MORE_MODELS),
+    ],
+)
 def test_a_model_of_every_family_has_the_gradients_of_plain_autograd(name):
     any_model = importlib.import_module("any_model")
     fixed = name.startswith(("vit", "maxvit"))
