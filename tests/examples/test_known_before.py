@@ -3,7 +3,7 @@
 import pytest
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_command_that_holds_predictions_against_real_steps(monkeypatch, capsys):
     known_before = pytest.importorskip("known_before")
     monkeypatch.setattr(
