@@ -7,20 +7,19 @@ from operator import attrgetter
 
 from torch import Tensor, fx, nn
 
-from lightning_da3.layers import Facts, facts_of, facts_of_call, operation
+from lightning_da3.layers import ADAPTIVE_POOLS, Facts, facts_of, facts_of_call, operation
+from lightning_da3.planning.layers import layer_called
 from lightning_da3.tracing.graphs import module_of
 
-_MANY = (  # of many elements one: what is wrong with each cancels
-    *("mean", "sum", "norm", "var", "std", "logsumexp", "matmul", "bmm", "einsum", "vector_norm"),
-    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "avg_pool1d", "avg_pool2d"),
-)
-_POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AvgPool1d, nn.AvgPool2d)
+# of many elements one: what is wrong with each cancels
+_MANY = tuple("mean sum norm var std logsumexp matmul bmm einsum vector_norm".split())
+_POOLS = (*ADAPTIVE_POOLS, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _POWERS = ("pow", "ipow", "float_power")
 
 
 def is_of_many(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether each element of a node's value is a mean, a sum or the like."""
-    return isinstance(module_of(gm, node), _POOLS) or operation(node) in _MANY
+    return isinstance(layer_called(gm, node), _POOLS) or operation(node) in _MANY
 
 
 class Conditioning:
@@ -41,6 +40,8 @@ class Conditioning:
         """Those of the nodes."""
         found: set[fx.Node] = set()
         for node in nodes:
+            if node not in self.trained:
+                continue  # such as arithmetic of sizes
             facts = self._facts(node)
             if facts.sensitive:
                 found.add(node)
@@ -95,10 +96,8 @@ class Conditioning:
     def _is_small(self, node: fx.Node) -> bool:
         """Whether an element depends on few elements of the operands."""
         facts = self._facts(node)
-        smooth = (
-            facts.steep or facts.sensitive or facts.view or operation(node) in ("pow", "repeat")
-        )
-        return facts.elementwise or smooth
+        few = facts.elementwise or facts.steep or facts.sensitive or facts.view
+        return few or operation(node) == "repeat"
 
     def _sources(self, node: fx.Node) -> list[fx.Node]:
         return [i for i in node.all_input_nodes if i in self.trained]
