@@ -35,6 +35,7 @@ from lightning_da3.torch_private.fake import (
     FakeTensor,
     FakeTensorMode,
     TorchDispatchMode,
+    new_fake_mode,
 )
 from lightning_da3.torch_private.trees import tree_leaves
 
@@ -191,7 +192,7 @@ def network_without_values(factory: Callable[[], Any], name: str) -> nn.Module:
     Raises:
         ConfigError: `factory` fails, or makes something else.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = new_fake_mode(allow_non_fake_inputs=True)
     with _Constructing(mode):
         network = _made(factory, name)
     return without_values(network, mode)

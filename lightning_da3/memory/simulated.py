@@ -26,7 +26,7 @@ from lightning_da3.memory.saved import SavedActivations
 from lightning_da3.torch_private.fake import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensorMode,
+    new_fake_mode,
 )
 from lightning_da3.torch_private.trees import tree_leaves, tree_map_only
 
@@ -68,7 +68,7 @@ class StepPredictor:
         name: str = "",
     ) -> None:
         self._loss, self._make_optimizer = loss or default_loss, optimizer
-        self._mode = fake_mode_of(network) or FakeTensorMode()
+        self._mode = fake_mode_of(network) or new_fake_mode()
         self.twin = without_values(network, self._mode).train()
         if prepare is not None:
             prepare(self.twin)

@@ -16,7 +16,7 @@ from lightning_da3.memory import StepPredictor, without_values
 from lightning_da3.model.identity import uncompiled_name
 from lightning_da3.nn.convolution import FrozenConv, FrozenConvTranspose
 from lightning_da3.nn.normalization import BatchNormStatistics, FrozenAffine
-from lightning_da3.torch_private.fake import FakeTensorMode
+from lightning_da3.torch_private.fake import new_fake_mode
 from lightning_da3.torch_private.modules import original_of
 
 _INNER = ("layer", "function", "original")  # what holds a layer of the user's by another name
@@ -88,7 +88,7 @@ def _unpickled(network: bytes | None, spare: dict[str, Tensor]) -> Original:
     found.spare = spare
     if network is not None:
         with suppress(Exception):  # its class may be unknown here: then it is forgotten
-            found.network = without_values(pickle.loads(network), FakeTensorMode())
+            found.network = without_values(pickle.loads(network), new_fake_mode())
     return found
 
 

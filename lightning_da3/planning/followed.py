@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_da3.layers import CONVS
 from lightning_da3.memory import fake_mode_of
 from lightning_da3.memory.fake import quiet
-from lightning_da3.torch_private.fake import FakeTensorMode
+from lightning_da3.torch_private.fake import new_fake_mode
 from lightning_da3.torch_private.trees import tree_leaves
 from lightning_da3.tracing.graph_modules import LAYER
 from lightning_da3.tracing.guessing import first_guesses, first_sample
@@ -30,7 +30,7 @@ def head_by_running(root: nn.Module, examples: Sequence[Any] | None) -> str | No
         root: The traced network, in eval and frozen.
         examples: Its arguments, if they are known.
     """
-    fake = fake_mode_of(root) or FakeTensorMode(allow_non_fake_inputs=True)
+    fake = fake_mode_of(root) or new_fake_mode(allow_non_fake_inputs=True)
     given = [] if examples is None else [first_sample(examples)]
     for inputs in (*given, *(() if given else first_guesses(root))):
         for mode in (fake, contextlib.nullcontext()):  # one that decides on values needs some

@@ -17,7 +17,7 @@ from lightning_da3.memory.fake import quiet
 from lightning_da3.memory.names import mutable
 from lightning_da3.nn.frozen import numbers
 from lightning_da3.planning.layers import layer_called
-from lightning_da3.torch_private.fake import FakeTensorMode
+from lightning_da3.torch_private.fake import new_fake_mode
 from lightning_da3.tracing.graphs import Traced
 from lightning_da3.tracing.guards import must_be, must_be_default
 from lightning_da3.tracing.guessing import first_sample, guesses
@@ -60,7 +60,7 @@ def find_shapes(gm: fx.GraphModule, examples: Sequence[Any] | None = None) -> Sh
         gm: A traced network.
         examples: Its arguments, if they are known: of tensors the first sample counts.
     """
-    mode = fake_mode_of(gm) or FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_mode_of(gm) or new_fake_mode(allow_non_fake_inputs=True)
     given = [] if examples is None else [first_sample(examples), list(examples)]
     for inputs in itertools.chain(given, guesses(gm)):
         # the user's own forward on a guess: anything can go wrong, and then nothing is known

@@ -39,6 +39,7 @@ __all__ = [
     "TorchDispatchMode",
     "is_fake",
     "is_wrapper",
+    "new_fake_mode",
     "proxy_mode",
     "without_modes",
 ]
@@ -48,6 +49,27 @@ without_modes: Any = found("torch.utils._python_dispatch:_disable_current_modes"
 """A context in which no mode sees what is called."""
 
 READ_ONE_VALUE = found("torch:ops.aten._local_scalar_dense.default", None)  # what `item` calls
+
+
+class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """Leaves devices that are not there alone.
+
+    PyTorch's own gives a machine without GPUs eight that do nothing, once and for all. Autograd
+    would start a thread for each, and no process forked later could compute gradients.
+    """
+
+    @property
+    def avoid_device_init(self) -> bool:
+        return False
+
+
+def new_fake_mode(*, allow_non_fake_inputs: bool = False) -> FakeTensorMode:
+    """A mode in which tensors have no values.
+
+    Args:
+        allow_non_fake_inputs: Tensors that have values may be used beside.
+    """
+    return _Mode(allow_non_fake_inputs=allow_non_fake_inputs)
 
 
 def _is_instance(x: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from lightning_da3.errors import ConversionError
 from lightning_da3.memory import fake_mode_of
-from lightning_da3.torch_private.fake import FakeTensorMode
+from lightning_da3.torch_private.fake import FakeTensorMode, new_fake_mode
 from lightning_da3.tracing.calls import ModuleCall, calls_of
 from lightning_da3.tracing.guards import must_be_default
 from lightning_da3.tracing.guessing import first_guesses
@@ -135,7 +135,7 @@ def _try(
 
 
 def _mode(module: nn.Module) -> FakeTensorMode:
-    return fake_mode_of(module) or FakeTensorMode(allow_non_fake_inputs=True)
+    return fake_mode_of(module) or new_fake_mode(allow_non_fake_inputs=True)
 
 
 def note_calls_(network: nn.Module, session: Session) -> None:

@@ -6,6 +6,7 @@ So a module inside of one that stays Python is traced as well as a whole network
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_da3.memory.fake import quiet
+from lightning_da3.memory.fake import quiet, tensors_of
 from lightning_da3.torch_private.trees import tree_leaves
 from lightning_da3.tracing.probes import Probes
 from lightning_da3.tracing.watching import unchanged
@@ -42,10 +43,10 @@ def calls_of(network: nn.Module, probes: Probes) -> dict[str, ModuleCall]:
     One that is called in several ways, or with more than tensors and plain values, is left out.
 
     Args:
-        network: A copy that nobody else uses.
+        network: Left unchanged: copies run, as a forward may change what nobody sees.
         probes: Its inputs.
     """
-    seen = [_run(network, inputs, probes.mode) for inputs in probes.inputs]
+    seen = [_run(_twin(network), inputs, probes.mode) for inputs in probes.inputs]
     found = {}
     for path, module in network.named_modules():
         each = [calls.get(path, []) for calls in seen]
@@ -57,6 +58,11 @@ def calls_of(network: nn.Module, probes: Probes) -> dict[str, ModuleCall]:
 
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _twin(network: nn.Module) -> nn.Module:
+    """A copy that shares the tensors, with or without values."""
+    return copy.deepcopy(network, {id(t): t for t in tensors_of(network)})
 
 
 def _run(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_da3.budget.microbatches import batch_size
 from lightning_da3.formatting import format_bytes
 from lightning_da3.memory import PeakBytes, SavedActivations, StepPrediction, StepPredictor
-from lightning_da3.torch_private.fake import FakeTensorMode, is_fake
+from lightning_da3.torch_private.fake import is_fake, new_fake_mode
 from lightning_da3.torch_private.modules import is_compiled
 from lightning_da3.torch_private.trees import tree_leaves, tree_map_only
 
@@ -210,7 +210,7 @@ class _Call:
 
 
 def _without_values(x: Tensor) -> Tensor:
-    with FakeTensorMode():
+    with new_fake_mode():
         like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     return like.requires_grad_(x.requires_grad)
 

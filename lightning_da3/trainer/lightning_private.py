@@ -124,6 +124,14 @@ def profiler_runs() -> bool:
     return bool(_profiler_enabled())
 
 
+def forks(strategy: Any) -> bool:
+    """Whether a strategy's processes are forked from the main one.
+
+    Reads ``_start_method``. Where it is missing: no.
+    """
+    return getattr(strategy, "_start_method", None) == "fork"
+
+
 class PreparingStrategy(DDPStrategy):
     """Calls `before_launch` in the main process, before it starts others by spawn or fork.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Literal, TypedDict
 
 import lightning as L
@@ -13,10 +14,11 @@ from lightning_da3.config import DA3Config
 from lightning_da3.errors import ConfigError
 from lightning_da3.trainer.building import builds_later
 from lightning_da3.trainer.callback import DA3Callback
-from lightning_da3.trainer.lightning_private import PreparingStrategy
+from lightning_da3.trainer.lightning_private import PreparingStrategy, forks
 from lightning_da3.trainer.refusals import check_converted_before, check_plugins
 from lightning_da3.trainer.session import TrainingSession
 from lightning_da3.trainer.strategy_methods import LearnsDomains
+from lightning_da3.verifying.running import forward_only
 
 
 class DA3Strategy(LearnsDomains, SingleDeviceStrategy):
@@ -132,7 +134,8 @@ class DA3DDPStrategy(LearnsDomains, PreparingStrategy):
             module = trainer.lightning_module
             if builds_later(module):
                 check_converted_before(self, module, callback.backbone)
-            callback.session.attach(module)
+            with forward_only() if forks(self) else nullcontext():
+                callback.session.attach(module)
 
 
 class _Rest(TypedDict):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +58,22 @@ class Outcome:
     no_gradients: Exception | None = None
 
 
+_BACKWARD = ContextVar("_BACKWARD", default=True)
+
+
+@contextmanager
+def forward_only() -> Iterator[None]:
+    """In the block networks are compared without gradients.
+
+    A process that has computed gradients cannot be forked where there is an accelerator.
+    """
+    token = _BACKWARD.set(False)
+    try:
+        yield
+    finally:
+        _BACKWARD.reset(token)
+
+
 def run(network: nn.Module, conditions: Conditions) -> Outcome:
     """Run a network once, forward and, if asked for, backward.
 
@@ -93,7 +110,7 @@ def run(network: nn.Module, conditions: Conditions) -> Outcome:
         found = list(tensors_in(output))
         outcome.outputs = [x.detach().clone() for x in found]
         outcome.changed = _differ(arguments, conditions.inputs)
-        if conditions.gradients:
+        if conditions.gradients and _BACKWARD.get():
             try:
                 outcome.gradients = _gradients(found, sources or embedded)
             except Exception as error:  # noqa: BLE001

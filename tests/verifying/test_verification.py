@@ -1,6 +1,9 @@
 """Networks that no graph holds stay Python; nothing of the user's changes; when, how much."""
 
+import os
 import random
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from lightning_da3.converting import compared
 from lightning_da3.tracing.watching import Snapshot
 from lightning_da3.verifying.batches import Known
 from lightning_da3.verifying.expected import Expected, expected_of
+from lightning_da3.verifying.running import _BACKWARD, forward_only
 
 
 @pytest.fixture(autouse=True)
@@ -254,3 +258,38 @@ def test_the_package_does_not_write_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     convert(Net(), CONFIG, verify=True)
     assert list(Path().iterdir()) == []
+
+
+# --- what it leaves to processes ------------------------------------------------------------------
+
+FORK = """
+import os, sys
+import torch
+from helpers.verified import CONFIG, Net
+from lightning_da3 import convert
+from lightning_da3.verifying.running import forward_only
+
+with forward_only() if torch.accelerator.is_available() else torch.enable_grad():
+    convert(Net(), CONFIG, torch.randn(2, 3, 12, 12))
+child = os.fork()
+if not child:
+    torch.ones(3, requires_grad=True).sum().backward()
+    os._exit(7)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 7)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_processes_forked_later_can_compute_gradients():
+    tests = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", FORK], cwd=tests, check=True, timeout=200)
+
+
+def test_gradients_are_not_compared_before_a_fork(monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("a backward pass")
+
+    monkeypatch.setattr(torch.autograd, "grad", never)
+    with forward_only():
+        convert(Net(), CONFIG, torch.randn(2, 3, 12, 12))
+    assert _BACKWARD.get()
