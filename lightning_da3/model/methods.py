@@ -31,6 +31,7 @@ from lightning_da3.planning.plan import PartPlan, Plan
 from lightning_da3.planning.planner import make_plan
 from lightning_da3.torch_private.fake import is_fake
 from lightning_da3.torch_private.trees import tree_flatten, tree_leaves, tree_unflatten
+from lightning_da3.tracing.guards import GuardError
 from lightning_da3.tracing.islands import trace
 
 _running = threading.local()
@@ -74,12 +75,17 @@ class Entry:
         others = tuple((i, type(x), x if _is_plain(x) else repr(x)) for i, x in self.others)
         return self.path, self.method, str(self.structure), others
 
-    def call(self, network: nn.Module, tensors: Sequence[Tensor]) -> Any:
-        """Call the method of this part of `network`."""
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple[Any, Any]:
+        """Arguments and named arguments with these tensors among them."""
         given, others = iter(tensors), dict(self.others)
         count = len(tensors) + len(others)
         leaves = [others[i] if i in others else next(given) for i in range(count)]
         args, kwargs = tree_unflatten(leaves, self.structure)
+        return args, kwargs
+
+    def call(self, network: nn.Module, tensors: Sequence[Tensor]) -> Any:
+        """Call the method of this part of `network`."""
+        args, kwargs = self.arguments(tensors)
         part = network.get_submodule(self.path) if self.path else network
         if self.method == "forward":
             return part(*args, **kwargs)
@@ -101,6 +107,7 @@ class Method:
         config: The user's choices.
         calls: What it computes with.
         tensors: The arguments of a call, whose shapes are looked at.
+        python: Why it stays Python, or None.
 
     Raises:
         DA3Error: It cannot be rewritten, or needs tensors that nobody has any more.
@@ -115,6 +122,7 @@ class Method:
         config: DA3Config,
         calls: Calls,
         tensors: Sequence[Tensor],
+        python: str | None = None,
     ) -> None:
         self.entry = entry
         network = original.network
@@ -123,11 +131,13 @@ class Method:
                 f"`{entry.name}` cannot be called: a model that was saved forgets the methods of "
                 "the network it was made from. Convert the network here, and load the domains."
             )
-        python = {path: why for path, why in plan.python if path}
+        stays = {path: why for path, why in plan.python if path}
+        if python is not None:
+            stays[""] = python
         with warnings.catch_warnings(), fake_mode_of(network) or nullcontext():
             warnings.simplefilter("ignore")  # of PyTorch, about copies of what has no values
             given = [_without_values(x, network, backbone) for x in tensors]
-            traced = trace(_entering(network, entry), given, python)
+            traced = trace(_entering(network, entry), given, stays)
             head = plan.head if _has(traced.root, plan.head) else None
             known = dataclasses.replace(config, head=head)
             self.plan = make_plan(traced, known, None, hosts_of=plan)
@@ -188,6 +198,9 @@ def _entering(network: nn.Module, entry: Entry) -> nn.Module:
     def run(self: nn.Module, *tensors: Tensor) -> Any:
         if getattr(_running, "entered", False):  # the method calls the whole network
             return kind.forward(self, *tensors)
+        if not entry.path and entry.method == "forward":
+            args, kwargs = entry.arguments(tensors)
+            return kind.forward(self, *args, **kwargs)
         _running.entered = True
         try:
             return entry.call(self, tensors)
@@ -284,26 +297,52 @@ def _all_places(root: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
                     yield held, key
 
 
+_MOST_WAYS = 8  # in which one method decides; what decides in more stays Python
+_MANY_WAYS = f"it decides on its inputs in more than {_MOST_WAYS} ways"
+
+
 class Methods:
     """The rewritten methods of one model, made when they are first called. Copies have none.
 
     Attributes:
-        made: The methods by the key of their entry.
+        made: The methods by the key of their entry: one for every way in which it decides on its
+            inputs, as far as they came.
         view: The view of the whole network, once it was asked for.
     """
 
     def __init__(self) -> None:
-        self.made: dict[Any, Method] = {}
+        self.made: dict[Any, list[Method]] = {}
         self.view: nn.Module | None = None
         self._lock = threading.Lock()
 
-    def get(self, entry: Entry, make: Callable[[], Method], *, anew: bool = False) -> Method:
-        """The method of this entry, made now if it is new or is to be made anew."""
-        key = entry.key
-        with self._lock:
-            if anew or key not in self.made:
-                self.made[key] = make()
-            return self.made[key]
+    def run(
+        self, entry: Entry, make: Callable[[str | None], Method], run: Callable[[Method], Any]
+    ) -> Any:
+        """What the method of this entry returns, made now if none decides like this.
+
+        Args:
+            entry: What is called.
+            make: Makes it; takes why it stays Python, or None.
+            run: Calls it.
+        """
+        number = 0
+        while True:
+            with self._lock:
+                known = self.made.setdefault(entry.key, [])
+                is_new = number == len(known)
+                if is_new:
+                    known.append(make(_MANY_WAYS if number >= _MOST_WAYS else None))
+                method = known[number]
+            try:
+                return run(method)
+            except GuardError:
+                if is_new:
+                    raise
+            number += 1
+
+    def has(self, path: str, method: str) -> bool:
+        """Whether a method of a part was made."""
+        return any(key[:2] == (path, method) for key in [*self.made])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Methods:
         del memo

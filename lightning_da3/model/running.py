@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -20,7 +21,7 @@ from lightning_da3.budget.microbatches import (
 from lightning_da3.budget.policy import BudgetPolicy
 from lightning_da3.config import DA3Config
 from lightning_da3.eager import KeepsLess
-from lightning_da3.errors import InputError
+from lightning_da3.errors import ConversionWarning
 from lightning_da3.model.batches import carrying, explain_types, laid_out, tell_that_nothing_trains
 from lightning_da3.model.clashes import guard_backbone_, with_own_config
 from lightning_da3.model.methods import Entry, Method, Methods
@@ -30,6 +31,7 @@ from lightning_da3.model.saving import SavesDomains
 from lightning_da3.nn.call import Call, Executed, Noise
 from lightning_da3.nn.gate import annealed_target, budget_loss, executed_fraction
 from lightning_da3.planning.plan import Plan
+from lightning_da3.tracing.guards import GuardError
 
 NOISE_UNTIL = 0.8  # of training; the gates settle without noise
 
@@ -100,23 +102,22 @@ class Running(SavesDomains):
             DA3Error: It cannot be rewritten, or holds a part of a host whose adapter could not act.
         """
         entry, tensors = Entry.of(path, method, args, kwargs)
+        return self._computed(lambda call, *_: self._run_entry(call, entry, tensors), args, kwargs)
 
-        def make() -> Method:
+    def _run_entry(self, call: Call, entry: Entry, tensors: Sequence[Tensor]) -> tuple[Any, Ledger]:
+        """One pass through a method, rewritten now if that is needed."""
+
+        def make(python: str | None) -> Method:
             about = (self.original, self.backbone, self.plan, self.config, self.calls)
-            return Method(entry, *about, tensors)
+            return Method(entry, *about, tensors, python)
 
-        def run_once(found: Method, call: Call) -> tuple[Any, Ledger]:
+        def run(found: Method) -> tuple[Any, Ledger]:
             ledger: Ledger = []
             with self.calls.running(call.noted_in(ledger)), self._python(found.plan):
                 return found(self.backbone, call, tensors), ledger
 
-        def run(call: Call, *_: Any) -> tuple[Any, Ledger]:
-            try:
-                return run_once(self.methods.get(entry, make), call)
-            except InputError:  # it was traced where the sizes of its inputs decided otherwise
-                return run_once(self.methods.get(entry, make, anew=True), call)
-
-        return self._computed(run, args, kwargs)
+        ran: tuple[Any, Ledger] = self.methods.run(entry, make, run)
+        return ran
 
     def own_parameters(self, path: str) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of the active domain's adapters in a part of the user's network."""
@@ -165,6 +166,19 @@ class Running(SavesDomains):
             except RuntimeError as error:
                 explain_types((args, kwargs), self.dtype, self.plan.network, error)
                 raise
+            except GuardError as error:
+                if torch.compiler.is_compiling() or self.original.network is None:
+                    raise
+                self._tell_of_another_way(error)
+        return self._run_entry(call, *Entry.of("", "forward", args, kwargs))
+
+    def _tell_of_another_way(self, error: GuardError) -> None:
+        if not self.methods.has("", "forward"):
+            warnings.warn(
+                f"{self.plan.network} is traced once more, for inputs like this one. {error.fact}",
+                ConversionWarning,
+                stacklevel=6,
+            )
 
     def _python(self, plan: Plan) -> AbstractContextManager[Any]:
         """What stays Python keeps less inside; a compiler sees to that by itself."""

@@ -12,16 +12,29 @@ from lightning_da3.errors import InputError
 from lightning_da3.layers import facts_of, register
 
 
+class GuardError(InputError):
+    """An input for which the traced forward would have done something else.
+
+    Args:
+        fact: What it was traced with, and what came.
+        advice: What to do where it cannot be traced once more.
+    """
+
+    def __init__(self, fact: str, advice: str) -> None:
+        super().__init__(f"{fact} {advice}")
+        self.fact = fact
+
+
 def must_be_default(value: Any, name: str, default: Any) -> None:
     """Refuse an argument that the traced forward branches on.
 
     Raises:
-        InputError: It is not what it is by default.
+        GuardError: It is not what it is by default.
     """
     if value is not default and value != default:
-        raise InputError(
-            f"`{name}` was traced as {default!r}, which the network's forward branches on. To use "
-            f"it, convert a module whose forward always passes `{name}` on to the network."
+        raise GuardError(
+            f"`{name}` was traced as {default!r}, which the network's forward branches on.",
+            f"To use it, convert a module whose forward always passes `{name}` on to the network.",
         )
 
 
@@ -29,14 +42,14 @@ def must_be(value: Any, decided: Any, place: str) -> None:
     """Refuse an input for which the traced forward would have taken another branch.
 
     Raises:
-        InputError: It is not what it was.
+        GuardError: It is not what it was.
     """
     if value != decided:
-        raise InputError(
+        raise GuardError(
             f"The network's forward decides on its input's sizes or type ({place}). It was traced "
-            f"where that is {decided!r}, and here it is {value!r}. Convert the network with "
-            "`example_inputs` like this input, or put what decides into a module of its own, which "
-            "then stays Python."
+            f"where that is {decided!r}, and here it is {value!r}.",
+            "Convert the network with `example_inputs` like this input, or put what decides into a "
+            "module of its own, which then stays Python.",
         )
 
 

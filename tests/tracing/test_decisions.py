@@ -1,12 +1,15 @@
 """What a forward asks of its values is answered once, and checked."""
 
+import pickle
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers.around import Around, input_gradient
 from torch import nn
 
-from lightning_da3 import AdapterConfig, DA3Config, InputError, convert
+from lightning_da3 import AdapterConfig, ConversionWarning, DA3Config, InputError, convert
 
 CONFIG = DA3Config(gate=None, adapter=AdapterConfig(hidden_channels=4, min_stride=1))
 
@@ -90,12 +93,77 @@ class Refuses(Around):
         return super().forward(x.to(self.head.weight.dtype))
 
 
-def test_a_decision_of_the_network_itself_is_checked_in_every_call():
+def test_a_network_that_refuses_an_input_refuses_it_itself():
     model = assert_same(Refuses(torch.relu), torch.randn(2, 3, 16, 16))
-    with pytest.raises(
-        InputError, match=r"decides on its input's sizes or type \(`if len\(x\) == 0"
+    with (
+        pytest.warns(ConversionWarning, match=r"traced once more, .*\(`if len\(x\) == 0"),
+        pytest.raises(ValueError, match="no images"),
     ):
         model(torch.empty(0, 3, 16, 16))
+
+
+class Pools(Around):
+    """It decides on the size of its input, and on an argument."""
+
+    def forward(self, x, mask=None):
+        if x.shape[-1] > 60:
+            x = F.avg_pool2d(x, 2)
+        if mask is not None:
+            x = x * mask
+        return super().forward(x)
+
+
+MASK = torch.rand(1, 3, 1, 1, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("size", "given"), [(64, {}), (16, {"mask": MASK}), (64, {"mask": MASK})])
+def test_a_network_is_traced_once_more_where_it_decides_otherwise(size, given):
+    network = Pools(torch.relu).eval()
+    model = convert(network, CONFIG, torch.randn(2, 3, 16, 16))
+    model.add_domain("a", 2)
+    model.set_domain("a")
+    other, same = torch.randn(2, 3, size, size), torch.randn(2, 3, 16, 16)
+    with model.disable_adapters():
+        with pytest.warns(ConversionWarning, match="traced once more"):
+            found = model(other, **given)
+        torch.testing.assert_close(found, network(other, **given), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(other, **given), found)  # and says so once
+        torch.testing.assert_close(model(same), network(same), rtol=1e-4, atol=1e-5)
+    for x, more in ((other, given), (same, {})):  # the same adapters learn
+        model(x, **more).square().sum().backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert trained
+        assert all(p.grad is not None for p in trained)
+        model.zero_grad()
+
+
+def test_a_network_that_decides_in_many_ways_stays_python(monkeypatch):
+    monkeypatch.setattr("lightning_da3.model.methods._MOST_WAYS", 2)
+
+    class Many(Around):
+        def forward(self, x):
+            for most in range(100, 500, 100):
+                if x.shape[-1] > most:
+                    x = x * 1.1
+            return super().forward(x)
+
+    network = Many(torch.relu).eval()
+    model = convert(network, CONFIG, torch.randn(2, 3, 16, 16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConversionWarning)
+        for size in range(50, 550, 100):
+            x = torch.randn(1, 3, 8, size)
+            torch.testing.assert_close(model(x), network(x), rtol=1e-4, atol=1e-5)
+    (ways,) = model.methods.made.values()
+    assert [bool(way.plan.python) for way in ways] == [False] * 2 + [True]
+
+
+def test_a_model_that_was_saved_refuses_what_it_was_not_traced_for():
+    model = convert(Pools(torch.relu).eval(), CONFIG, torch.randn(2, 3, 16, 16))
+    again = pickle.loads(pickle.dumps(model))
+    vars(again.original)["network"] = None  # as where its class cannot be pickled
+    with pytest.raises(InputError, match=r"decides on its input's sizes .*shape\[-1\] > 60"):
+        again(torch.randn(2, 3, 64, 64))
 
 
 class Swallows(Around):

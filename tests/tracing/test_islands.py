@@ -1,5 +1,7 @@
 """What stays Python, what becomes a graph, and of which copy."""
 
+import copy
+
 import pytest
 import torch
 from helpers import models, zoo
@@ -11,10 +13,12 @@ from torch import nn
 from lightning_da3 import (
     AdapterConfig,
     ConversionError,
+    ConversionWarning,
     DA3Config,
     InputError,
     convert,
 )
+from lightning_da3.model.original import Original
 
 ADAPTER = AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1)
 
@@ -74,8 +78,13 @@ def test_an_argument_that_forward_branches_on_is_as_it_is_by_default():
     assert_relatively_close(got, net(image, depth, scale=2.0), 1e-5)
     assert_relatively_close(model(image, depth, mask=None), net(image, depth), 1e-5)
     mask = torch.rand(2, 1, 12, 12)
+    with pytest.warns(ConversionWarning, match=r"traced once more, .*`mask` was traced as None"):
+        got = model(image, depth, mask=mask)
+    assert_relatively_close(got, net(image, depth, mask=mask), 1e-5)
+    again = copy.deepcopy(model)
+    vars(again)["original"] = Original()  # as where a saved one forgot its network
     with pytest.raises(InputError, match=r"`mask` was traced as None, which .* branches on"):
-        model(image, depth, mask=mask)
+        again(image, depth, mask=mask)
 
     class Masked(nn.Module):  # as the message says
         def __init__(self):
