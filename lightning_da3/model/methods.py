@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import DA3Error
 from lightning_da3.memory import fake_mode_of
+from lightning_da3.model.entries import Entry
 from lightning_da3.model.modes import set_mode_
 from lightning_da3.model.original import Original, UserState, identity_of, tensors_in
 from lightning_da3.model.slots import connect_
@@ -30,70 +31,10 @@ from lightning_da3.passes.rewriting import rewrite
 from lightning_da3.planning.plan import PartPlan, Plan
 from lightning_da3.planning.planner import make_plan
 from lightning_da3.torch_private.fake import is_fake
-from lightning_da3.torch_private.trees import tree_flatten, tree_leaves, tree_unflatten
 from lightning_da3.tracing.guards import GuardError
 from lightning_da3.tracing.islands import trace
 
 _running = threading.local()
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A method of a part of the network, with all that it is called with but tensors.
-
-    Attributes:
-        path: The part's dotted name; "" is the whole network.
-        method: The method's name.
-        structure: Of its arguments.
-        others: What is no tensor among them, by position among their leaves.
-        tensors: The number of tensors.
-    """
-
-    path: str
-    method: str
-    structure: Any
-    others: tuple[tuple[int, Any], ...]
-    tensors: int
-
-    @classmethod
-    def of(cls, path: str, method: str, args: Any, kwargs: Any) -> tuple[Entry, list[Tensor]]:
-        """The entry of a call, and the call's tensors."""
-        leaves, structure = tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        others = tuple((i, x) for i, x in enumerate(leaves) if not isinstance(x, Tensor))
-        return cls(path, method, structure, others, len(tensors)), tensors
-
-    @property
-    def name(self) -> str:
-        """What the user's code calls it."""
-        whole = f"{self.path}.{self.method}" if self.path else self.method
-        return whole.removesuffix(".forward")
-
-    @property
-    def key(self) -> Any:
-        """Equal for calls that one graph serves."""
-        others = tuple((i, type(x), x if _is_plain(x) else repr(x)) for i, x in self.others)
-        return self.path, self.method, str(self.structure), others
-
-    def arguments(self, tensors: Sequence[Tensor]) -> tuple[Any, Any]:
-        """Arguments and named arguments with these tensors among them."""
-        given, others = iter(tensors), dict(self.others)
-        count = len(tensors) + len(others)
-        leaves = [others[i] if i in others else next(given) for i in range(count)]
-        args, kwargs = tree_unflatten(leaves, self.structure)
-        return args, kwargs
-
-    def call(self, network: nn.Module, tensors: Sequence[Tensor]) -> Any:
-        """Call the method of this part of `network`."""
-        args, kwargs = self.arguments(tensors)
-        part = network.get_submodule(self.path) if self.path else network
-        if self.method == "forward":
-            return part(*args, **kwargs)
-        return getattr(part, self.method)(*args, **kwargs)
-
-
-def _is_plain(value: object) -> bool:
-    return isinstance(value, (bool, int, float, str, bytes, type(None)))
 
 
 class Method:
@@ -350,8 +291,3 @@ class Methods:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Methods, ()
-
-
-def has_tensors(*arguments: Any) -> bool:
-    """Whether a tensor is among arguments."""
-    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(arguments))

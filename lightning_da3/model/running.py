@@ -24,7 +24,8 @@ from lightning_da3.eager import KeepsLess
 from lightning_da3.errors import ConversionWarning
 from lightning_da3.model.batches import carrying, explain_types, laid_out, tell_that_nothing_trains
 from lightning_da3.model.clashes import guard_backbone_, with_own_config
-from lightning_da3.model.methods import Entry, Method, Methods
+from lightning_da3.model.entries import Entry
+from lightning_da3.model.methods import Method, Methods
 from lightning_da3.model.original import Original
 from lightning_da3.model.pending import trains_later_
 from lightning_da3.model.saving import SavesDomains

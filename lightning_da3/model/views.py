@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 from torch import Tensor, nn
 
 from lightning_da3.errors import DA3Error
-from lightning_da3.model.methods import has_tensors
+from lightning_da3.model.entries import has_tensors
 from lightning_da3.model.original import Original
 from lightning_da3.nn.head import HeadSlot
 from lightning_da3.torch_private.fake import is_fake
