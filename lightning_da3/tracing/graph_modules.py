@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from lightning_da3.torch_private.modules import FORWARD_HOOKS, HOOKS_WITH_KWARGS, hooks_of
 
+_HOOKS = (*FORWARD_HOOKS, *HOOKS_WITH_KWARGS)
 LAYER = "layer"  # name of the one layer in the graph of a single layer
 
 
@@ -31,10 +32,12 @@ class UserGraph(fx.GraphModule):
             return getattr(layer, name)
 
     def __deepcopy__(self, memo: Any) -> UserGraph:
-        """A copy; that of `torch.fx` has what the graph names alone."""
+        """A copy; that of `torch.fx` has what the graph names alone, and no hooks."""
         twin: Any = super().__deepcopy__(memo)
         own = copy.deepcopy(_attributes(self), memo)
         vars(twin).update({k: v for k, v in own.items() if k not in vars(twin)})
+        for new, hooks in zip(hooks_of(twin, _HOOKS), hooks_of(self, _HOOKS), strict=True):
+            new.update(copy.deepcopy(hooks, memo))
         return twin  # type: ignore[no-any-return]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -53,8 +56,7 @@ def graph_of_module(module: nn.Module, graph: fx.Graph) -> UserGraph:
     gm = UserGraph(module, graph, class_name=type(module).__name__)
     read = {**_of_class(module), **_attributes(module)}
     vars(gm).update({k: v for k, v in read.items() if k not in vars(gm)})
-    kinds = (*FORWARD_HOOKS, *HOOKS_WITH_KWARGS)
-    for ours, theirs in zip(hooks_of(gm, kinds), hooks_of(module, kinds), strict=True):
+    for ours, theirs in zip(hooks_of(gm, _HOOKS), hooks_of(module, _HOOKS), strict=True):
         ours.update(theirs)
     return gm
 

@@ -1,5 +1,7 @@
 """What a graph does not see is done: gradients and autocast switched, own backwards, hooks."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -164,3 +166,11 @@ def test_a_hook_that_changes_an_output_changes_it():
     torch.testing.assert_close(
         convert(network, CONFIG, verify=False)(x), network(x), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("where", ["", "blocks.1", "head"])
+def test_a_copy_has_the_hooks(where):
+    network, x = Blocks().eval(), torch.randn(2, 3, 16, 16)
+    network.get_submodule(where).register_forward_hook(lambda m, i, y: y * 2)
+    model = copy.deepcopy(convert(network, CONFIG, verify=False))
+    torch.testing.assert_close(model(x), network(x), rtol=1e-4, atol=1e-5)
