@@ -171,6 +171,7 @@ def test_values_are_no_part_of_what_the_command_builds():
         next(network.parameters()).numpy()
 
 
+@pytest.mark.slow
 def test_the_command_holds_to_a_budget(capsys):
     arguments = ["plan", "mobilenet_v2", "--image-size", "96", "--batch-size", "32"]
     assert main([*arguments, "--format", "json"]) == 0
@@ -245,6 +246,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 @pytest.mark.parametrize(
     "name", [pytest.param("vit_h_14", marks=pytest.mark.exhaustive), "regnet_y_128gf"]
 )
+@pytest.mark.slow
 def test_a_huge_network_is_built_in_little_memory(name):
     pytest.importorskip("torchvision")
     found = subprocess.run([sys.executable, "-c", PEAK, name], capture_output=True, text=True)

@@ -16,6 +16,7 @@ from helpers.comparing import (
     score,
 )
 from helpers.converted import choose, converted, network, refused
+from helpers.marks import others_slow
 from torch import nn
 
 from lightning_da3 import (
@@ -28,13 +29,7 @@ from lightning_da3 import (
 WITH_MODES = (nn.Dropout, nn.BatchNorm2d)
 
 
-SLOW_FAMILIES = ("inception_v3", "googlenet", "vgg11_bn")
-
-
-FAMILY_NAMES = [
-    pytest.param(name, marks=pytest.mark.slow) if name in SLOW_FAMILIES else name
-    for name in models.FAMILIES
-]
+FAMILY_NAMES = others_slow(models.FAMILIES, "resnet18", "mobilenet_v2", "alexnet")
 
 
 # PyTorch's own network of an even kernel warns; conversion pads itself

@@ -51,6 +51,7 @@ def _seed():
     "gate", [None, GateConfig(target=0.3, weight=10.0)], ids=["plain", "gated"]
 )
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_exact_gradients_are_those_of_plain_pytorch(name, gate):
     model = converted(name, torch.float64, gate=gate, memory=EXACT)
     plain = PlainPyTorch(network(name).double(), model)

@@ -67,6 +67,7 @@ def test_tokens_that_are_cells_are_coded_once(monkeypatch):
 
 
 @pytest.mark.parametrize(("width", "cells", "regions"), [(256, 4, 4), (40, 49, 1)])
+@pytest.mark.slow
 def test_cells_of_several_tokens_are_coded_apart_and_narrow_tokens_once(width, cells, regions):
     network, x = vit(width), torch.randn(2, 3, 32, 32)
     names = saved(converted(network, x, cells), x).by_module

@@ -55,6 +55,7 @@ def gradients(model, name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.slow
 def test_all_is_as_with_weights_that_were_rounded_before(name):
     rested = converted(name, EXACT_HALF)
     rounded = converted(name, MemoryConfig(exact=True))
@@ -76,6 +77,7 @@ def test_all_is_as_with_weights_that_were_rounded_before(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("memory", ["default", "exact"])
+@pytest.mark.slow
 def test_nothing_more_is_kept_for_the_backward(name, memory):
     exact = memory == "exact"
     models = [converted(name, MemoryConfig(exact, weights=w)) for w in ("same", "bfloat16")]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.comparing import add, assert_relatively_close, mix_gates_, score
+from helpers.marks import others_by_hand, others_slow
 from torch import nn
 
 from lightning_da3 import AdapterConfig, DA3Config, MemoryConfig, convert
@@ -64,9 +65,8 @@ EXHAUSTIVE = {
 }
 SIZES = {**QUICK, **SLOW, **EXHAUSTIVE}
 NAMES = [
-    *QUICK,
-    *(pytest.param(name, marks=pytest.mark.slow) for name in list(SLOW)[:4]),
-    *(pytest.param(name, marks=pytest.mark.exhaustive) for name in [*list(SLOW)[4:], *EXHAUSTIVE]),
+    *others_slow(QUICK, "resnet10t"),
+    *others_by_hand([*SLOW, *EXHAUSTIVE], "vit_tiny_patch16_224", "efficientnet_b0"),
 ]
 RATIO = {"tiny_vit_5m_224": 2}  # its blocks with attention stay Python; 5 for all others
 COSINE = 0.998  # of the gradient of every tensor

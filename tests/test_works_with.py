@@ -17,6 +17,7 @@ from helpers.comparing import (
     mix_gates_,
     score,
 )
+from helpers.marks import others_slow
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -76,9 +77,17 @@ def compiled_is_right(name, memory, backend, tolerance, kept_ratio=1.1, layout=N
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler about itself
-@pytest.mark.slow
-@MODES
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize(
+    ("name", "memory"),
+    [
+        pytest.param("SqueezeExcite", MemoryConfig(), marks=pytest.mark.slow),
+        pytest.param("Transposed", EXACT, marks=pytest.mark.slow),
+        pytest.param("VisionTransformer", MemoryConfig(), marks=pytest.mark.slow),
+        pytest.param("SqueezeExcite", EXACT, marks=pytest.mark.exhaustive),
+        pytest.param("Transposed", MemoryConfig(), marks=pytest.mark.exhaustive),
+        pytest.param("VisionTransformer", EXACT, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_compiled_whole(name, memory):
     compiled_is_right(name, memory, "aot_eager", 1e-4)
 
@@ -91,9 +100,12 @@ def test_a_compiled_segment_keeps_codes():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "layout"), [("SqueezeExcite", None), ("Transposed", torch.contiguous_format)]
+    ("name", "layout"),
+    [
+        pytest.param("SqueezeExcite", None, marks=pytest.mark.slow),
+        pytest.param("Transposed", torch.contiguous_format, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_compiled_by_inductor(name, layout):
     """Its partitioner has a mind of its own of what to keep and what to compute again."""
@@ -105,6 +117,7 @@ def test_compiled_by_inductor(name, layout):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.slow
 def test_autocast(name, dtype):
     model = converted(name, gate=None)
     want = gradients(model, name)
@@ -169,7 +182,9 @@ def _saved(model):
     ids=["deepcopy", "pickle", "torch.save"],
 )
 @MODES
-@pytest.mark.parametrize("name", [*KINDS, "FunctionsWithOwnWeights", "Pair"])
+@pytest.mark.parametrize(
+    "name", others_slow([*KINDS, "FunctionsWithOwnWeights", "Pair"], "SqueezeExcite", "Pair")
+)
 def test_a_copy_is_the_same_and_its_own(name, memory, duplicate):
     model = converted(name, memory=memory)
     twin = duplicate(model)
@@ -222,6 +237,7 @@ def test_a_checkpoint_around_the_model(name, memory):
 
 @MODES
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.slow
 def test_a_second_backward_through_a_retained_graph(name, memory):
     model = converted(name, memory=memory)
     loss = score(model(*zoo.batch(name)))
@@ -268,6 +284,7 @@ def transformed(model, x, transform):
 @pytest.mark.filterwarnings("ignore")  # of PyTorch about itself
 @pytest.mark.parametrize("transform", ["jvp", "vmap"])
 @pytest.mark.parametrize("name", [*WHOLE, "MLP"])
+@pytest.mark.slow
 def test_forward_mode_and_vmap_of_a_domain_are_refused(name, transform):
     with pytest.raises(RuntimeError, match="functorch transforms"):
         transformed(converted(name), *zoo.batch(name), transform)

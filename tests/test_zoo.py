@@ -11,6 +11,7 @@ from helpers.comparing import (
     photograph,
     score,
 )
+from helpers.marks import others_slow
 
 from lightning_da3 import (
     AdapterConfig,
@@ -49,6 +50,10 @@ def trained(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
+HEAVY = ("Windows", "VisionTransformer", "RefinesStepwise", "Recurrent", "MlpMixer")
+FEW = others_slow(zoo.ZOO, *(name for name in zoo.ZOO if name not in HEAVY))
+
+
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_conversion_reproduces_the_backbone_and_leaves_it_alone(name):
     net = zoo.network(name)
@@ -61,8 +66,12 @@ def test_conversion_reproduces_the_backbone_and_leaves_it_alone(name):
     assert_relatively_close(got, expected, 1e-4)
 
 
-@pytest.mark.parametrize("gate", GATES, ids=["plain", "gated"])
-@pytest.mark.parametrize("name", zoo.ZOO)
+@pytest.mark.parametrize(
+    "gate",
+    [pytest.param(GATES[0], marks=pytest.mark.exhaustive), GATES[1]],
+    ids=["plain", "gated"],
+)
+@pytest.mark.parametrize("name", FEW)
 def test_gradients_are_those_of_plain_pytorch(name, gate):
     model = converted(name, torch.float64, gate=gate, memory=EXACT)
     plain = PlainPyTorch(zoo.network(name).double(), model)
@@ -108,6 +117,7 @@ def test_a_detector_learns_from_its_losses():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["SqueezeExcite", "VisionTransformer", "LayerScale", "Detector"])
+@pytest.mark.slow
 def test_half_precision_weights(name, dtype):
     model, full = converted(name, dtype, gate=None), converted(name, gate=None)
     outputs = model(*zoo.batch(name, dtype))
@@ -122,6 +132,7 @@ def test_half_precision_weights(name, dtype):
 
 
 @pytest.mark.parametrize("name", ["SqueezeExcite", "LayerScale", "VisionTransformer"])
+@pytest.mark.slow
 def test_channels_last(name):
     model, (x,) = converted(name), zoo.batch(name)
     last = x.to(memory_format=torch.channels_last)
@@ -144,6 +155,7 @@ def test_gates_of_a_network_that_returns_a_dataclass_learn():
 
 @pytest.mark.parametrize("name", ["SqueezeExcite", "VisionTransformer", "Detector", "MLP"])
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.slow
 def test_nothing_is_kept_without_gradients(name, context):
     model = converted(name)
     expected = [leaf.detach() for leaf in leaves(model(*zoo.batch(name)))]

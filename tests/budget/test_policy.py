@@ -100,6 +100,7 @@ def test_the_least_extra_time_is_chosen():
 
 
 @pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.slow
 def test_where_a_budget_has_room_more_is_kept_and_less_computed_twice(exact):
     model, x = converted(Tokens(), exact=exact), images(16, 64)
     model(x)

@@ -1,4 +1,7 @@
-"""Runs of two processes: ``python ranks.py NAME FOLDER STRATEGY``. Rank zero writes the results."""
+"""Runs of two processes: ``python ranks.py NAMES FOLDER STRATEGY``, one after the other.
+
+Rank zero writes the results, of each run into a folder of its own inside of FOLDER.
+"""
 
 import os
 import sys
@@ -204,17 +207,25 @@ def started_processes(folder, strategy):
     assert module.net.active_domain == "a"
 
 
-def started_too_late(folder, strategy):
-    """The callback alone cannot convert before the processes start."""
-    trainer(folder, strategy, callbacks=[DA3Callback("a", 2, CONFIG)]).fit(Lit(), data())
-
-
-def started_without_a_network(folder, strategy):
-    fitter = trainer(folder, DA3DDPStrategy("a", 2, CONFIG, start_method=strategy))
-    fitter.fit(LitConfigure("configure_model"), data())
+def refuses_to_start(folder, strategy):
+    """Each prints why the domains would be lost; nothing is started."""
+    del strategy
+    callback = DA3Callback("a", 2, CONFIG)  # which alone cannot convert before they start
+    later = DA3DDPStrategy("a", 2, CONFIG, start_method="spawn")
+    for module, how, callbacks in (
+        (Lit(), "ddp_spawn", [callback]),
+        (Lit(), "ddp_notebook", [callback]),
+        (LitConfigure("configure_model"), later, []),
+    ):
+        try:
+            trainer(folder, how, callbacks=callbacks).fit(module, data())
+        except Exception as error:  # noqa: PERF203, BLE001  # as the processes pass it on
+            print(error)  # noqa: T201
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    name, folder, strategy = sys.argv[1:]
-    globals()[name](folder, strategy)
+    names, folder, strategy = sys.argv[1:]
+    for name in names.split(","):
+        (Path(folder) / name).mkdir(exist_ok=True)
+        globals()[name](str(Path(folder) / name), strategy)

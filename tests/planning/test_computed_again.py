@@ -4,14 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.around import Around, assert_same_gradients, gradient_error, input_gradient, loss
+from helpers.marks import others_slow
 from torch import nn
 
 from lightning_da3 import DA3Config, MemoryConfig, convert
-
-
-def few(cases, *quick):
-    """All of the cases; those that are not named are slow."""
-    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in cases]
 
 
 def attention(x, **how):
@@ -42,7 +38,9 @@ DRAWS = {
 }
 
 
-@pytest.mark.parametrize("name", few(DRAWS, "attention", "normal_", "rand_like", "init", "rrelu"))
+@pytest.mark.parametrize(
+    "name", others_slow(DRAWS, "attention", "normal_", "rand_like", "init", "rrelu")
+)
 def test_numbers_are_drawn_once(name):
     """By finite differences: in another layout, PyTorch draws in another order."""
     torch.manual_seed(0)
@@ -81,7 +79,9 @@ IN_PLACE = {
 }
 
 
-@pytest.mark.parametrize("name", few(IN_PLACE, "tanh_", "elu_", "by position", "into a view"))
+@pytest.mark.parametrize(
+    "name", others_slow(IN_PLACE, "tanh_", "elu_", "by position", "into a view")
+)
 def test_what_writes_in_place_is_not_computed_from_what_is_kept(name):
     function = IN_PLACE[name]
     assert_same_gradients(lambda x: function(F.gelu(function(x * 2.0))))
@@ -125,7 +125,7 @@ CUTS = {
 
 
 @pytest.mark.parametrize(
-    "name", few(CUTS, "rfft", "view_as_complex", "topk", "max", "qr", "a list")
+    "name", others_slow(CUTS, "rfft", "view_as_complex", "topk", "max", "qr", "a list")
 )
 def test_gradients_pass_through_whatever_a_function_returns(name):
     assert_same_gradients(CUTS[name])
@@ -145,7 +145,7 @@ DETACHES = {
 }
 
 
-@pytest.mark.parametrize("name", few(DETACHES, "a factor", "straight through", "in place"))
+@pytest.mark.parametrize("name", others_slow(DETACHES, "a factor", "straight through", "in place"))
 def test_detaching_cuts_the_same_paths(name):
     assert_same_gradients(DETACHES[name])
 

@@ -28,6 +28,7 @@ def _seed():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["GatedLinearUnits", "VisionTransformer", "Recurrent"])
+@pytest.mark.slow
 def test_the_plan_is_the_same_for_every_type(name, dtype):
     plans = [convert(zoo.network(name).to(d), CONFIG).plan for d in (torch.float32, dtype)]
     assert plans[0] == plans[1]

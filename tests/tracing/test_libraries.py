@@ -123,6 +123,7 @@ class Counts(Body):
         return Output(logits=x + self.deep(x))
 
 
+@pytest.mark.slow
 def test_what_stays_python_gives_structures_whose_items_are_values():
     network = Classifier(Counts()).eval()
     model = convert(network, CONFIG, X)

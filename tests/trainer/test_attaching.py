@@ -20,6 +20,7 @@ class ConfigureWithHyperParameters(WithHyperParameters, LitConfigure):
 
 
 @pytest.mark.parametrize("kind", [WithHyperParameters, ConfigureWithHyperParameters])
+@pytest.mark.slow
 def test_load_from_checkpoint_keeps_every_domain(tmp_path, kind):
     module = kind(3e-3)
     through("callback", tmp_path, "a").fit(module, data())

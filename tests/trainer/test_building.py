@@ -34,6 +34,7 @@ def test_the_wrapped_hooks_remove_themselves(made):
 
 
 @pytest.mark.parametrize("made", KINDS)
+@pytest.mark.slow
 def test_a_fitted_module_can_be_pickled(tmp_path, made):
     module = lit(made)
     trainer(tmp_path, callback(), epochs=1).fit(module, data())

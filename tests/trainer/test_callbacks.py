@@ -36,6 +36,7 @@ from lightning_da3 import (
 
 
 @pytest.mark.parametrize("made", KINDS)
+@pytest.mark.slow
 def test_fit_test_resume_and_a_second_domain(tmp_path, made):
     module = lit(made)
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "checkpoints")

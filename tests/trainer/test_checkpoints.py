@@ -181,6 +181,7 @@ def good(tmp_path_factory):
 
 
 @pytest.mark.parametrize("damage", BAD)
+@pytest.mark.slow
 def test_what_is_no_checkpoint(tmp_path, good, damage):
     path = tmp_path / "bad.ckpt"
     torch.save(BAD[damage](good), path)

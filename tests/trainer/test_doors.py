@@ -23,6 +23,7 @@ from lightning_da3 import (
 
 
 @pytest.mark.parametrize("made", KINDS)
+@pytest.mark.slow
 def test_every_door_trains_the_same(tmp_path, made):
     learned = []
     for door in DOORS:
@@ -36,6 +37,7 @@ def test_every_door_trains_the_same(tmp_path, made):
 
 @pytest.mark.parametrize("made", KINDS)
 @pytest.mark.parametrize("door", EITHER)
+@pytest.mark.slow
 def test_fit_validate_test_predict_and_every_ckpt_path(tmp_path, door, made):
     class Module(Watched, KINDS[made]):
         pass
@@ -124,6 +126,7 @@ def test_the_strategy_converts_before_any_callback_sees_the_module(tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["auto", "da3"])
+@pytest.mark.slow
 def test_a_module_may_bring_the_callback_anew_for_every_fit(tmp_path, strategy):
     class Brings(Lit):
         domain = "a"

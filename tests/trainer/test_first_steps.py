@@ -48,6 +48,7 @@ def fit(tmp_path, module, loader=None, da3=None, **kwargs):
     return da3.first_steps, fitter.callback_metrics, said
 
 
+@pytest.mark.slow
 def test_what_is_predicted_is_what_is_measured(tmp_path):
     steps, logged, said = fit(tmp_path, wide(), DataLoader(images(), 8), DA3Callback("a", 2))
     assert logged["da3/peak_bytes"] == steps.peak_bytes
@@ -79,6 +80,7 @@ def test_a_small_difference_is_no_surprise(tmp_path, monkeypatch):
     assert fit(tmp_path, Wasteful())[2] == []
 
 
+@pytest.mark.slow
 def test_another_batch_than_the_predicted_is_no_surprise(tmp_path):
     loader = DataLoader(images(), batch_sampler=[list(range(23)), [23]])
     steps, _, said = fit(tmp_path, wide(), loader)
@@ -202,6 +204,7 @@ def test_the_resident_set_is_logged(tmp_path):
     assert before <= logged["da3/resident_bytes"] <= resident_bytes()
 
 
+@pytest.mark.slow
 def test_the_resident_set_grows_with_what_is_touched():
     before = resident_bytes()
     if before is None:

@@ -73,6 +73,7 @@ WAYS = [
     [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.01}, {"strategy": "da3"}],
     ids=str,
 )
+@pytest.mark.slow
 def test_a_fit_takes_the_same_steps(tmp_path, by, split, options):
     whole, first = fit(tmp_path, **options)
     module, second = fit(tmp_path, split, by, **options)
@@ -104,6 +105,7 @@ def test_what_is_logged_is_that_of_the_whole_batch(tmp_path, by, split):
 
 
 @pytest.mark.parametrize(("by", "split"), WAYS)
+@pytest.mark.slow
 def test_bfloat16_trains(tmp_path, by, split):
     module, _ = fit(tmp_path, split, by, precision="bf16-mixed")
     whole, _ = fit(tmp_path, precision="bf16-mixed")
@@ -113,6 +115,7 @@ def test_bfloat16_trains(tmp_path, by, split):
 
 
 @pytest.mark.parametrize("by", ["pieces", "accumulate"])
+@pytest.mark.slow
 def test_a_budget_is_held_in_a_trainer(tmp_path, by, caplog):
     """Chosen by prediction, said before the step, and shown by what the callback measures."""
     peaks = {}
@@ -135,6 +138,7 @@ def test_a_budget_is_held_in_a_trainer(tmp_path, by, caplog):
     assert ("gradients add up" if costs.accumulated else "goes through the network") in str(costs)
 
 
+@pytest.mark.slow
 def test_the_strategy_takes_a_budget_and_another_fit_another(tmp_path):
     module = Steps()
     strategy = DA3Strategy("a", 2, config=CONFIG, budget="2GiB")
@@ -159,6 +163,7 @@ def test_manual_optimization_accumulates_by_itself(tmp_path):
         fit(tmp_path, Microbatches(2), "accumulate", module=Manual())
 
 
+@pytest.mark.slow
 def test_a_domain_goes_from_one_budget_to_another(tmp_path):
     module, _ = fit(tmp_path, Microbatches(2))
     module.net.budget_policy.hold(MemoryConfig(budget="1GiB"))

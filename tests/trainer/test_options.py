@@ -8,6 +8,7 @@ import torch
 from helpers.doors import DOORS, EITHER, Watched, through
 from helpers.lit import CONFIG, KINDS, Lit, data, lit
 from helpers.lit import parameters as domain_parameters
+from helpers.marks import others_by_hand
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
@@ -18,6 +19,7 @@ from lightning_da3 import DA3Config, GateConfig, MemoryConfig
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("door", EITHER)
 @pytest.mark.parametrize("made", KINDS)
+@pytest.mark.slow
 def test_precisions(tmp_path, door, precision, made):
     module = lit(made)
     saver = ModelCheckpoint(dirpath=tmp_path)
@@ -99,6 +101,7 @@ def test_the_tuner_finds_a_learning_rate_and_leaves_the_domain_as_it_was(tmp_pat
 
 
 @pytest.mark.parametrize("door", EITHER)
+@pytest.mark.slow
 def test_the_tuner_scales_the_batch_size(tmp_path, door):
     class Sized(Lit):
         batch_size = 1
@@ -114,14 +117,8 @@ def test_the_tuner_scales_the_batch_size(tmp_path, door):
     assert trainer.global_step == 2 * -(-12 // size)
 
 
-@pytest.mark.parametrize("door", EITHER)
-@pytest.mark.parametrize(
-    "backend",
-    [
-        pytest.param("eager", marks=pytest.mark.slow),
-        pytest.param("aot_eager", marks=pytest.mark.exhaustive),
-    ],
-)
+@pytest.mark.parametrize("door", others_by_hand(EITHER, EITHER[0]))
+@pytest.mark.parametrize("backend", others_by_hand(["eager", "aot_eager"], "eager"))
 @pytest.mark.parametrize("gate", [None, GateConfig(noise=False)], ids=["plain", "gated"])
 def test_a_compiled_module_trains_the_same(tmp_path, door, backend, gate):
     memory = MemoryConfig(exact=True)  # codes' last digits differ, and Adam makes much of them

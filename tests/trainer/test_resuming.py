@@ -6,6 +6,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from helpers.marks import others_slow
 from helpers.sequences import (
     Data,
     DeathError,
@@ -75,7 +76,7 @@ def total_batches(way, folder):
     return len(counted)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", others_slow(WAYS, "epochs of one step", "batch sampler"))
 def test_a_run_that_died_often_ends_with_the_same_bits(tmp_path, way):
     total = total_batches(way, tmp_path / "whole")
     deaths = 0
@@ -93,12 +94,13 @@ def test_a_run_that_died_often_ends_with_the_same_bits(tmp_path, way):
     assert not [name for name in left if name.endswith((".ckpt", ".tmp"))]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "way",
     [
-        pytest.param("stopped early", marks=pytest.mark.slow),
-        pytest.param("by steps, validated", marks=pytest.mark.exhaustive),
-        pytest.param("validated in the epoch", marks=pytest.mark.exhaustive),
+        "stopped early",
+        "by steps, validated",
+        "validated in the epoch",
     ],
 )
 def test_wherever_a_run_died_it_ends_with_the_same_bits(tmp_path, way):
@@ -111,6 +113,7 @@ def test_wherever_a_run_died_it_ends_with_the_same_bits(tmp_path, way):
         assert_same(weights(folder), weights(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_a_stop_costs_at_most_the_steps_between_two_saves(tmp_path):
     steps = []
 
@@ -124,6 +127,7 @@ def test_a_stop_costs_at_most_the_steps_between_two_saves(tmp_path):
     assert steps[:3] == [2, 3, 4]  # of the first domain's ten
 
 
+@pytest.mark.slow
 def test_workers_of_the_dataloader_give_the_same_bits(tmp_path):
     def tasks():
         return {"a": (2, loader(num_workers=1))}
@@ -135,6 +139,7 @@ def test_workers_of_the_dataloader_give_the_same_bits(tmp_path):
     assert_same(weights(tmp_path / "died"), weights(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_samplers_is_refused(tmp_path):
     with pytest.raises(DeathError):
         learn(tmp_path, tasks=lambda: {"a": (2, own_generator())}, after=3)

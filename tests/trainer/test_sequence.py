@@ -37,6 +37,7 @@ from lightning_da3 import (
 # --- what comes out
 
 
+@pytest.mark.slow
 def test_what_comes_out(tmp_path):
     tasks = {
         "a": DomainTask(2, loader(), class_names=["cat", "dog"]),
@@ -58,12 +59,14 @@ def test_what_comes_out(tmp_path):
     assert torch.equal(logits(again, "b"), logits(module, "b"))
 
 
+@pytest.mark.slow
 def test_a_domain_depends_on_no_other(tmp_path):
     learn(tmp_path / "both", max_epochs=1)
     learn(tmp_path / "one", tasks=lambda: {"b": (3, loader())}, max_epochs=1)
     assert_same({"b": weights(tmp_path / "both")["b"]}, weights(tmp_path / "one"))
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_loaded_and_not_touched(tmp_path):
     first = learn(tmp_path, max_epochs=1)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
@@ -79,6 +82,7 @@ def test_what_is_finished_is_loaded_and_not_touched(tmp_path):
     assert torch.equal(logits(more, "b"), logits(first, "b"))
 
 
+@pytest.mark.slow
 def test_a_network_made_late(tmp_path):
     class Late(Lit):
         def __init__(self):
@@ -149,6 +153,7 @@ def test_a_file_of_an_unfinished_domain_is_not_taken_for_a_finished_one(tmp_path
     assert saved.path.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_damage_is_named_and_nothing_is_overwritten(tmp_path):
     with pytest.raises(DeathError):
         learn(tmp_path, after=3)
@@ -172,6 +177,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, name):
 
 
 @pytest.mark.parametrize("content", [{}, [], {"state_dict": {}}, 3])
+@pytest.mark.slow
 def test_a_checkpoint_that_holds_nothing(tmp_path, content):
     torch.save(content, tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match=r"Cannot read the checkpoint .*Delete it"):
@@ -184,6 +190,7 @@ def test_a_domain_whose_name_differs_by_case_alone_is_not_learned_over(tmp_path)
         learn(tmp_path)
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_half_written_goes_when_its_domain_is_learned(tmp_path):
     left = [f".{name}.{'0' * 32}.tmp" for name in ("a.ckpt", "a.safetensors", "c.safetensors")]
     for name in left:
@@ -192,6 +199,7 @@ def test_what_a_killed_run_left_half_written_goes_when_its_domain_is_learned(tmp
     assert [path.name for path in tmp_path.glob(".*.tmp")] == left[2:]  # another's, and young
 
 
+@pytest.mark.slow
 def test_fast_dev_run_tries_every_domain_and_writes_nothing(tmp_path):
     module = learn(tmp_path, fast_dev_run=True)
     assert module.net.domains == ["a", "b"]
@@ -203,6 +211,7 @@ def test_fast_dev_run_tries_every_domain_and_writes_nothing(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_fast_dev_run_leaves_a_checkpoint_to_be_resumed(tmp_path):
     with pytest.raises(DeathError):
         learn(tmp_path, after=3)
@@ -211,6 +220,7 @@ def test_fast_dev_run_leaves_a_checkpoint_to_be_resumed(tmp_path):
     assert (tmp_path / "a.ckpt").read_bytes() == content
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_backbone_is_found_out_before_training(tmp_path):
     learn(tmp_path, tasks=lambda: {"a": (2, loader())}, max_epochs=1)
 
@@ -224,6 +234,7 @@ def test_a_folder_of_another_backbone_is_found_out_before_training(tmp_path):
     assert not (tmp_path / "b.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     with pytest.raises(DeathError):
         learn(tmp_path, after=3)

@@ -89,6 +89,7 @@ def test_a_wrong_backward_alone(monkeypatch):
     assert_relatively_close(got, expected, 1e-4)
 
 
+@pytest.mark.slow
 def test_what_no_module_can_mend_is_an_error(monkeypatch):
     own = rewriting.rewrite
 
@@ -116,6 +117,7 @@ def test_a_conversion_that_raises_where_the_network_does_not(monkeypatch):
         convert(Net(), CONFIG)
 
 
+@pytest.mark.slow
 def test_gradients_that_no_module_can_mend_are_an_error_that_names_the_exact_mode(monkeypatch):
     own = rewriting.rewrite
 
@@ -129,6 +131,7 @@ def test_gradients_that_no_module_can_mend_are_an_error_that_names_the_exact_mod
         convert(Net(), CONFIG)
 
 
+@pytest.mark.slow
 def test_a_conversion_that_refuses_some_inputs_is_taken_with_a_warning(monkeypatch):
     own = rewriting.rewrite
 

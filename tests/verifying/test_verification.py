@@ -78,6 +78,7 @@ def test_a_count_of_calls():
     assert not torch.allclose(first, second)
 
 
+@pytest.mark.slow
 def test_another_batch_shows_what_was_decided_once(monkeypatch):
     """A decision by the number of samples, that tracing took once and for all."""
 
@@ -208,6 +209,7 @@ def test_large_networks_are_compared_briefly(monkeypatch):
 
 
 @pytest.mark.usefixtures("_blind")
+@pytest.mark.slow
 def test_a_brief_difference_is_compared_again_thoroughly(monkeypatch):
     monkeypatch.setattr("lightning_da3.verifying.expected.THOROUGH_FLOPS", 1e3)
     with pytest.warns(ConversionWarning, match="eval, again"):
