@@ -47,17 +47,12 @@ def load_domains(given: argparse.Namespace, backbone: Backbone) -> list[Domain]:
     if given.protocol is not None:
         if given.data is None:
             raise InputError(f"--protocol {given.protocol} needs --data FOLDER with its images.")
-        found = load_protocol(given.protocol, given.data, backbone, given.domains or [])
+        found = load_protocol(given.protocol, given.data, backbone, given.domains)
     elif given.data is not None:
-        found = folders(given.data, backbone, given.image_size)
+        found = folders(given.data, backbone, given.image_size, given.domains)
     else:
-        found = packaged(backbone, given.image_size)
-    names = [domain.name for domain in found]
-    unknown = [name for name in given.domains or [] if name not in names]
-    if unknown:
-        raise InputError(f"--domains {' '.join(unknown)}: there are {', '.join(names)}.")
-    kept = [d for d in found if not given.domains or d.name in given.domains]
-    return [d.limited(given.train_images, given.test_images) for d in kept]
+        found = packaged(backbone, given.image_size, given.domains)
+    return [d.limited(given.train_images, given.test_images) for d in found]
 
 
 def settings_of(given: argparse.Namespace) -> dict[str, Any]:
@@ -85,8 +80,9 @@ def compare(given: argparse.Namespace) -> None:
         sizes = f"{len(domain.train_labels)} images to train, {len(domain.test_labels)} to test"
         say(f"{domain.name}: {len(domain.classes)} classes, {sizes}")
     for method in given.methods:
+        source = METHODS[method].learns_as
         rates = ", ".join(f"{rate:g}" for rate in METHODS[method].rates)
-        say(f"{method}: learning rates {METHODS[method].learns_as or rates}")
+        say(f"{method}: learning rates " + (f"of {source}" if source else rates))
     Comparison(
         backbone=backbone,
         source=(given.network, given.weights, given.image_size),
@@ -137,7 +133,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, help="folder of <domain>/{train,test}/<class>/<image>")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), help="of the images in --data")
-    parser.add_argument("--domains", nargs="+", help="some of them")
+    parser.add_argument("--domains", nargs="+", default=[], help="some of them")
     parser.add_argument("--network", default=LITE0, help="a name of torchvision or timm")
     parser.add_argument("--weights", type=Path, help="its state dict (.pth, .pt, .safetensors)")
     parser.add_argument("--image-size", **whole, help="default 128, or the protocol's")
@@ -172,6 +168,8 @@ def _completed(given: argparse.Namespace) -> argparse.Namespace:
     given.train_images = given.train_images or most
     given.test_images = given.test_images or most
     given.rates = 1 if given.smoke else given.rates
+    if given.smoke and given.data is None:
+        given.domains = given.domains or ["digits", "faces"]
     given.rounds = 2 if given.smoke else 9
     return given
 

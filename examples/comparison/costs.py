@@ -75,8 +75,7 @@ def measure(
         )
     paid = costs(steps, rounds)
     counts = {name: step_flops(step) for name, step in steps.items()}
-    steps.clear()
-    users = {name: _user(build(name), path, images) for name, path in states.items()}
+    users = {name: _user(steps[name].network, path, images) for name, path in states.items()}
     used = alternate(users, rounds)
     return {
         name: {

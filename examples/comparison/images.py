@@ -71,10 +71,19 @@ class Domain:
 # --- domains that come with packages --------------------------------------------------------------
 
 
-def packaged(backbone: Backbone, image_size: int) -> list[Domain]:
-    """Digits, textures and faces, as `datasets.py` makes them, normalised for the network."""
+def packaged(backbone: Backbone, image_size: int, wanted: Sequence[str] = ()) -> list[Domain]:
+    """Digits, textures and faces, as `datasets.py` makes them, normalised for the network.
+
+    Raises:
+        InputError: One that is wanted is none of them.
+    """
     from datasets import DOMAINS, load_domain
 
+    unknown = sorted({*wanted} - {*DOMAINS})
+    if unknown:
+        raise InputError(
+            f"No domain {listed(unknown)} comes with packages: there are {listed(DOMAINS)}."
+        )
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (backbone.mean, backbone.std))
 
     def normalised(data: TensorDataset) -> TensorDataset:
@@ -82,7 +91,7 @@ def packaged(backbone: Backbone, image_size: int) -> list[Domain]:
         return TensorDataset((images * 0.25 + 0.5 - mean) / std, labels)
 
     found = []
-    for name in DOMAINS:
+    for name in wanted or DOMAINS:
         data = load_domain(name, image_size)
         train, test = normalised(data.train), normalised(data.test)
         labels = train.tensors[1], test.tensors[1]
@@ -145,8 +154,10 @@ def read_image(path: Path) -> Image.Image:
         ) from error
 
 
-def folders(root: Path, backbone: Backbone, image_size: int) -> list[Domain]:
-    """Every domain of a folder: <domain>/{train,test}/<class>/<image>.
+def folders(
+    root: Path, backbone: Backbone, image_size: int, wanted: Sequence[str] = ()
+) -> list[Domain]:
+    """Every domain of a folder, or those wanted: <domain>/{train,test}/<class>/<image>.
 
     Images are resized by their short side and cropped at their middle.
 
@@ -155,7 +166,13 @@ def folders(root: Path, backbone: Backbone, image_size: int) -> list[Domain]:
     """
     if not root.is_dir():
         raise InputError(f"--data {root}: there is no such folder.")
-    found = [folder for folder in _folders_of(root) if (folder / "train").is_dir()]
+    found = [f for f in _folders_of(root) if (f / "train").is_dir() or (f / "test").is_dir()]
+    chosen = [folder for folder in found if not wanted or folder.name in wanted]
+    unknown = sorted({*wanted} - {folder.name for folder in found})
+    if found and unknown:
+        raise InputError(
+            f"{root} has no domain {listed(unknown)}: it has {listed(f.name for f in found)}."
+        )
     if not found:
         raise InputError(
             f"--data {root} holds no domain: images must lie in "
@@ -164,7 +181,7 @@ def folders(root: Path, backbone: Backbone, image_size: int) -> list[Domain]:
     fit = Compose(
         [Resize(image_size, InterpolationMode.BICUBIC, antialias=True), CenterCrop(image_size)]
     )
-    return [read_domain(folder, "test", fit, fit, backbone, image_size) for folder in found]
+    return [read_domain(folder, "test", fit, fit, backbone, image_size) for folder in chosen]
 
 
 def read_domain(

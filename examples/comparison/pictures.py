@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 OURS = "#c1272d"
 OTHERS = ("#1f4e79", "#2e8b57", "#8a6d3b", "#6a4c93", "#17879c", "#7f7f7f", "#b0632a", "#4c5b8a")
+TIME = "time"  # until the end of the curve
 LABEL_HEIGHT = 0.055  # of the axes
 
 
@@ -33,7 +34,7 @@ def plot_memory(rows: Sequence[Row]) -> Figure:
 
 def plot_time(rows: Sequence[Row]) -> Figure:
     """Mean accuracy after every epoch against the time of the steps until then."""
-    figure, axes = _axes(_finding(rows, "training s", "s of training"))
+    figure, axes = _axes(_finding(rows, TIME, "s of training"))
     points = {}
     for place, row in enumerate(rows):
         times, accuracies = zip(*row.curve, strict=True)
@@ -55,12 +56,19 @@ def _finding(rows: Sequence[Row], column: str, unit: str) -> str:
         best = max(rows, key=lambda row: row.mean)
         return f"{best.method} is the most accurate: {_said(best, column, unit)}"
     our = max(ours, key=lambda row: row.mean)
-    return f"{our.method}: {_said(our, column, unit)}, fine-tuning: {_said(tuned, column, unit)}"
+    times = _cost(tuned, column) / _cost(our, column)
+    return (
+        f"{our.method}: {_said(our, column, unit)}; fine-tuning: {_said(tuned, column, unit)}, "
+        f"{times:.1f}x as much"
+    )
 
 
 def _said(row: Row, column: str, unit: str) -> str:
-    x = row.curve[-1][0] if column == "training s" else row.values[column]
-    return f"{100 * row.mean:.1f} % at {x:.0f} {unit}"
+    return f"{100 * row.mean:.1f} % at {_cost(row, column):.0f} {unit}"
+
+
+def _cost(row: Row, column: str) -> float:
+    return row.curve[-1][0] if column == TIME else row.values[column]
 
 
 def _axes(title: str) -> tuple[Figure, Axes]:

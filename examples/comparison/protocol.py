@@ -30,7 +30,9 @@ from comparison.methods import METHODS
 from comparison.methods.plain import head_of
 from comparison.records import Key, Records, write_whole
 from comparison.training import Schedule, evaluate, learn, learn_on, ready
+from lightning_da3 import DA3Error
 
+LARGEST_LOSS = 1e9  # also of what is not finite
 VALIDATED = 0.25  # share of the training images by which rates are chosen
 
 
@@ -120,9 +122,13 @@ class Comparison:
 
     def _try(self, method: str, domain: Domain, rate: float) -> dict[str, Any]:
         part = domain.validating(VALIDATED)
-        learned = learn(METHODS[method], self.backbone, part, rate, 0, self.schedule)
+        try:
+            learned = learn(METHODS[method], self.backbone, part, rate, 0, self.schedule)
+        except DA3Error as error:  # of a loss that is not finite, above all
+            self.say(f"{method} does not learn {domain.name} at {rate:g}: {error}")
+            return {"accuracy": 0.0, "loss": LARGEST_LOSS}
         accuracy, loss = evaluate(learned.network, part.test)
-        return {"accuracy": accuracy, "loss": loss}
+        return {"accuracy": accuracy, "loss": loss if loss < LARGEST_LOSS else LARGEST_LOSS}
 
     def _learn(self, method: str, domain: Domain, seed: int) -> dict[str, Any]:
         rate = self.rate(method, domain.name)

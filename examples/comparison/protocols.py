@@ -6,6 +6,7 @@ ImageNet-to-Sketch as in Piggyback (Mallya et al. 2018), Visual Decathlon as in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +81,9 @@ PROTOCOLS = {
 }
 
 
-def load_protocol(name: str, root: Path, backbone: Backbone, wanted: list[str]) -> list[Domain]:
+def load_protocol(
+    name: str, root: Path, backbone: Backbone, wanted: Sequence[str] = ()
+) -> list[Domain]:
     """The domains of a protocol, all or those wanted, out of root/<domain>/{train,<test>}/<class>.
 
     Raises:
