@@ -19,7 +19,7 @@ from typing import Any
 
 from comparison.backbones import LITE0, Backbone, load_backbone
 from comparison.images import Domain, folders, packaged
-from comparison.input_errors import InputError
+from comparison.input_errors import InputError, check_installed
 from comparison.methods import BIASES, DA3, METHODS, PROBE, TUNED, UNGATED
 from comparison.protocol import Comparison
 from comparison.protocols import PROTOCOLS, load_protocol
@@ -28,6 +28,8 @@ from comparison.report import log_to_wandb, write_report
 from comparison.tables import as_text, processor_of, rates_text, rows_of
 from comparison.training import Schedule
 from learning import silence_lightning
+
+from lightning_da3 import DA3Error
 
 START = time.perf_counter()
 QUICK = [TUNED, "checkpointing", PROBE, BIASES, "parallel adapters", "TinyTL", DA3, UNGATED]
@@ -73,6 +75,9 @@ def settings_of(given: argparse.Namespace) -> dict[str, Any]:
 
 def compare(given: argparse.Namespace) -> None:
     """Loads, learns what is not finished, and reports."""
+    check_installed(filter(None, (METHODS[method].package for method in given.methods)), "compare")
+    check_installed(["wandb"] if given.wandb else [], "wandb")
+    check_installed(["matplotlib"], "plot")
     records = Records(given.output / "finished.jsonl", settings_of(given), fresh=given.fresh)
     backbone = load_backbone(given.network, given.weights, given.image_size)
     domains = load_domains(given, backbone)
@@ -188,7 +193,7 @@ def main() -> int:
         given = parse()
         output = given.output
         compare(given)
-    except InputError as error:
+    except (InputError, DA3Error) as error:
         print(f"compare.py: {error}", flush=True)
         return 2
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns the first into the second

@@ -75,7 +75,7 @@ def measure(
         )
     paid = costs(steps, rounds)
     counts = {name: step_flops(step) for name, step in steps.items()}
-    users = {name: _user(steps[name].network, path, images) for name, path in states.items()}
+    users = {name: _user(name, steps[name].network, path, images) for name, path in states.items()}
     used = alternate(users, rounds)
     return {
         name: {
@@ -89,11 +89,11 @@ def measure(
     }
 
 
-def _user(network: nn.Module, path: Path | None, images: Tensor) -> Any:
+def _user(name: str, network: nn.Module, path: Path | None, images: Tensor) -> Any:
     """Runs the network as it is used, once a call."""
     if path is not None and path.exists():
         network.load_state_dict(torch.load(path, weights_only=True), strict=False)
-    ready(network)
+    network = METHODS[name].merge(ready(network))
 
     @torch.no_grad()
     def use() -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from comparison.backbones import Backbone
-from comparison.input_errors import InputError, listed
+from comparison.input_errors import InputError, check_installed, listed
 from comparison.sampling import at_most, split
 
 MOST_KEPT_BYTES = 2**30  # decoded images of one part of a domain that are kept in memory
@@ -77,6 +77,7 @@ def packaged(backbone: Backbone, image_size: int, wanted: Sequence[str] = ()) ->
     Raises:
         InputError: One that is wanted is none of them.
     """
+    check_installed(("sklearn", "skimage", "matplotlib"), "examples")
     from datasets import DOMAINS, load_domain
 
     unknown = sorted({*wanted} - {*DOMAINS})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 
 class InputError(Exception):
@@ -14,3 +15,13 @@ def listed(names: Iterable[object], most: int = 5) -> str:
     names = [str(name) for name in names]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def check_installed(packages: Iterable[str], extra: str) -> None:
+    """Raises if one of these packages of an extra is missing, before anything is done."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"{listed(missing)} must be installed for what was asked: "
+            f"pip install 'lightning-da3[{extra}]'."
+        )

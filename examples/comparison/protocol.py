@@ -106,7 +106,8 @@ class Comparison:
                     key = ("learn", method, domain.name, str(seed))
                     yield key, lambda m=method, d=domain, s=seed: self._learn(m, d, s)
             if len(self.domains) > 1:
-                yield ("forget", method), lambda m=method: self._forget(m)
+                names = ", ".join(domain.name for domain in self.domains)
+                yield ("forget", method, names), lambda m=method: self._forget(m)
 
     def _finished(self, key: Key) -> bool:
         is_there = key[0] != "learn" or self.state_path(*key[1:]).exists()
@@ -192,8 +193,7 @@ class Comparison:
     # --- states -----------------------------------------------------------------------------------
 
     def state_path(self, method: str, domain: str, seed: str) -> Path:
-        name = f"{method}-{domain}-{seed}.pt".replace(" ", "_")
-        return self.folder / "states" / name
+        return self.folder / "states" / method / domain / f"{seed}.pt"
 
     def _write(self, state: dict[str, Tensor], path: Path) -> None:
         content = io.BytesIO()

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comparison.input_errors import InputError
 from comparison.pictures import plot_memory, plot_time
 from comparison.records import write_whole
 from comparison.tables import FORMATS, Row, as_csv, as_markdown, cells, rates_text
@@ -93,18 +92,9 @@ def _page(title: str, about: str, rows: Sequence[Row], pictures: dict[str, bytes
 def log_to_wandb(
     folder: Path, title: str, settings: dict[str, Any], rows: Sequence[Row], paths: dict[str, Path]
 ) -> None:
-    """One run: settings, the table, the pictures, and the figures of every method as summary.
+    """One run: settings, the table, the pictures, and the figures of every method as summary."""
+    import wandb
 
-    Raises:
-        InputError: wandb is not installed.
-    """
-    try:
-        import wandb
-    except ImportError:
-        raise InputError(
-            "--wandb needs wandb, which is not installed: pip install 'lightning-da3[wandb]'. "
-            f"The results are in {folder}."
-        ) from None
     run = wandb.init(project="lightning-da3", name=title, dir=folder, config=settings)
     header, lines = cells(rows)
     run.log(

@@ -86,7 +86,7 @@ def _row(records: Records, method: str, domains: Sequence[str]) -> Row | None:
         "stored parameters": statistics.mean(f["stored_parameters"] for f in firsts),
         "stored MiB": statistics.mean(f["stored_bytes"] for f in firsts) / MIB,
     }
-    forgotten, paid = records.get("forget", source), records.get("cost", method)
+    forgotten, paid = records.get("forget", source, ", ".join(domains)), records.get("cost", method)
     if forgotten is not None:
         values["forgetting, points"] = 100 * forgotten["forgetting"]
     if paid is not None:

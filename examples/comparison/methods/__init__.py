@@ -12,7 +12,7 @@ from torch import nn
 
 from comparison.methods import da3, piggyback
 from comparison.methods.checkpointing import checkpointing
-from comparison.methods.lora import lora
+from comparison.methods.lora import lora, merged
 from comparison.methods.plain import biases_only, fine_tuning, linear_probe
 from comparison.methods.residual_adapters import parallel_adapters, series_adapters
 from comparison.methods.tinytl import tinytl
@@ -47,6 +47,8 @@ class Method:
             those before.
         learns_as: The method that learns the same to the bit: only costs are measured anew.
         stored_as_bits: End of the names of what a domain stores as one bit a value.
+        merge: What one does with a network that is used only, not trained.
+        package: What must be installed for it.
     """
 
     build: Callable[[nn.Module], nn.Module]
@@ -56,6 +58,8 @@ class Method:
     overwrites: bool = False
     learns_as: str | None = None
     stored_as_bits: str | None = None
+    merge: Callable[[nn.Module], nn.Module] = nn.Module.eval
+    package: str | None = None
 
 
 TUNED, PROBE, BIASES, DA3 = "fine-tuning", "linear probe", "biases only", "DA3"
@@ -70,10 +74,14 @@ METHODS: dict[str, Method] = {
     "series adapters": Method(series_adapters, (1e-2, 3e-2, 1e-1), sgd),
     "parallel adapters": Method(parallel_adapters, (1e-2, 3e-2, 1e-1), sgd),
     "Piggyback": Method(
-        piggyback.piggyback, (1e-4, 3e-4, 1e-3), piggyback.optimizer, stored_as_bits=".mask"
+        piggyback.piggyback,
+        (1e-4, 3e-4, 1e-3),
+        piggyback.optimizer,
+        stored_as_bits=".mask",
+        merge=piggyback.masked,
     ),
     "TinyTL": Method(tinytl, MIDDLE, adam),
-    "LoRA": Method(lora, MIDDLE),
+    "LoRA": Method(lora, MIDDLE, merge=merged, package="peft"),
     DA3: Method(da3.default, MIDDLE, callbacks=partial(da3.callbacks, da3.DEFAULT)),
     UNGATED: Method(da3.without_gates, MIDDLE, callbacks=partial(da3.callbacks, da3.WITHOUT_GATES)),
     EXACT: Method(da3.exact, MIDDLE, callbacks=partial(da3.callbacks, da3.EXACT)),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from comparison.input_errors import InputError
 from comparison.methods.plain import head_of, linear_probe
 
 RANK = 8
@@ -18,13 +17,8 @@ RANK = 8
 
 def lora(network: nn.Module) -> nn.Module:
     """Updates of rank 8, scaled by 1, and the head train."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise InputError(
-            "LoRA needs peft, which is not installed: pip install 'lightning-da3[compare]', or "
-            "leave it out with --methods."
-        ) from None
+    from peft import LoraConfig, inject_adapter_in_model
+
     linear_probe(network)
     head, _ = head_of(network)
     hosts = [
@@ -37,3 +31,11 @@ def lora(network: nn.Module) -> nn.Module:
     adapted: nn.Module = inject_adapter_in_model(config, network)
     head_of(adapted)[1].requires_grad_(True)
     return adapted.eval()
+
+
+def merged(network: nn.Module) -> nn.Module:
+    """With every update added to its weight, as one uses what was learned."""
+    for module in list(network.modules()):
+        if hasattr(module, "lora_A"):
+            module.merge()
+    return network

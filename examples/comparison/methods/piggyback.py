@@ -41,6 +41,14 @@ def piggyback(network: nn.Module) -> nn.Module:
     return network
 
 
+def masked(network: nn.Module) -> nn.Module:
+    """With the masks applied for good, as one uses what was learned."""
+    for module in list(network.modules()):
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight")
+    return network
+
+
 def optimizer(network: nn.Module, rate: float) -> torch.optim.Optimizer:
     """Adam, with a higher rate for what is not a mask."""
     trained = {n: p for n, p in network.named_parameters() if p.requires_grad}

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 import time
 
 import pytest
@@ -59,6 +60,25 @@ def test_bad_input_is_a_sentence_and_exit_code_2(monkeypatch, capsys, tmp_path, 
     assert printed.startswith("compare.py: ")
     assert words in printed
     assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "extra"),
+    [
+        ("peft", ["--methods", "LoRA"], "compare"),
+        ("wandb", ["--wandb"], "wandb"),
+        ("matplotlib", [], "plot"),
+    ],
+)
+def test_a_missing_package_is_known_before_anything_is_learned(
+    monkeypatch, capsys, tmp_path, package, arguments, extra
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    code, printed = main(monkeypatch, capsys, *arguments, "--output", tmp_path / "out")
+    assert code == 2
+    assert f"{package} must be installed" in printed
+    assert f"pip install 'lightning-da3[{extra}]'" in printed
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "x", "1.5"])

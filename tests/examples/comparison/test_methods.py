@@ -262,12 +262,20 @@ def test_lora_by_its_formula():
     assert not any(m.training for m in network.modules() if isinstance(m, BN))
 
 
-def test_lora_without_peft(monkeypatch):
-    from comparison.input_errors import InputError
-
-    monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    with pytest.raises(InputError, match=r"pip install 'lightning-da3\[compare\]'"):
-        methods()["LoRA"].build(small_net())
+@pytest.mark.parametrize("name", ["LoRA", "Piggyback"])
+def test_what_is_merged_computes_the_same_without_what_trained(name):
+    network = built(name)
+    images, _ = small_batch()
+    randomise_([p for n, p in network.named_parameters() if "lora_" in n])
+    for n, p in network.named_parameters():
+        if n.endswith(".mask"):
+            p.data[::2] = 0
+    before = network.eval()(images)
+    count = sum(1 for _ in network.named_parameters())
+    merged = methods()[name].merge(network)
+    torch.testing.assert_close(merged(images), before, atol=1e-4, rtol=1e-4)
+    if name == "Piggyback":
+        assert sum(1 for _ in merged.named_parameters()) < count
 
 
 def test_checkpointing_learns_what_fine_tuning_learns_and_keeps_less():

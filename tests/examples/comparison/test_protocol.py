@@ -61,7 +61,7 @@ def test_every_stage_of_every_method(tmp_path):
     learns = METHODS[:1] + METHODS[2:]  # checkpointing learns what fine-tuning learns
     assert len(keys(comparison, "rate")) == len(learns) * 2 * 2
     assert len(keys(comparison, "learn")) == len(learns) * 2 * 2
-    assert keys(comparison, "forget") == [("forget", m) for m in learns]
+    assert keys(comparison, "forget") == [("forget", m, "a, b") for m in learns]
     assert keys(comparison, "cost") == [("cost", m) for m in METHODS]
     learned = comparison.records["learn", "linear probe", "a", "0"]
     assert learned["stored_parameters"] == 16 * 2 + 2
@@ -201,7 +201,7 @@ def test_fine_tuning_in_a_row_goes_on_from_the_network_of_the_domain_before(tmp_
 def test_states_put_back_forget_nothing(tmp_path):
     comparison = prepared(tmp_path, ["biases only"], rates=1, epochs=1)
     comparison.run()
-    kept = comparison.records["forget", "biases only"]
+    kept = comparison.records["forget", "biases only", "a, b"]
     assert kept == {"forgetting": 0.0, "by_domain": {"a": 0.0}}
 
 
