@@ -34,6 +34,6 @@ def biases_only(network: nn.Module) -> nn.Module:
     """The biases that the network has, those of norms included, and the head train."""
     linear_probe(network)
     for name, parameter in network.named_parameters():
-        if name.rpartition(".")[2] == "bias":
+        if name.endswith("bias"):
             parameter.requires_grad_(True)
     return network

@@ -119,6 +119,14 @@ def test_biases_and_the_head_train_and_statistics_stay():
         assert torch.equal(network.get_buffer(name), buffer)
 
 
+def test_biases_of_attention_train_too():
+    from comparison.methods.plain import biases_only
+
+    network = nn.Sequential(nn.MultiheadAttention(4, 2), nn.LayerNorm(4), nn.Linear(4, 2))
+    biases = {"0.in_proj_bias", "0.out_proj.bias", "1.bias"}
+    assert trained(biases_only(network)) == biases | {"2.weight", "2.bias"}
+
+
 def test_series_adapters_by_their_formula():
     network = built("series adapters")
     images, _ = small_batch()
