@@ -82,10 +82,17 @@ def _shapes(network: nn.Module) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
                 found[name] = (block, inputs[0], y)
 
         hooks.append(block.register_forward_hook(hook))
-    with torch.no_grad():
-        network(torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE))
-    for handle in hooks:
-        handle.remove()
+    try:
+        with torch.no_grad():
+            network(torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"TinyTL finds the shapes of blocks out with an image of {PROBE_SIZE}x{PROBE_SIZE}, "
+            "which this network does not take: leave this method out with --methods."
+        ) from error
+    finally:
+        for handle in hooks:
+            handle.remove()
     if not found:
         raise InputError(
             "TinyTL's modules stand beside blocks of convolutions, of which this network has none "

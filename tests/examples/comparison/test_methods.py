@@ -151,6 +151,7 @@ def test_series_adapters_by_their_formula():
         (5, 2, 2, 1),
         (3, 1, 2, 2),
         (4, 4, 0, 1),
+        (2, 1, 0, 1),
         (7, 2, 3, 1),
     ],
 )
@@ -184,6 +185,21 @@ def test_residual_adapters_need_a_spatial_convolution():
 
     with pytest.raises(InputError, match="none: leave these methods out"):
         methods()["series adapters"].build(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)))
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 64), nn.Flatten(), nn.Linear(4, 2)), "none in a row"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), "which this network does not take"),
+    ],
+)
+def test_tinytl_needs_blocks_and_an_image_that_fits(network, words):
+    from comparison.input_errors import InputError
+
+    with pytest.raises(InputError, match=f"{words}: leave this method out with --methods"):
+        methods()["TinyTL"].build(network)
+    assert not any(module._forward_hooks for module in network.modules())
 
 
 def test_piggyback_by_its_formula():
