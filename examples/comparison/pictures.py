@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from comparison.methods import DA3, TUNED, UNGATED
+from comparison.methods import DA3, METHODS, TUNED, UNGATED
 from comparison.tables import Row
 from lightning_da3.plotting.figure import new_figure
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OURS = "#c1272d"
-OTHERS = ("#1f4e79", "#2e8b57", "#8a6d3b", "#6a4c93", "#17879c", "#7f7f7f", "#b0632a", "#4c5b8a")
+PALETTE = "#1f4e79 #7f7f7f #2e8b57 #8a6d3b #6a4c93 #17879c #b0632a #c2a500 #d16ba5".split()
+OTHERS = dict(zip((name for name in METHODS if not name.startswith(DA3)), itertools.cycle(PALETTE)))
 TIME = "time"  # until the end of the curve
 LABEL_HEIGHT = 0.055  # of the axes
 
@@ -23,9 +25,9 @@ def plot_memory(rows: Sequence[Row]) -> Figure:
     """Mean accuracy against the peak of a step; up and left is better."""
     figure, axes = _axes(_finding(rows, "peak MiB", "MiB"))
     points = {}
-    for place, row in enumerate(rows):
+    for row in rows:
         x, y = row.values["peak MiB"], 100 * row.mean
-        axes.plot([x], [y], "o", markersize=9, color=_colour(row, place), clip_on=False)
+        axes.plot([x], [y], "o", markersize=9, color=_colour(row), clip_on=False)
         points[row.method] = (x, y)
     axes.set_xlabel("peak memory of a training step above the resting model, MiB")
     _finish(axes, rows, points)
@@ -36,9 +38,9 @@ def plot_time(rows: Sequence[Row]) -> Figure:
     """Mean accuracy after every epoch against the time of the steps until then."""
     figure, axes = _axes(_finding(rows, TIME, "s of training"))
     points = {}
-    for place, row in enumerate(rows):
+    for row in rows:
         times, accuracies = zip(*row.curve, strict=True)
-        colour = _colour(row, place)
+        colour = _colour(row)
         percents = [100 * accuracy for accuracy in accuracies]
         axes.plot(times, percents, "-", color=colour, linewidth=2.2 if _ours(row) else 1.3)
         axes.plot(times[-1:], percents[-1:], "o", markersize=8, color=colour, clip_on=False)
@@ -88,11 +90,10 @@ def _finish(axes: Axes, rows: Sequence[Row], points: dict[str, tuple[float, floa
     low = max(0.0, low - 0.03 * (high - low))
     high = min(100.5, high)
     axes.set_ylim(low, high)
-    order = sorted(range(len(rows)), key=lambda place: points[rows[place].method][1])
-    wanted = [(points[rows[place].method][1] - low) / (high - low) for place in order]
-    for place, height in zip(order, apart(wanted, LABEL_HEIGHT), strict=True):
-        row = rows[place]
-        colour = _colour(row, place)
+    ordered = sorted(rows, key=lambda row: points[row.method][1])
+    wanted = [(points[row.method][1] - low) / (high - low) for row in ordered]
+    for row, height in zip(ordered, apart(wanted, LABEL_HEIGHT), strict=True):
+        colour = _colour(row)
         axes.annotate(
             row.method,
             points[row.method],
@@ -122,5 +123,6 @@ def _ours(row: Row) -> bool:
     return row.method.startswith(DA3)
 
 
-def _colour(row: Row, place: int) -> str:
-    return OURS if _ours(row) else OTHERS[place % len(OTHERS)]
+def _colour(row: Row) -> str:
+    """The same of a method in every picture."""
+    return OTHERS.get(row.method, OURS)
