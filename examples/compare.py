@@ -86,7 +86,7 @@ def compare(given: argparse.Namespace) -> None:
         say(f"{domain.name}: {len(domain.classes)} classes, {sizes}")
     for method in given.methods:
         source = METHODS[method].learns_as
-        rates = ", ".join(f"{rate:g}" for rate in METHODS[method].rates)
+        rates = ", ".join(f"{rate:g}" for rate in METHODS[method].grid(given.rates))
         say(f"{method}: learning rates " + (f"of {source}" if source else rates))
     Comparison(
         backbone=backbone,

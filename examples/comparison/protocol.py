@@ -89,9 +89,7 @@ class Comparison:
         return max(tried, key=lambda rate: (tried[rate]["accuracy"], -tried[rate]["loss"]))
 
     def _grid(self, method: str) -> Sequence[float]:
-        rates = METHODS[method].rates
-        spare = len(rates) - self.most_rates
-        return rates if spare <= 0 else rates[spare // 2 : spare // 2 + self.most_rates]
+        return METHODS[method].grid(self.most_rates)
 
     def _work(self) -> Iterator[tuple[Key, Callable[[], dict[str, Any]]]]:
         """Every piece of work: its key, and what does it."""

@@ -24,6 +24,7 @@ class Row:
         accuracy: By domain, one a seed.
         values: Figures by their column's name.
         rates: The learning rate that was chosen, by domain.
+        grid: The rates that were tried.
         curve: (seconds of training, mean accuracy) after every epoch, over all domains and seeds;
             the time is that of the steps.
     """
@@ -32,6 +33,7 @@ class Row:
     accuracy: dict[str, list[float]]
     values: dict[str, float]
     rates: dict[str, float]
+    grid: Sequence[float]
     curve: list[tuple[float, float]] = field(default_factory=list)
 
     @property
@@ -102,6 +104,7 @@ def _row(records: Records, method: str, domains: Sequence[str]) -> Row | None:
         {d: [f["accuracy"] for f in found] for d, found in learned.items()},
         values,
         {d: found[0]["rate"] for d, found in learned.items()},
+        METHODS[source].grid(records.settings.get("rates")),
     )
     if paid is not None:
         curves = [f["curve"] for found in learned.values() for f in found]
@@ -179,7 +182,7 @@ def rates_text(rows: Sequence[Row]) -> str:
     """The learning rates that were chosen; those at the end of their grid are marked."""
     lines = []
     for row in rows:
-        grid = METHODS[row.method].rates
+        grid = row.grid
         chosen = [
             f"{d} {rate:g}{'*' if rate in (grid[0], grid[-1]) else ''}"
             for d, rate in row.rates.items()

@@ -61,6 +61,11 @@ class Method:
     merge: Callable[[nn.Module], nn.Module] = nn.Module.eval
     package: str | None = None
 
+    def grid(self, most: int | None) -> Sequence[float]:
+        """So many of the rates at most, from the middle of them; None: all."""
+        spare = 0 if most is None else max(0, len(self.rates) - most)
+        return self.rates[spare // 2 : len(self.rates) - (spare - spare // 2)]
+
 
 TUNED, PROBE, BIASES, DA3 = "fine-tuning", "linear probe", "biases only", "DA3"
 UNGATED, EXACT = "DA3 no gates", "DA3 exact"

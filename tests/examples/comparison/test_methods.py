@@ -82,6 +82,9 @@ def test_rates_ascend_and_the_method_says_what_it_is(name):
     method = methods()[name]
     assert list(method.rates) == sorted(set(method.rates))
     assert len(method.rates) >= 3
+    assert list(method.grid(1)) == [method.rates[1]]
+    assert list(method.grid(2)) == list(method.rates[:2])
+    assert method.grid(3) == method.grid(9) == method.grid(None) == method.rates
     assert method.learns_as in (None, *methods())
 
 

@@ -120,6 +120,8 @@ def test_rates_at_an_end_of_their_grid_are_marked(rows):
     lines = dict(line.split(" (of ") for line in rates_text(rows).splitlines())
     assert "a 0.001, b 0.001" in lines["fine-tuning"]
     assert "a 0.001*, b 0.001*" in lines["DA3"]
+    rows[0].grid = [1e-3]  # with --rates 1
+    assert rates_text(rows).startswith("fine-tuning (of 0.001): a 0.001*")
 
 
 def test_pictures_say_the_finding_on_linear_axes(rows):
