@@ -22,6 +22,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from comparison.methods.checkpointing import checkpoint_blocks
+from comparison.methods.plain import biases_only, linear_probe
 from measure import (
     CLASSES,
     FORMATS,
@@ -35,7 +37,6 @@ from measure import (
     with_domain,
 )
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lightning_da3 import DA3Config, DA3Model, MemoryConfig
 from lightning_da3.nn.adapter import Adapter
@@ -64,50 +65,9 @@ ASKED = {
 # --- the contestants ------------------------------------------------------------------------------
 
 
-def _head(network: nn.Module) -> nn.Module:
-    """The classifier: the last layer with weights."""
-    return [m for m in network.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
-
-
-def linear_probe(network: nn.Module) -> nn.Module:
-    network.eval().requires_grad_(False)
-    _head(network).requires_grad_(True)
-    return network
-
-
-def bias_only(network: nn.Module) -> nn.Module:
-    linear_probe(network)
-    for name, parameter in network.named_parameters():
-        if name.endswith("bias"):
-            parameter.requires_grad_(True)
-    return network
-
-
-class Checkpointed(nn.Module):
-    """A block that keeps its input and runs again in the backward."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, x: Tensor) -> Tensor:
-        again: Tensor = checkpoint(self.block, x, use_reentrant=False, preserve_rng_state=False)
-        return again
-
-
 def checkpointed(network: nn.Module) -> nn.Module:
     """Biases only, with checkpoints around the blocks that stand in rows in the network."""
-    _checkpoint_(bias_only(network))
-    return network
-
-
-def _checkpoint_(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        is_block = type(module) is nn.Sequential and any(child.children())
-        if is_block and type(child) is not nn.Sequential:
-            setattr(module, name, Checkpointed(child))
-        else:
-            _checkpoint_(child)
+    return checkpoint_blocks(biases_only(network))
 
 
 def da3_exact(network: nn.Module) -> nn.Module:
@@ -127,10 +87,10 @@ TUNED, BIASES, DA3 = "fine-tuning", "bias-only", "DA3"
 COMPILED = ("bias-only, compiled", "DA3 compiled")
 CONTESTANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     TUNED: nn.Module.train,
-    BIASES: bias_only,
+    BIASES: biases_only,
     "linear probe": linear_probe,
     "checkpointing": checkpointed,
-    COMPILED[0]: compiled(bias_only),
+    COMPILED[0]: compiled(biases_only),
     DA3: with_domain,
     "DA3 exact": da3_exact,
     COMPILED[1]: compiled(with_domain),

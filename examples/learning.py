@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,23 @@ from torchmetrics.functional import accuracy
 BATCH_SIZE = 32
 
 
-class Classifier(L.LightningModule):
-    """Trains a network with AdamW under a one-cycle schedule."""
+def adamw(network: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-4)
 
-    def __init__(self, network: nn.Module, learning_rate: float) -> None:
+
+class Classifier(L.LightningModule):
+    """Trains a network, by default with AdamW, under a one-cycle schedule."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        learning_rate: float,
+        optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] = adamw,
+    ) -> None:
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last)
         self.learning_rate = learning_rate
+        self.optimizer = optimizer
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images.contiguous(memory_format=torch.channels_last))
@@ -44,10 +54,10 @@ class Classifier(L.LightningModule):
         self.log("test_accuracy", right, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=1e-4)
+        optimizer = self.optimizer(self.network, self.learning_rate)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
-            max_lr=self.learning_rate,
+            max_lr=[group["lr"] for group in optimizer.param_groups],
             total_steps=int(self.trainer.estimated_stepping_batches),
             pct_start=0.1,
         )
@@ -68,8 +78,12 @@ def fit(
     most_batches: int | None,
     loggers: Sequence[Logger],
     callbacks: Sequence[L.Callback] = (),
+    batch_size: int = BATCH_SIZE,
+    *,
+    bar: bool = True,
 ) -> None:
     """One Lightning Trainer for one domain; Ctrl-C ends the program, as it should."""
+    batch_size = min(batch_size, len(data.train))
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -77,14 +91,15 @@ def fit(
         limit_val_batches=most_batches,
         log_every_n_steps=1000,  # the epoch's figures are enough
         logger=list(loggers),
-        callbacks=[Bar(refresh_rate=10), *callbacks],
+        callbacks=[*([Bar(refresh_rate=10)] if bar else []), *callbacks],
+        enable_progress_bar=bar,
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_model_summary=False,
     )
     trainer.fit(
         module,
-        DataLoader(data.train, batch_size=BATCH_SIZE, shuffle=True, drop_last=True),
+        DataLoader(data.train, batch_size=batch_size, shuffle=True, drop_last=True),
         DataLoader(data.test, batch_size=256),
     )
     if trainer.interrupted:  # Lightning exits by itself, but did not always

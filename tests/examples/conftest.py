@@ -6,7 +6,7 @@ import pytest
 from helpers.examples import EXAMPLES
 
 EXTRAS = ("torchvision", "sklearn", "skimage", "matplotlib", "PIL")
-collect_ignore_glob = [] if all(map(find_spec, EXTRAS)) else ["test_*.py"]
+collect_ignore_glob = [] if all(map(find_spec, EXTRAS)) else ["test_*.py", "*/test_*.py"]
 
 
 @pytest.fixture(autouse=True)
