@@ -18,7 +18,7 @@ ORDER = (
 DOORS = {
     "lightning": ("trainer",),
     "wandb": ("trainer",),
-    "matplotlib": ("plotting", "trainer"),
+    "matplotlib": ("plotting", "metrics", "trainer"),
     "torchmetrics": ("metrics",),
     "torchvision": ("cli",),
     "timm": ("cli",),

@@ -19,6 +19,7 @@ from lightning_da3 import (
     MemoryConfig,
 )
 from lightning_da3.budget.microbatches import Microbatches
+from lightning_da3.metrics import AccuracyMatrix, DecathlonScore
 
 # nothing random, nothing rounded, and a budget that weighs as much as the loss
 BUDGET = DA3Config(
@@ -138,6 +139,30 @@ def saves_the_best(folder, strategy):
     fitter = trainer(folder, strategy, callbacks=[DA3Callback("a", 2, CONFIG, **how)], max_epochs=3)
     fitter.fit(Scored(), data())
     save(fitter, folder, "learned", {})
+
+
+def metrics_add_up(folder, strategy):
+    """Rank zero is right about all of its samples, rank one about none."""
+
+    class Scored(Lit):
+        def __init__(self):
+            super().__init__()
+            self.score, self.matrix = DecathlonScore({"a": 0.5}), AccuracyMatrix(["a", "b"])
+
+        def test_step(self, batch, batch_idx):
+            target = batch[1]
+            preds = target + self.global_rank
+            self.score.update("a", preds, target)
+            self.matrix.update("a", "a", preds, target)
+            self.log("score", self.score)
+
+        def on_test_epoch_end(self):
+            self.found = {"matrix": self.matrix.compute(), "mean": self.matrix.average_accuracy()}
+
+    module = Scored()
+    fitter = trainer(folder, strategy, callbacks=[])
+    (logged,) = fitter.test(module, data(), verbose=False)
+    save(fitter, folder, "learned", {"score": logged["score"], **module.found})
 
 
 def monitors_nothing(folder, strategy):

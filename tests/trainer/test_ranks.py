@@ -87,6 +87,12 @@ def test_rank_zero_saves_the_best_epoch(tmp_path, strategy):
     assert [path.name for path in tmp_path.glob("a.*")] == ["a.safetensors"]
 
 
+def test_metrics_add_up_over_ranks(tmp_path):
+    learned = succeeds("metrics_add_up", tmp_path, "ddp")
+    assert learned["score"] == pytest.approx(250)  # half of the samples are right
+    assert learned["matrix"][0, 0] == learned["mean"] == 0.5
+
+
 def test_every_rank_refuses_a_metric_that_is_not_logged(tmp_path):
     printed, returncode = run("monitors_nothing", tmp_path, "ddp")
     assert returncode != 0
