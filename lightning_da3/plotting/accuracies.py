@@ -30,7 +30,7 @@ def plot_accuracy_matrix(matrix: Tensor, domains: Sequence[str]) -> Figure:
         ConfigError: The shapes do not fit.
         DA3Error: Matplotlib is not installed.
     """
-    figure, axes = axes_of(None, 3.4 + 0.95 * len(domains), 1.9 + 0.75 * len(domains))
+    figure, axes = axes_of(None, 2.9 + 0.95 * len(domains), 1.9 + 0.75 * len(domains))
     draw_accuracy_matrix(axes, matrix, domains)
     return figure
 
