@@ -100,8 +100,8 @@ class StepPredictor:
             self._step(inputs, kwargs, optimizer)  # makes the optimizer's state
         return self._step(inputs, kwargs, optimizer)
 
-    def kept(self, *inputs: Any, **kwargs: Any) -> int:
-        """What a step on these inputs keeps for its backward, in bytes: of a forward pass alone.
+    def kept(self, *inputs: Any, **kwargs: Any) -> dict[str, int]:
+        """What a step on these inputs keeps for its backward: bytes by module, of a forward pass.
 
         Args:
             inputs: See `__call__`.
@@ -117,7 +117,7 @@ class StepPredictor:
             with SavedActivations(self.twin, inputs=(inputs, kwargs)) as saved:
                 output = self.twin(*inputs, **kwargs)
             del output
-        return saved.bytes
+        return saved.by_module
 
     def by_batch(self, *inputs: Any) -> BatchPrediction:
         """Predict steps for every size of the batch, from a few of them.

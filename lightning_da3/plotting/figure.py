@@ -11,6 +11,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def has_matplotlib() -> bool:
+    """Whether pictures can be drawn."""
+    try:
+        import matplotlib.figure  # noqa: F401 - a broken one counts as none
+    except ImportError:
+        return False
+    return True
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of this size, in inches."""
     try:

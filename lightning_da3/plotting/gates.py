@@ -105,7 +105,7 @@ def plot_executed_shares(maps: Mapping[str, Tensor], *, bins: int = 10) -> Figur
     axes.hist(shares.flatten().tolist(), bins=bins, range=(0.0, 1.0), color=BAR, rwidth=0.92)
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="y", integer=True)
     axes.set_xlabel("cells executed by a host for an image")
     axes.set_ylabel("hosts x images")
     axes.spines[["top", "right"]].set_visible(False)

@@ -197,15 +197,12 @@ def plot_step(
             color=colour,
             bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "linewidth": 0},
         )
-    measured = (
-        ("peak", measured_peak_bytes, (0, 2), "0.15", "--"),
-        ("kept", measured_saved_bytes, (0.8, 1.2), KEPT, ":"),
-    )
-    for what, found, (start, end), colour, style in measured:
-        if found is not None:
-            label = f"measured: {what} {format_bytes(found)}"
-            y = found / factor
-            axes.hlines(y, start, end, colors=colour, linestyles=style, linewidth=2, label=label)
+    if (found := measured_peak_bytes) is not None:
+        label = f"measured: peak {format_bytes(found)}"
+        axes.hlines(found / factor, 0, 2, "0.15", "--", linewidth=2, label=label)
+    if (found := measured_saved_bytes) is not None:
+        label = f"measured: kept {format_bytes(found)}"
+        axes.hlines(found / factor, 0.8, 1.2, KEPT, ":", linewidth=2, label=label)
     axes.axvline(1.0, color="0.8", linewidth=0.8, zorder=0)
     axes.set_xticks([0.5, 1.5], ["forward", "backward"])
     axes.tick_params(axis="x", length=0)

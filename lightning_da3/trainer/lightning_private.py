@@ -193,3 +193,25 @@ def _summary(make: Callable[[Any, int], Any], depth: int, trainer: Any, pl_modul
     """Stands for a callback's method, and can be pickled."""
     del trainer
     return make(pl_module, depth)
+
+
+def prefixed(logger: Any, name: str) -> str:
+    """The name that a W&B logger gives a metric in its run.
+
+    Reads ``_prefix`` of WandbLogger. Where it is missing: the name itself.
+    """
+    prefix = getattr(logger, "_prefix", "")
+    return f"{prefix}{getattr(logger, 'LOGGER_JOIN_CHAR', '-')}{name}" if prefix else name
+
+
+def name_run_(logger: Any, **names: str) -> None:
+    """Name a W&B run's group and job type, unless its user did or it runs already.
+
+    Sets entries of ``_wandb_init`` of WandbLogger, which `wandb.init` is called with. Where it is
+    missing the run has neither.
+    """
+    arguments = getattr(logger, "_wandb_init", None)
+    if isinstance(arguments, dict) and getattr(logger, "_experiment", None) is None:
+        for name, value in names.items():
+            if arguments.get(name) is None:
+                arguments[name] = value
