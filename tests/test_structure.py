@@ -17,7 +17,7 @@ ORDER = (
 # the only ones that may import these
 DOORS = {
     "lightning": ("trainer",),
-    "wandb": ("trainer",),
+    "wandb": ("files", "trainer"),
     "matplotlib": ("plotting", "metrics", "trainer"),
     "torchmetrics": ("metrics",),
     "torchvision": ("cli",),

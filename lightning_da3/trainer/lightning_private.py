@@ -204,14 +204,17 @@ def prefixed(logger: Any, name: str) -> str:
     return f"{prefix}{getattr(logger, 'LOGGER_JOIN_CHAR', '-')}{name}" if prefix else name
 
 
-def name_run_(logger: Any, **names: str) -> None:
+def name_run_(logger: Any, **names: str) -> bool:
     """Name a W&B run's group and job type, unless its user did or it runs already.
 
-    Sets entries of ``_wandb_init`` of WandbLogger, which `wandb.init` is called with. Where it is
-    missing the run has neither.
+    Sets entries of ``_wandb_init`` of WandbLogger, which `wandb.init` is called with, while its
+    ``_experiment`` is None. Where either is missing the run has neither.
+
+    Returns:
+        Whether the run is still to begin.
     """
     arguments = getattr(logger, "_wandb_init", None)
-    if isinstance(arguments, dict) and getattr(logger, "_experiment", None) is None:
-        for name, value in names.items():
-            if arguments.get(name) is None:
-                arguments[name] = value
+    if not isinstance(arguments, dict) or getattr(logger, "_experiment", logger) is not None:
+        return False
+    arguments |= {name: value for name, value in names.items() if arguments.get(name) is None}
+    return True

@@ -10,7 +10,8 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from lightning_da3.planning.plan import NodePlan, Plan
 from lightning_da3.plotting.memory import plot_step
 from lightning_da3.plotting.places import flat, place_of
 from lightning_da3.trainer.first_steps import FirstSteps
+from lightning_da3.trainer.lightning_private import name_run_
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -230,6 +232,51 @@ def _about(node: NodePlan) -> tuple[str, str, str]:
 
 def _row(place: str, layer: str = "", action: str = "", keeps: str = "") -> list[Any]:
     return [place, layer, action, keeps, 0]
+
+
+class SequenceRuns:
+    """W&B's runs of domains that are learned one after the other, in one group.
+
+    A domain whose Trainer has a logger of its own has a run of its own, whose job type is the
+    domain's name; the run before it is finished, or the new logger would go on with that. A logger
+    that several Trainers share has one run.
+
+    Args:
+        folder: The sequence's folder, which names the group: the same when it is resumed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder = folder.resolve()
+        self.group = f"{folder.name}-{zlib.crc32(os.fsencode(folder)):08x}"
+        self._runs: list[Any] = []
+
+    def begin(self, loggers: Iterable[Any], domain: str) -> None:
+        """A domain is about to be learned.
+
+        Args:
+            loggers: Of its Trainer.
+            domain: Its name.
+        """
+        trackers = [logger for logger in loggers if is_wandb(logger)]
+        begins = [name_run_(logger, group=self.group, job_type=domain) for logger in trackers]
+        if any(begins):
+            while self._runs:
+                self._runs.pop().finish()
+
+    @rank_zero_only
+    def end(self, loggers: Iterable[Any], path: Path, domain: str) -> None:
+        """It was learned: log its finished file.
+
+        Args:
+            loggers: Of its Trainer.
+            path: The file.
+            domain: Its name.
+        """
+        trackers = {id(logger.experiment): logger for logger in loggers if is_wandb(logger)}
+        for logger in trackers.values():
+            with Forgiving("domains", set()):
+                log_domain(logger, path, domain)
+        self._runs = [logger.experiment for logger in trackers.values()]
 
 
 def is_wandb(logger: Any) -> bool:

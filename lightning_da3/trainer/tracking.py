@@ -57,10 +57,12 @@ class Tracking:
 
     Attributes:
         curves: Of every domain, for W&B.
+        logs_domains: Whether domains become artifacts at the end of a fit.
     """
 
     def __init__(self, session: TrainingSession, files: DomainFiles) -> None:
         self._session, self._files = session, files
+        self.logs_domains = True
         self.curves = Curves(session)
         self._samples = Samples()
         self._loggers: list[Any] = []  # of this run, on rank zero
@@ -155,7 +157,8 @@ class Tracking:
 
     def finished(self, trainer: L.Trainer) -> None:
         """A fit has come to its end, and its files are final: log the domains."""
-        runs = {id(logger.experiment): logger for logger in self._loggers if is_wandb(logger)}
+        trackers = filter(is_wandb, self._loggers if self.logs_domains else ())
+        runs = {id(logger.experiment): logger for logger in trackers}
         for logger in runs.values():
             with self._forgiving("domains"), tempfile.TemporaryDirectory() as folder:
                 for domain in self._session.domains:

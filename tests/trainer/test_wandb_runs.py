@@ -1,9 +1,11 @@
 """Real W&B, offline: what a DA3Callback alone gives a run, read back from the run's own file."""
 
 import pytest
-from helpers.lit import callback, data
+from helpers.lit import CONFIG, callback, data, trainer
 from helpers.offline import OfflineRun
 from helpers.tracked import Validated, fit
+
+from lightning_da3 import fit_sequence
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +27,48 @@ def offline(tmp_path_factory):
         fit(folder, logger, module, kept, {"a": data(), "b": data(1)})
         logger.experiment.finish()
     return OfflineRun(folder / "wandb"), module
+
+
+@pytest.fixture
+def wandb_offline(monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+@pytest.mark.usefixtures("wandb_offline")
+@pytest.mark.parametrize("shared", [False, True])
+def test_domains_of_a_sequence_are_a_group_of_runs(tmp_path, shared):
+    from lightning.pytorch.loggers import WandbLogger
+
+    logs = tmp_path / "logs"
+    one = WandbLogger(project="test", save_dir=logs)
+
+    def make(callbacks):
+        logger = one if shared else WandbLogger(project="test", save_dir=logs)
+        return trainer(
+            *(tmp_path, callbacks[0], 1),
+            callbacks=callbacks[1:],
+            logger=logger,
+            enable_checkpointing=True,
+            log_every_n_steps=1,
+        )
+
+    names = ["dark", "bright"]
+    tasks = {"a": (2, data(), data(), names), "b": (2, data(1), data(1))}
+    fit_sequence(Validated, tasks, make, tmp_path / "domains", config=CONFIG)
+    wandb = pytest.importorskip("wandb")
+    wandb.finish()
+    read = [OfflineRun(folder) for folder in sorted((logs / "wandb").glob("offline-run-*"))]
+    runs = [found.run for found in read]
+    kept = [a["metadata"] for found in read for a in found.artifacts if a["type"] == "domain"]
+    assert {about["domain"] for about in kept} == {"a", "b"}
+    assert len(kept) == 2
+    assert all(about["extra"]["finished"] for about in kept)
+    assert names in [about.get("class_names") for about in kept]
+    assert len({run.run_group for run in runs}) == 1
+    assert runs[0].run_group.startswith("domains-")
+    assert {run.job_type for run in runs} == ({"a"} if shared else {"a", "b"})
 
 
 def test_a_run_says_what_it_learned_with(offline):
@@ -84,7 +128,7 @@ def test_every_domain_is_an_artifact(offline):
     backbone = module.net.fingerprint
     for domain, artifact in found.items():
         assert artifact["name"] == f"my_project-Sequential-{backbone[:8]}-{domain}"
-        assert artifact["aliases"] == ["latest", "best"]
+        assert {*artifact["aliases"]} == {"latest", "best"}
         assert artifact["files"] == [f"{domain}.safetensors"]
         about = artifact["metadata"]
         assert about["fingerprint"] == backbone
