@@ -109,11 +109,12 @@ class Tracking:
         pictures = has_matplotlib() and any(map(takes_pictures, self._loggers))
         gated = self._session.network.config.gate is not None
         self._wants_samples = pictures and gated and not is_compiled(pl_module)
-        self._session.open_domains()  # what does not require a gradient is not watched
-        with self._forgiving("gradients"):
-            for run in watching_runs(filter(is_wandb, self._loggers)) if self._logs else ():
+        runs = watching_runs(filter(is_wandb, self._loggers)) if self._logs else []
+        for run in runs:
+            self._session.open_domains()  # what does not require a gradient is not watched
+            with self._forgiving("gradients"):
                 watch_again(run, pl_module, self._session.network)
-        self._session.close_domains()
+            self._session.close_domains()
 
     def step_begins(self) -> None:
         """A training step begins."""

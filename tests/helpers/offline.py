@@ -2,10 +2,11 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 
 BLOCK, HEADER = 2**15, 7  # bytes
-FULL, FIRST, LAST = 1, 2, 4
+FULL, LAST = 1, 4
 
 
 class OfflineRun:
@@ -25,7 +26,7 @@ class OfflineRun:
         self.folder = path.parent / "files"
         self.history, self.summary, self.config = [], {}, {}
         self.artifacts, self.metrics, self.run = [], {}, None
-        for record in _records(path.read_bytes()):
+        for record in _all_records(path):
             self._see(record)
 
     def _see(self, record):
@@ -82,6 +83,16 @@ def _items(items):
     return found
 
 
+def _all_records(path):
+    """All that a finished run wrote; it says that it is finished before its file is."""
+    for _ in range(300):
+        records = list(_records(path.read_bytes()))
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            return records
+        time.sleep(0.1)
+    raise TimeoutError(f"{path} has no end")
+
+
 def _records(data):
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -92,6 +103,8 @@ def _records(data):
             at += room
             continue
         _, length, kind = struct.unpack("<IHB", data[at : at + HEADER])
+        if at + HEADER + length > len(data):
+            return  # the rest is being written
         parts += data[at + HEADER : at + HEADER + length]
         at += HEADER + length
         if kind in (FULL, LAST):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from helpers.apart import ALONE, PARAMETERS, Apart, learned
@@ -163,6 +164,18 @@ def metrics_add_up(folder, strategy):
     fitter = trainer(folder, strategy, callbacks=[])
     (logged,) = fitter.test(module, data(), verbose=False)
     save(fitter, folder, "learned", {"score": logged["score"], **module.found})
+
+
+def pictures(folder, strategy):
+    """Every rank has a logger, rank zero alone writes."""
+    logger = CSVLogger(folder, name=f"rank{os.environ.get('LOCAL_RANK', '0')}", version="")
+    fitter = trainer(folder, strategy, callbacks=[DA3Callback("a", 2, CONFIG)], logger=logger)
+    fitter.log_every_n_steps = 1
+    module = Lit()
+    fitter.fit(module, DataLoader(data().dataset, batch_size=1))
+    for name, value in module.net.domain("a").state_dict().items():  # the same on every rank
+        assert torch.equal(value, fitter.strategy.broadcast(value)), name
+    save(fitter, folder, "learned", {})
 
 
 def monitors_nothing(folder, strategy):
