@@ -92,6 +92,7 @@ class Tracking:
     def close(self) -> None:
         """The run is over, however it ended."""
         self._samples.abort()
+        self._samples = Samples()  # images take memory
         self.curves.give_back()
         self._loggers = []
 
@@ -106,9 +107,8 @@ class Tracking:
         """A training begins."""
         self._batches, self._shown, self._status = 0, False, None
         self._samples = Samples()
-        pictures = has_matplotlib() and any(map(takes_pictures, self._loggers))
         gated = self._session.network.config.gate is not None
-        self._wants_samples = pictures and gated and not is_compiled(pl_module)
+        self._wants_samples = gated and not is_compiled(pl_module) and self._draws
         runs = watching_runs(filter(is_wandb, self._loggers)) if self._logs else []
         for run in runs:
             self._session.open_domains()  # what does not require a gradient is not watched
@@ -187,7 +187,7 @@ class Tracking:
             lambda logger: log_plan_table(logger, plan, kept, "da3/memory_by_layer"),
             takes_pictures,
         )
-        if not has_matplotlib():
+        if not self._draws:
             return
         self._each(
             "memory of a step",
@@ -242,17 +242,21 @@ class Tracking:
         lost = {f"da3/forgetting/{n}": v for n, v in zip(names, forgetting(matrix), strict=True)}
         values = finite({"da3/average_accuracy": average_accuracy(matrix), **lost})
         self._each("the summary", lambda logger: log_summary(logger, values), is_wandb)
-        if has_matplotlib():
+        if self._draws:
             self._draw("da3/accuracy_matrix", lambda: plot_accuracy_matrix(matrix, names))
 
     # --- loggers ----------------------------------------------------------------------------------
 
+    @property
+    def _draws(self) -> bool:
+        """Whether a logger takes pictures; only then matplotlib is imported, if it is there."""
+        return any(map(takes_pictures, self._loggers)) and has_matplotlib()
+
     def _draw(self, name: str, draw: Callable[[], Any], step: int | None = None) -> None:
         """Give all loggers that take pictures one."""
-        if any(map(takes_pictures, self._loggers)):
-            with self._forgiving(name):
-                figure = draw()
-                self._each(name, lambda log: log_figure(log, name, figure, step), takes_pictures)
+        with self._forgiving(name):
+            figure = draw()
+            self._each(name, lambda log: log_figure(log, name, figure, step), takes_pictures)
 
     def _each(
         self,

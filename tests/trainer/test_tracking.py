@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lightning_da3 import DA3Callback, DA3Config, DomainLoader
+from lightning_da3.files.domain_file import read_domain
 from lightning_da3.trainer import tracking
 from lightning_da3.trainer.samples import Samples
 
@@ -36,17 +37,19 @@ def test_beside_a_csv_logger_pictures_are_files(tmp_path):
     assert "da3/step" not in (tmp_path / "logs" / "metrics.csv").read_text()
 
 
-def test_pictures_of_every_fifth_epoch(tmp_path, monkeypatch):
+def test_pictures_of_every_few_epochs(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     drawn = []
+    monkeypatch.setattr(tracking, "EVERY", 2)
+    monkeypatch.setattr(tracking.Tracking, "_log_memory", lambda *_: None)
     monkeypatch.setattr(
         tracking.Tracking, "_draw_gates", lambda self, domain, seen, step: drawn.append(step)
     )
-    fit(tmp_path, logger_of(tmp_path), epochs=11)
-    assert drawn == [15, 30, 33]
+    fit(tmp_path, logger_of(tmp_path), epochs=3)
+    assert drawn == [6, 9]
     drawn.clear()
-    fit(tmp_path, CSVLogger(tmp_path), epochs=5)
-    assert drawn == [15]  # the last is not drawn twice
+    fit(tmp_path, CSVLogger(tmp_path), epochs=2)
+    assert drawn == [6]  # the last is not drawn twice
 
 
 def test_tensorboard_gets_images(tmp_path):
@@ -104,6 +107,7 @@ def test_a_logger_that_fails_ends_no_fit(tmp_path):
     assert fitter.global_step == 6
 
 
+@pytest.mark.slow
 def test_pictures_change_nothing_that_is_learned(tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "EVERY", 1)
 
@@ -120,6 +124,7 @@ def test_pictures_change_nothing_that_is_learned(tmp_path, monkeypatch):
     assert not module.net._forward_pre_hooks
 
 
+@pytest.mark.slow
 def test_the_bytes_of_a_step_are_those_without_pictures(tmp_path):
     def figures(loggers):
         da3 = callback()
@@ -127,6 +132,43 @@ def test_the_bytes_of_a_step_are_those_without_pictures(tmp_path):
         return da3.first_steps.saved_activation_bytes, da3.first_steps.peak_bytes
 
     assert figures(False) == figures(logger_of(tmp_path))
+
+
+def test_an_epoch_that_was_no_better_is_not_the_best(tmp_path, monkeypatch):
+    class Tracker(CSVLogger):
+        """Nothing is uploaded."""
+
+    logged = []
+
+    def note(logger, path, domain, *, best):
+        logged.append((best, read_domain(path).metadata["extra"]["metrics"]["score"], path.parent))
+
+    monkeypatch.setattr(tracking, "log_domain", note)
+    monkeypatch.setattr(tracking.Curves, "lend", lambda *_: None)
+
+    class Scored(Lit):
+        scores = (0.5, 0.4)
+
+        def on_train_epoch_end(self):
+            self.log("score", self.scores[self.current_epoch])
+
+    def learn(module):
+        saves = {"save_dir": str(tmp_path), "monitor": "score", "mode": "max"}
+        logger = Tracker(tmp_path, name="logs", version=str(len(logged)))
+        fitter = trainer(tmp_path, callback(**saves), logger=logger, log_every_n_steps=1)
+        monkeypatch.setattr(tracking, "is_wandb", lambda other: other is logger)
+        monkeypatch.setattr(tracking, "log_summary", lambda *_: None)
+        fitter.fit(module, data())
+
+    learn(Scored())
+    worse = Scored()
+    worse.scores = (0.1, 0.2)
+    with pytest.warns(UserWarning, match="No epoch was as good"):
+        learn(worse)
+    (first, score, folder), (second, last, elsewhere) = logged
+    assert (first, score, folder) == (True, 0.5, tmp_path)  # the best epoch
+    assert (second, last) == (False, pytest.approx(0.2))
+    assert elsewhere != tmp_path
 
 
 # --- images ---------------------------------------------------------------------------------------
@@ -171,6 +213,7 @@ class TwoInputs(nn.Module):
         return self.fc(self.conv(x + y).relu().mean((2, 3)))
 
 
+@pytest.mark.slow
 def test_networks_of_several_inputs_have_no_pictures_of_gates(tmp_path):
     class Module(Lit):
         def training_step(self, batch, batch_idx):
@@ -187,3 +230,9 @@ def test_ungated_networks_have_no_pictures_of_gates(tmp_path):
     da3 = DA3Callback("a", 2, DA3Config(adapter=CONFIG.adapter, gate=None))
     fit(tmp_path, logger_of(tmp_path), da3=da3)
     assert not [name for name in files(tmp_path / "logs") if "gates" in name or "shares" in name]
+
+
+def test_a_run_without_loggers_keeps_and_draws_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "has_matplotlib", lambda: pytest.fail("nobody asked"))
+    monkeypatch.setattr(Samples, "step_begins", lambda *_: pytest.fail("nobody looks"))
+    fit(tmp_path, False)

@@ -37,7 +37,7 @@ def wandb_offline(monkeypatch):
 
 
 @pytest.mark.usefixtures("wandb_offline")
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_domains_of_a_sequence_are_a_group_of_runs(tmp_path, shared):
     from lightning.pytorch.loggers import WandbLogger
 
