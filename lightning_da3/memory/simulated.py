@@ -100,8 +100,21 @@ class StepPredictor:
             self._step(inputs, kwargs, optimizer)  # makes the optimizer's state
         return self._step(inputs, kwargs, optimizer)
 
-    def kept(self, *inputs: Any, **kwargs: Any) -> dict[str, int]:
-        """What a step on these inputs keeps for its backward: bytes by module, of a forward pass.
+    def kept(self, *inputs: Any, **kwargs: Any) -> int:
+        """What a step on these inputs keeps for its backward, in bytes: of a forward pass alone.
+
+        Args:
+            inputs: See `__call__`.
+            kwargs: See `__call__`.
+
+        Raises:
+            InputError: The network cannot take them.
+            DA3Error: The network asks for values of tensors.
+        """
+        return sum(self.kept_by_module(*inputs, **kwargs).values())
+
+    def kept_by_module(self, *inputs: Any, **kwargs: Any) -> dict[str, int]:
+        """What `kept` adds up, by the name of the module that keeps it.
 
         Args:
             inputs: See `__call__`.

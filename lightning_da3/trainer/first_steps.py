@@ -224,7 +224,7 @@ def _kept(network: nn.Module, call: _Call) -> dict[str, int] | None:
     """What this call of the network keeps by module, by prediction."""
     with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]):
         predictor = StepPredictor(network, prepare=call.prepare)
-        return predictor.kept(*call.args, **call.kwargs)
+        return predictor.kept_by_module(*call.args, **call.kwargs)
     return None
 
 
