@@ -9,10 +9,10 @@ import torchvision
 from torch import nn
 
 from lightning_da3 import AdapterConfig, ConfigError, DA3Config, DA3Error, convert
-from lightning_da3.memory import SavedActivations
+from lightning_da3.memory import SavedActivations, predict_step
 from lightning_da3.plotting.accuracies import plot_accuracy_matrix
-from lightning_da3.plotting.gates import plot_gate_maps
-from lightning_da3.plotting.memory import memory_rows, plot_memory
+from lightning_da3.plotting.gates import plot_executed_shares, plot_gate_maps
+from lightning_da3.plotting.memory import memory_rows, plot_memory, plot_step, short
 from lightning_da3.plotting.places import Place, flat, place_of
 
 
@@ -108,13 +108,15 @@ def test_names_inside_a_lightning_module():
 
 def test_memory_says_totals_and_ratio():
     figure = plot_memory({"conv": 2**21, "fc": 0}, {"backbone.conv": 2**19})
-    assert figure.get_suptitle() == "Activations kept by layer: 2 MiB to 512 KiB, 4.0 times less"
+    assert figure.get_suptitle() == (
+        "DA3 keeps 4.0 times less for the backward pass: 512 KiB instead of 2 MiB"
+    )
     assert texts(figure) == [" 2 MiB", " 512 KiB"]
 
 
 def test_memory_when_nothing_is_kept():
     figure = plot_memory({"conv": 1024}, {})
-    assert "nothing is kept" in figure.get_suptitle()
+    assert "Nothing is kept" in figure.get_suptitle()
     assert " nothing" in texts(figure)
 
 
@@ -122,6 +124,87 @@ def test_memory_when_nothing_is_kept():
 def test_memory_without_a_before(arguments):
     with pytest.raises(ConfigError, match=r"SavedActivations\.by_module"):
         plot_memory(*arguments)
+
+
+def test_lengths_compare_as_bytes_do():
+    before, after = {f"c{i}": 2**21 * (i + 1) for i in range(3)}, {"backbone.c0": 2**19}
+    axes = plot_memory(before, after).axes[0]
+    assert axes.get_xscale() == "linear"
+    lengths = [bar.get_width() for bar in axes.patches]
+    assert lengths == [2.0, 4.0, 6.0, 0.5, 0.0, 0.0]
+    assert axes.get_xlabel().endswith("MiB")
+
+
+def test_more_than_before_is_said_too():
+    figure = plot_memory({"conv": 100}, {"backbone.conv": 200})
+    assert figure.get_suptitle().startswith("DA3 keeps 2.0 times more")
+
+
+def step():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2))
+    return predict_step(network, torch.rand(2, 3, 8, 8))
+
+
+def test_the_lines_of_what_was_measured_differ():
+    ours = step()
+    figure = plot_step(ours, measured_peak_bytes=2 * ours.peak_bytes, measured_saved_bytes=1)
+    styles = {(str(c.get_linestyle()), str(c.get_color())) for c in figure.axes[0].collections[1:]}
+    assert len(styles) == 2
+
+
+def test_a_step_says_where_it_peaks():
+    ours = step()
+    title = plot_step(ours).get_suptitle()
+    assert title.startswith("A training step peaks at")
+    assert f"in the {ours.peak_phase}" in title
+    assert plot_step(ours, ours).get_suptitle().endswith("1.0 times below fine-tuning")
+
+
+def test_long_names_of_nodes_are_cut():
+    assert short("backbone.layer1.conv") == "layer1.conv"
+    assert short("") == "the loss"
+    assert short("block." * 20) == "..." + ("block." * 20)[-32:]
+
+
+def test_gate_maps_have_captions_and_a_key():
+    figure = plot_gate_maps(
+        torch.rand(2, 3, 8, 8), {"h": torch.ones(2, 1, 2, 2)}, captions=["rose", "tulip"]
+    )
+    assert [t for t in titles(figure) if "executed" not in t] == ["input\nrose", "tulip"]
+    (key,) = figure.legends
+    assert [text.get_text() for text in key.get_texts()][::2] == ["executed", "skipped"]
+    assert figure.get_suptitle() == "100% of the cells are executed"
+    with pytest.raises(ConfigError, match="each of the 2 images, got 1"):
+        plot_gate_maps(torch.rand(2, 3, 8, 8), {"h": torch.ones(2, 1, 2, 2)}, captions=["rose"])
+
+
+def test_executed_shares_count_hosts_and_images():
+    maps = {"early": torch.ones(2, 1, 4, 4), "late": torch.zeros(2, 1, 2, 2)}
+    maps["late"][0, 0, 0] = 1
+    figure = plot_executed_shares(maps)
+    heights = [bar.get_height() for bar in figure.axes[0].patches]
+    assert heights == [1, 0, 0, 0, 0, 1, 0, 0, 0, 2]
+    assert figure.get_suptitle() == (
+        "62% of the cells are executed; of 2 hosts 1 run everywhere, 0 nowhere"
+    )
+    with pytest.raises(ConfigError, match="set_domain"):
+        plot_executed_shares({})
+
+
+def test_the_matrix_says_what_it_found():
+    def title(*rows):
+        figure = plot_accuracy_matrix(torch.tensor(rows), ["a", "b"])
+        return figure.axes[0].get_title().replace("\n", " ")
+
+    nan = math.nan
+    said = "50.0 % on average after b; "
+    assert title([0.8, nan], [0.6, 0.4]) == said + "at most 20.0 points forgotten"
+    assert title([0.6, nan], [0.6, 0.4]) == said + "nothing forgotten"
+    assert title([0.5, nan], [0.6, 0.4]) == said + "earlier ones got better"
+    assert title([0.5, nan], [nan, nan]) == "50.0 % on average after a"
+    assert title([nan, nan], [nan, nan]) == "Nothing was evaluated"
+    bar = plot_accuracy_matrix(torch.tensor([[0.8]]), ["a"]).axes[1]
+    assert bar.get_ylabel() == "colours begin at 50 %"
 
 
 def test_gate_maps_tell_the_executed_share_of_every_map():

@@ -17,8 +17,8 @@ ORDER = (
 # the only ones that may import these
 DOORS = {
     "lightning": ("trainer",),
-    "wandb": ("trainer",),
-    "matplotlib": ("plotting", "trainer"),
+    "wandb": ("files", "trainer"),
+    "matplotlib": ("plotting", "metrics", "trainer"),
     "torchmetrics": ("metrics",),
     "torchvision": ("cli",),
     "timm": ("cli",),

@@ -111,13 +111,26 @@ class StepPredictor:
             InputError: The network cannot take them.
             DA3Error: The network asks for values of tensors.
         """
+        return sum(self.kept_by_module(*inputs, **kwargs).values())
+
+    def kept_by_module(self, *inputs: Any, **kwargs: Any) -> dict[str, int]:
+        """What `kept` adds up, by the name of the module that keeps it.
+
+        Args:
+            inputs: See `__call__`.
+            kwargs: See `__call__`.
+
+        Raises:
+            InputError: The network cannot take them.
+            DA3Error: The network asks for values of tensors.
+        """
         inputs, kwargs = tree_map_only(Tensor, self._fake, (inputs, kwargs))
         given = [t for t in tree_leaves((inputs, kwargs)) if isinstance(t, Tensor)]
         with quiet(), self._mode, self._explained(given):
             with SavedActivations(self.twin, inputs=(inputs, kwargs)) as saved:
                 output = self.twin(*inputs, **kwargs)
             del output
-        return saved.bytes
+        return saved.by_module
 
     def by_batch(self, *inputs: Any) -> BatchPrediction:
         """Predict steps for every size of the batch, from a few of them.

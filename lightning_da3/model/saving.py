@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_da3.errors import CheckpointError, DA3Error
+from lightning_da3.files.artifacts import local_file
 from lightning_da3.files.domain_file import domain_file_bytes, read_domain, write_domain
 from lightning_da3.files.names import check_name
 from lightning_da3.model.identity import check_identity, identity
@@ -62,7 +63,8 @@ class SavesDomains(MultiDomain):
         """Add the domain that `save_domain` wrote.
 
         Args:
-            path: The file.
+            path: The file; or an artifact of Weights & Biases, which a run that is open then uses:
+                ``wandb:entity/project/name:best`` (`lightning_da3.files.artifacts`).
             name: What to call it here; by default as it was called.
 
         Returns:
@@ -73,7 +75,8 @@ class SavesDomains(MultiDomain):
                 another config; the model is left as it was.
             DomainError: There is a domain of that name already.
         """
-        file = read_domain(path)
+        with local_file(path) as local:
+            file = read_domain(local)
         check_identity(self, file.metadata, str(path))
         about, has_statistics = file.metadata, HAS_STATISTICS in file.tensors
         classes = (about["num_classes"], about.get("class_names"))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours: told apart by colour-blind people, and in grey
 BEFORE = "#D55E00"
 AFTER = "#0072B2"
+KEPT = "#009E73"
 WORTH_A_ROW = 1e-4  # of the largest row; a scalar kept somewhere would widen the axis for nothing
 
 
@@ -39,7 +40,7 @@ def plot_memory(
         max_rows: Most rows of the picture.
 
     Returns:
-        A horizontal bar chart with a logarithmic axis.
+        A horizontal bar chart with a linear axis: lengths compare as bytes do.
 
     Raises:
         ConfigError: Nothing was kept before, or `max_rows` is less than 1.
@@ -123,31 +124,32 @@ def _shared(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 def _draw_bars(axes: Axes, rows: Mapping[str, tuple[int, int]]) -> None:
-    low = min(count for row in rows.values() for count in row if count) / 2
     high = max(count for row in rows.values() for count in row)
+    unit, factor = unit_for(high)
     for offset, index, colour, label in ((-0.2, 0, BEFORE, "fine-tuning"), (0.2, 1, AFTER, "DA3")):
         counts = [row[index] for row in rows.values()]
+        lengths = [count / factor for count in counts]
         places = [place + offset for place in range(len(rows))]
-        axes.barh(places, counts, height=0.38, color=colour, label=label)
-        for place, count in zip(places, counts, strict=True):
+        axes.barh(places, lengths, height=0.38, color=colour, label=label)
+        for place, length, count in zip(places, lengths, counts, strict=True):
             text = f" {format_bytes(count)}" if count else " nothing"
-            at = max(count, low)
-            axes.text(at, place, text, va="center", ha="left", fontsize=7, color=colour)
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(low, high * 4)  # room for the figures behind the bars
-    ticks = [4.0**power for power in range(20) if low <= 4.0**power <= high * 2]
-    axes.set_xticks(ticks, [format_bytes(tick) for tick in ticks], fontsize=8)
-    axes.minorticks_off()
+            axes.text(length, place, text, va="center", ha="left", fontsize=7, color=colour)
+    axes.set_xlim(0, 1.15 * high / factor)  # room for the figures behind the bars
+    axes.tick_params(axis="x", labelsize=8)
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel("kept for the backward pass (logarithmic)", fontsize=9)
+    axes.set_xlabel(f"kept for the backward pass, {unit}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, fontsize=9)
+    axes.legend(loc="lower right", fontsize=9, framealpha=0.9)
 
 
 def _memory_title(before: int, after: int) -> str:
-    ratio = f"{before / after:.1f} times less" if after else "nothing is kept"
-    return f"Activations kept by layer: {format_bytes(before)} to {format_bytes(after)}, {ratio}"
+    ours, theirs = format_bytes(after), format_bytes(before)
+    if not after:
+        return f"Nothing is kept for the backward pass: {ours} instead of {theirs}"
+    less, more = before / after, after / before
+    ratio = f"{less:.1f} times less" if less >= 1 else f"{more:.1f} times more"
+    return f"DA3 keeps {ratio} for the backward pass: {ours} instead of {theirs}"
 
 
 def plot_step(
@@ -161,14 +163,14 @@ def plot_step(
     """Memory over one training step: what operations hold above the resting model.
 
     The forward and the backward pass are each drawn with one width, as the steps have different
-    numbers of operations. What was measured is dashed.
+    numbers of operations. What was measured is dashed: the peak in dashes, what is kept in dots.
 
     Args:
         ours: The prediction for a converted network.
         finetune: The prediction for the network as it was; None leaves it out.
         measured_peak_bytes: The peak of a real step of the converted network; None leaves it out.
         measured_saved_bytes: What such a step kept for its backward pass; None leaves it out.
-        title: The picture's title.
+        title: The picture's title; by default the peak, and how much less that is.
     """
     figure = new_figure(9.0, 4.8)
     axes = figure.add_subplot()
@@ -176,9 +178,7 @@ def plot_step(
     if finetune is not None:
         steps.insert(0, ("fine-tuning", finetune, BEFORE))
     top = max(measured_peak_bytes or 0, *(step.peak_bytes for _, step, _ in steps))
-    unit, factor = (
-        ("GiB", 2**30) if top >= 2**30 else ("MiB", 2**20) if top >= 2**20 else ("KiB", 2**10)
-    )
+    unit, factor = unit_for(top)
     for name, step, colour in steps:
         x, y = _progress(step), [total / factor for total in step.timeline]
         kept, peak = format_bytes(step.saved_activation_bytes), format_bytes(step.peak_bytes)
@@ -186,7 +186,7 @@ def plot_step(
         axes.plot(x, y, color=colour, linewidth=1.1, label=f"{name}: peak {peak}, kept {kept}")
         at = step.timeline.index(max(step.timeline))
         axes.plot(x[at], y[at], "o", color=colour, markersize=4)
-        node = step.peak_node.removeprefix("backbone.") or "the loss"
+        node = short(step.peak_node)
         axes.annotate(
             node,
             (x[at], y[at]),
@@ -197,12 +197,13 @@ def plot_step(
             color=colour,
             bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "linewidth": 0},
         )
-    measured = (("peak", measured_peak_bytes, (0, 2)), ("kept", measured_saved_bytes, (0.9, 1.1)))
-    for what, found, (start, end) in measured:
-        if found is not None:
-            label = f"measured: {what} {format_bytes(found)}"
-            axes.hlines(found / factor, start, end, colors="0.2", linestyles="--", label=label)
-    axes.axvline(1.0, color="0.6", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+    if (found := measured_peak_bytes) is not None:
+        label = f"measured: peak {format_bytes(found)}"
+        axes.hlines(found / factor, 0, 2, "0.15", "--", linewidth=2, label=label)
+    if (found := measured_saved_bytes) is not None:
+        label = f"measured: kept {format_bytes(found)}"
+        axes.hlines(found / factor, 0.8, 1.2, KEPT, ":", linewidth=2, label=label)
+    axes.axvline(1.0, color="0.8", linewidth=0.8, zorder=0)
     axes.set_xticks([0.5, 1.5], ["forward", "backward"])
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(0, 2)
@@ -210,8 +211,31 @@ def plot_step(
     axes.set_ylabel(f"above the resting model, {unit}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, frameon=False, fontsize=9)
-    figure.suptitle(title or "Memory over one training step", fontsize=12)
+    figure.suptitle(title or _step_title(ours, finetune), fontsize=12)
     return figure
+
+
+def _step_title(ours: StepPrediction, finetune: StepPrediction | None) -> str:
+    peak = ours.peak_bytes
+    phase = ours.peak_phase if ours.peak_phase == "optimizer" else f"{ours.peak_phase} pass"
+    said = f"A training step peaks at {format_bytes(peak)} in the {phase}"
+    if finetune is None or not peak:
+        return said
+    return f"{said}, {finetune.peak_bytes / peak:.1f} times below fine-tuning"
+
+
+def short(node: str, most: int = 32) -> str:
+    """The name of a node as a picture has room for it: its end."""
+    name = node.removeprefix("backbone.") or "the loss"
+    return name if len(name) <= most else f"...{name[-most:]}"
+
+
+def unit_for(number: float) -> tuple[str, int]:
+    """The unit in which an axis up to this number of bytes reads best, and its size."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if number >= size:
+            return unit, size
+    return "bytes", 1
 
 
 def _progress(step: StepPrediction) -> list[float]:

@@ -50,9 +50,8 @@ def is_compiled(module: nn.Module) -> bool:
     return by_method or original_of(module) is not None
 
 
-def gradient_hooks(network: nn.Module) -> int:
-    """How many hooks there are on gradients: of parameters, and of the network as a whole."""
-    of_parameters = sum(
-        len(getattr(p, "_backward_hooks", None) or ()) for p in network.parameters()
-    )
-    return of_parameters + sum(len(getattr(network, kind, ())) for kind in BACKWARD_HOOKS)
+def gradient_hooks(network: nn.Module) -> list[Any]:
+    """The hooks on gradients: of parameters, and of the network as a whole."""
+    of_parameters = [getattr(p, "_backward_hooks", None) or {} for p in network.parameters()]
+    own = [getattr(network, kind, {}) for kind in BACKWARD_HOOKS]
+    return [hook for hooks in (*of_parameters, *own) for hook in hooks.values()]

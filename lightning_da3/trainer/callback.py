@@ -30,11 +30,17 @@ from lightning_da3.trainer.lightning_private import (
 )
 from lightning_da3.trainer.loading import state_key
 from lightning_da3.trainer.model_summary import UsersSummary
-from lightning_da3.trainer.refusals import check_converted_before, check_plugins, check_strategy
+from lightning_da3.trainer.refusals import (
+    check_converted_before,
+    check_plugins,
+    check_strategy,
+    nothing_to_learn,
+)
 from lightning_da3.trainer.saying import Saying
 from lightning_da3.trainer.session import TrainingSession
 from lightning_da3.trainer.steps import explain_targets_, loss_scale
 from lightning_da3.trainer.strategy_methods import lend_methods_
+from lightning_da3.trainer.tracking import Tracking
 
 
 class DA3Callback(EvaluatesByDomain):
@@ -65,8 +71,8 @@ class DA3Callback(EvaluatesByDomain):
     * ``da3/executed_flops_fraction``: share of the hosts' FLOPs that the gates let run, by epoch;
       of several domains also ``da3/executed_flops_fraction/<domain>``.
 
-    `first_steps` holds the figures of the last fit for pictures
-    (`lightning_da3.trainer.loggers.log_first_steps`).
+    Beside them settings, tables, pictures where matplotlib is, and with Weights & Biases curves of
+    every domain and the domains themselves (`lightning_da3.trainer.tracking`).
 
     Args:
         domain: The name of the domain; or, to learn several, numbers of classes by name.
@@ -124,6 +130,7 @@ class DA3Callback(EvaluatesByDomain):
         self.files = DomainFiles(save_dir, self.session.domains, monitor, mode)
         self.figures = Figures(predict)
         self.saying = Saying()
+        self.tracking = Tracking(self.session, self.files)
 
     @property
     def model(self) -> DA3Model | None:
@@ -148,7 +155,11 @@ class DA3Callback(EvaluatesByDomain):
     @override
     def state_dict(self) -> dict[str, Any]:
         # checkpoints hold the key of a callback only with a state
-        return {"domains": list(self.session.domains)}
+        return {"domains": list(self.session.domains), "steps": self.tracking.curves.steps}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.tracking.curves.steps = dict(state_dict.get("steps", {}))
 
     # --- conversion -------------------------------------------------------------------------------
 
@@ -162,6 +173,7 @@ class DA3Callback(EvaluatesByDomain):
         if stage == "fit" and starts_processes(trainer.strategy):
             check_converted_before(trainer.strategy, pl_module, self.backbone)
         when_built(pl_module, partial(self._convert, trainer, pl_module))
+        self.tracking.begin(trainer)
 
     def _check_alone(self, trainer: L.Trainer) -> None:
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -198,10 +210,12 @@ class DA3Callback(EvaluatesByDomain):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.session.end_fit()  # the last of a fit's hooks
         self.files.end()
+        self.tracking.finished(trainer)
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.session.close_domains()
+        self.tracking.close()
 
     # --- training ---------------------------------------------------------------------------------
 
@@ -213,6 +227,7 @@ class DA3Callback(EvaluatesByDomain):
         model.budget_policy.tell = rank_zero_info
         self.figures.start(trainer, pl_module, model)
         self.saying.start()
+        self.tracking.start(pl_module)
         if len(self.session.domains) > 1:
             self.session.names.begin(pl_module, training=True)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -226,6 +241,7 @@ class DA3Callback(EvaluatesByDomain):
         self.session.network.gate_loss_scale = None  # another loop may follow
         self.session.names.end()
         self._all_logged(trainer, last=True)
+        self.tracking.end(trainer, self.first_steps)
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -245,6 +261,7 @@ class DA3Callback(EvaluatesByDomain):
         if pl_module.automatic_optimization:  # else the module's own step may do as it likes
             model.gate_loss_scale = loss_scale(trainer) / trainer.accumulate_grad_batches
         self.figures.step_begins(trainer, pl_module, batch)
+        self.tracking.step_begins()
 
     @override
     def on_before_backward(
@@ -252,7 +269,7 @@ class DA3Callback(EvaluatesByDomain):
     ) -> None:
         self.figures.backward_begins(pl_module)
         if not loss.requires_grad:
-            raise DA3Error(_nothing_to_learn(self.session.network))
+            raise DA3Error(nothing_to_learn(self.session.network))
         if not torch.isfinite(loss):
             domain = self.session.network.active_domain or ""
             raise DA3Error(
@@ -273,7 +290,8 @@ class DA3Callback(EvaluatesByDomain):
         model = self.session.network
         self.figures.step_ends(pl_module, model)
         steps, outside = self.figures.first_steps, self.session.outside_parameters
-        self.saying.step_ends(trainer, pl_module, model, self.session.domains, steps, outside)
+        self.saying.step_ends(pl_module, model, self.session.domains, steps, outside)
+        self.tracking.step_ends(batch, self.saying.status)
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -281,6 +299,7 @@ class DA3Callback(EvaluatesByDomain):
         self.figures.epoch_ends(pl_module)
         model, metrics = self.session.network, trainer.callback_metrics
         self.files.end_epoch(model, metrics)
+        self.tracking.epoch_ends(trainer, self.first_steps)
 
     @override
     def on_exception(
@@ -288,6 +307,7 @@ class DA3Callback(EvaluatesByDomain):
     ) -> None:
         self.figures.abort()
         self.session.names.abort()
+        self.tracking.close()
         explain_targets_(exception, self.model)
         self.files.abort()
         stop_waiting(pl_module)
@@ -309,21 +329,6 @@ def _domains(domain: str | Mapping[str, int], num_classes: int | None) -> Mappin
             "Leave it out."
         )
     return dict(domain)
-
-
-def _nothing_to_learn(model: DA3Model) -> str:
-    active = model.active_domain
-    if active is None:
-        return (
-            "The loss depends on nothing that trains: no domain is active, so that the frozen "
-            "backbone computes alone. Leave the active domain to the DA3Callback, or call "
-            f"`set_domain(name)` with one of {model.domains} before the forward pass."
-        )
-    return (
-        f"The loss depends on nothing that trains, though domain {active!r} is active: the "
-        "training step leaves the network out, detaches its output, or runs inside "
-        "`torch.no_grad()`."
-    )
 
 
 def _validates_later(trainer: L.Trainer) -> bool:

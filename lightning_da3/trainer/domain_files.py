@@ -73,6 +73,10 @@ class DomainFiles:
         """The file of a domain; None if nothing is saved."""
         return None if self.folder is None else self.folder / f"{domain}{SUFFIX}"
 
+    def wrote(self, domain: str) -> bool:
+        """Whether a domain's file is of the last fit, not of an earlier one."""
+        return domain in self._own
+
     def check(self) -> None:
         """Refuse a folder in which the domains cannot be saved, before anything is learned.
 

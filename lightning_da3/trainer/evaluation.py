@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lightning_da3.errors import ConfigError
 from lightning_da3.trainer.session import TrainingSession
+from lightning_da3.trainer.tracking import Tracking
 
 
 class EvaluatesByDomain(L.Callback):
@@ -19,9 +20,11 @@ class EvaluatesByDomain(L.Callback):
 
     Attributes:
         session: What the run learns.
+        tracking: What its loggers are given.
     """
 
     session: TrainingSession
+    tracking: Tracking
     _before_evaluation: str | None = None
 
     @override
@@ -76,6 +79,7 @@ class EvaluatesByDomain(L.Callback):
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._return()
+        self.tracking.evaluated(trainer)
 
     @override
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -84,6 +88,7 @@ class EvaluatesByDomain(L.Callback):
     @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._return()
+        self.tracking.evaluated(trainer)
 
     @override
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

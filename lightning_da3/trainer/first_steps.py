@@ -45,6 +45,7 @@ class FirstSteps:
         samples: The size of the first batch that the network was called with; None: not known.
         finetune_kept_bytes: What a first step that fine-tuned the whole network would have kept
             for its backward, by prediction; None: not known, for the same reasons.
+        finetune_by_module: The same by module of the network as it was; empty: not known.
         finetune_peak_bytes: Its peak, which is only asked for where little is saved.
     """
 
@@ -56,6 +57,7 @@ class FirstSteps:
         self.surprising = False
         self.samples: int | None = None
         self.finetune_kept_bytes: int | None = None
+        self.finetune_by_module: dict[str, int] = {}
         self.finetune_peak_bytes: int | None = None
         self._network: nn.Module | None = network
         self._predicts = predict and not is_compiled(network)
@@ -110,10 +112,13 @@ class FirstSteps:
         if original is None or not calls:
             return
         self.samples = batch_size(calls[0].args, calls[0].kwargs)
-        kept = [_kept(original, call) for call in calls[:MOST_CALLS]]
-        if len(calls) > MOST_CALLS or None in kept:
+        counted = [_kept(original, call) for call in calls[:MOST_CALLS]]
+        kept = [by_module for by_module in counted if by_module is not None]
+        if len(kept) < len(calls):
             return
-        self.finetune_kept_bytes = sum(cast(list[int], kept))
+        for name, count in (item for by_module in kept for item in by_module.items()):
+            self.finetune_by_module[name] = self.finetune_by_module.get(name, 0) + count
+        self.finetune_kept_bytes = sum(self.finetune_by_module.values())
         peak = None if self.predicted is None else self.predicted.peak_bytes
         if peak is not None and peak * NO_EFFECT > self.finetune_kept_bytes >= WORTH_IT_BYTES:
             found = _prediction(original, calls)  # takes as long as the model's own
@@ -215,11 +220,11 @@ def _without_values(x: Tensor) -> Tensor:
     return like.requires_grad_(x.requires_grad)
 
 
-def _kept(network: nn.Module, call: _Call) -> int | None:
-    """What this call of the network keeps, by prediction."""
+def _kept(network: nn.Module, call: _Call) -> dict[str, int] | None:
+    """What this call of the network keeps by module, by prediction."""
     with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]):
         predictor = StepPredictor(network, prepare=call.prepare)
-        return predictor.kept(*call.args, **call.kwargs)
+        return predictor.kept_by_module(*call.args, **call.kwargs)
     return None
 
 

@@ -193,3 +193,28 @@ def _summary(make: Callable[[Any, int], Any], depth: int, trainer: Any, pl_modul
     """Stands for a callback's method, and can be pickled."""
     del trainer
     return make(pl_module, depth)
+
+
+def prefixed(logger: Any, name: str) -> str:
+    """The name that a W&B logger gives a metric in its run.
+
+    Reads ``_prefix`` of WandbLogger. Where it is missing: the name itself.
+    """
+    prefix = getattr(logger, "_prefix", "")
+    return f"{prefix}{getattr(logger, 'LOGGER_JOIN_CHAR', '-')}{name}" if prefix else name
+
+
+def name_run_(logger: Any, **names: str) -> bool:
+    """Name a W&B run's group and job type, unless its user did or it runs already.
+
+    Sets entries of ``_wandb_init`` of WandbLogger, which `wandb.init` is called with, while its
+    ``_experiment`` is None. Where either is missing the run has neither.
+
+    Returns:
+        Whether the run is still to begin.
+    """
+    arguments = getattr(logger, "_wandb_init", None)
+    if not isinstance(arguments, dict) or getattr(logger, "_experiment", logger) is not None:
+        return False
+    arguments |= {name: value for name, value in names.items() if arguments.get(name) is None}
+    return True

@@ -72,3 +72,19 @@ def check_plugins(trainer: Any) -> None:
     ]
     if problems:
         raise ConfigError(" ".join(problems))
+
+
+def nothing_to_learn(model: DA3Model) -> str:
+    """Why a loss depends on nothing that trains, in words."""
+    active = model.active_domain
+    if active is None:
+        return (
+            "The loss depends on nothing that trains: no domain is active, so that the frozen "
+            "backbone computes alone. Leave the active domain to the DA3Callback, or call "
+            f"`set_domain(name)` with one of {model.domains} before the forward pass."
+        )
+    return (
+        f"The loss depends on nothing that trains, though domain {active!r} is active: the "
+        "training step leaves the network out, detaches its output, or runs inside "
+        "`torch.no_grad()`."
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import lightning as L
 import torch
@@ -41,7 +40,6 @@ class Saying:
 
     def step_ends(
         self,
-        trainer: L.Trainer,
         pl_module: L.LightningModule,
         model: DA3Model,
         domains: Iterable[str],
@@ -51,7 +49,6 @@ class Saying:
         """A training step is over.
 
         Args:
-            trainer: The Trainer.
             pl_module: Holds the network.
             model: The network.
             domains: The names of the domains that train.
@@ -69,8 +66,6 @@ class Saying:
         name = _name_of(model, pl_module)
         self.status = model.status(name=name, domains=domains, outside=outside, step=figures)
         rank_zero_info(f"{self.status}")
-        for logger in trainer.loggers:
-            logger.log_hyperparams({"da3": _plain(self.status)})
         if steps is not None and steps.no_effect:
             rank_zero_warn(
                 f"{steps.no_effect} That is less than half: DA3 saves little here. "
@@ -110,11 +105,3 @@ def _figures(steps: FirstSteps) -> StepFigures | None:
         peak_bytes=None if predicted is None else predicted.peak_bytes,
         predicted=predicted is not None,
     )
-
-
-def _plain(status: Status) -> dict[str, Any]:
-    """What loggers take: no nested lists, nothing empty."""
-    values = status.to_dict()
-    values["others"] = ", ".join(values["others"])
-    values["step"] = values["step"] or {}
-    return {key: value for key, value in values.items() if value not in ({}, "", None)}

@@ -28,6 +28,7 @@ from lightning_da3.trainer.attaching import check_checkpoint, put_
 from lightning_da3.trainer.callback import DA3Callback
 from lightning_da3.trainer.figures import finite
 from lightning_da3.trainer.finding import find_backbone
+from lightning_da3.trainer.loggers import SequenceRuns
 from lightning_da3.trainer.sequence_checkpoint import SequenceCheckpoint
 
 
@@ -78,7 +79,8 @@ def fit_sequence(
         module: Makes the LightningModule, with the same backbone every time.
         tasks: By domain name, in the order in which to learn: (num_classes, train), or more of
             `DomainTask`.
-        trainer: Makes a Trainer; called with `callbacks`, a list that must be among its callbacks,
+        trainer: Makes a Trainer, with a `WandbLogger` of its own, say, for a run of every domain,
+            all in one group; called with `callbacks`, a list that must be among its callbacks,
             as in ``lambda callbacks: L.Trainer(max_epochs=5, callbacks=callbacks)``. A domain is
             finished when its Trainer says so, by whichever limit. With ``fast_dev_run`` every
             unfinished domain is tried, and nothing is written to `folder`.
@@ -113,6 +115,7 @@ def fit_sequence(
         tried = DomainFolder(scratch)  # by ``fast_dev_run``: no file of theirs is to stay
         found = {name: domains for name in plans if _is_finished(domains, name)}
         learned: list[Any] = []
+        runs = SequenceRuns(domains.path)
         for name, task in plans.items():
             checkpoint = domains.path / f"{name}.ckpt"
             if name not in found:
@@ -123,7 +126,7 @@ def fit_sequence(
                 learned.clear()
                 gc.collect()  # room for the next: a Trainer and its module are full of cycles
                 both = (domains, tried)
-                *learned, found[name] = _learn(module, task, trainer, both, da3, saver, seed)
+                *learned, found[name] = _learn(module, task, trainer, both, da3, saver, seed, runs)
             if found[name] is domains:
                 _remove(checkpoint)
         lit, model = learned or _converted(module, backbone, config, seed)
@@ -208,6 +211,7 @@ def _learn(
     da3: DA3Callback,
     saver: SequenceCheckpoint,
     seed: int,
+    runs: SequenceRuns,
 ) -> tuple[L.LightningModule, DA3Model, DomainFolder]:
     """One domain, to its end; its file is in the last when this returns, the second if tried."""
     domains, tried = folders
@@ -220,6 +224,8 @@ def _learn(
     trainer = _made(make_trainer, da3, saver)
     trying = trainer.fast_dev_run  # type: ignore[attr-defined]
     domains = tried if trying else domains
+    runs.begin(trainer.loggers, name)
+    da3.tracking.logs_domains = False  # its file is finished later
     ckpt_path = str(saver.path) if not trying and _is_resumable(saver.path) else None
     with saver.watching(trainer, task.train) as data:
         trainer.fit(lit, ckpt_path=ckpt_path, val_dataloaders=task.val, **data)
@@ -230,7 +236,8 @@ def _learn(
     model.domain(name).class_names = checked_class_names(task.class_names, task.num_classes)
     if trainer.is_global_zero or trying:  # every process has a scratch folder of its own
         metrics = finite(trainer.callback_metrics) or saver.metrics
-        domains.save(model, name, finished=True, metrics=metrics)
+        path = domains.save(model, name, finished=True, metrics=metrics)
+        runs.end(trainer.loggers, path, name)
     trainer.strategy.barrier()
     return lit, model, domains
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -84,11 +85,19 @@ def follow_(module: nn.Module, model: DA3Model, domain: str | None) -> None:
 
 
 def tell_of_hooks(network: nn.Module) -> None:
-    """Warn of hooks on gradients of a network that is about to be frozen."""
-    count = gradient_hooks(network)
-    if count:
+    """Warn of hooks on gradients of a network that is about to be frozen.
+
+    Those of W&B are set again (`lightning_da3.trainer.watching`).
+    """
+    hooks = [hook for hook in gradient_hooks(network) if not is_of_wandb(hook)]
+    if hooks:
         rank_zero_warn(
-            f"{count} hooks on gradients of {type(network).__name__} were set before the "
-            "conversion (WandbLogger.watch?) and see nothing: its parameters are frozen, domains "
-            "have others. Set them in `on_fit_start` of the LightningModule, when it is converted."
+            f"{len(hooks)} hooks on gradients of {type(network).__name__} were set before the "
+            "conversion and see nothing: its parameters are frozen, domains have others. Set them "
+            "in `on_fit_start` of the LightningModule, when it is converted."
         )
+
+
+def is_of_wandb(hook: Any) -> bool:
+    """Whether W&B set a hook: its function is W&B's."""
+    return str(getattr(hook, "__module__", "")).partition(".")[0] == "wandb"

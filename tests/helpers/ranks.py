@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from helpers.apart import ALONE, PARAMETERS, Apart, learned
@@ -22,6 +23,7 @@ from lightning_da3 import (
     MemoryConfig,
 )
 from lightning_da3.budget.microbatches import Microbatches
+from lightning_da3.metrics import AccuracyMatrix, DecathlonScore
 
 # nothing random, nothing rounded, and a budget that weighs as much as the loss
 BUDGET = DA3Config(
@@ -140,6 +142,42 @@ def saves_the_best(folder, strategy):
     how = {"save_dir": folder, "monitor": "score", "mode": "max"}
     fitter = trainer(folder, strategy, callbacks=[DA3Callback("a", 2, CONFIG, **how)], max_epochs=3)
     fitter.fit(Scored(), data())
+    save(fitter, folder, "learned", {})
+
+
+def metrics_add_up(folder, strategy):
+    """Rank zero is right about all of its samples, rank one about none."""
+
+    class Scored(Lit):
+        def __init__(self):
+            super().__init__()
+            self.score, self.matrix = DecathlonScore({"a": 0.5}), AccuracyMatrix(["a", "b"])
+
+        def test_step(self, batch, batch_idx):
+            target = batch[1]
+            preds = target + self.global_rank
+            self.score.update("a", preds, target)
+            self.matrix.update("a", "a", preds, target)
+            self.log("score", self.score)
+
+        def on_test_epoch_end(self):
+            self.found = {"matrix": self.matrix.compute(), "mean": self.matrix.average_accuracy()}
+
+    module = Scored()
+    fitter = trainer(folder, strategy, callbacks=[])
+    (logged,) = fitter.test(module, data(), verbose=False)
+    save(fitter, folder, "learned", {"score": logged["score"], **module.found})
+
+
+def pictures(folder, strategy):
+    """Every rank has a logger, rank zero alone writes."""
+    logger = CSVLogger(folder, name=f"rank{os.environ.get('LOCAL_RANK', '0')}", version="")
+    fitter = trainer(folder, strategy, callbacks=[DA3Callback("a", 2, CONFIG)], logger=logger)
+    fitter.log_every_n_steps = 1
+    module = Lit()
+    fitter.fit(module, DataLoader(data().dataset, batch_size=1))
+    for name, value in module.net.domain("a").state_dict().items():  # the same on every rank
+        assert torch.equal(value, fitter.strategy.broadcast(value)), name
     save(fitter, folder, "learned", {})
 
 

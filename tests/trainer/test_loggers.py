@@ -14,6 +14,7 @@ from lightning_da3.plotting.accuracies import plot_accuracy_matrix
 from lightning_da3.trainer.first_steps import FirstSteps
 from lightning_da3.trainer.loggers import (
     COLUMNS,
+    artifact_name,
     log_domain,
     log_figure,
     log_first_steps,
@@ -161,8 +162,12 @@ def test_wandb_offline(tmp_path, wandb_logger, model, saved, figure, monkeypatch
     (table,) = (tmp_path / "wandb").rglob("*memory_by_layer*.table.json")
     assert json.loads(table.read_text())["columns"] == list(COLUMNS)
     (((artifact,), named),) = [call for call in artifacts if call[0][0].type == "domain"]
-    assert named == {"aliases": ["latest", "digits"]}
-    assert (artifact.name, artifact.type) == ("digits", "domain")
+    assert named == {"aliases": ["latest", "best"]}
+    about = {"network": "Sequential", "backbone": model.fingerprint}
+    assert artifact.name == artifact_name("test", about, "digits")
+    assert artifact.type == "domain"
+    assert artifact.metadata["fingerprint"] == model.fingerprint
+    assert artifact.metadata["file_bytes"] == (tmp_path / "digits.safetensors").stat().st_size
     assert artifact.metadata["backbone"] == model.fingerprint
     assert artifact.metadata["accuracy"] == 0.5
     assert artifact.metadata["extra"] == {"seed": 3}

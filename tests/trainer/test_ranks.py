@@ -108,6 +108,20 @@ def test_two_ranks(tmp_path, strategy, checks):
         check(tmp_path / check.__name__, learned)
 
 
+def test_metrics_add_up_over_ranks(tmp_path):
+    learned = succeeds("metrics_add_up", tmp_path, "ddp")
+    assert learned["score"] == pytest.approx(250)  # half of the samples are right
+    assert learned["matrix"][0, 0] == learned["mean"] == 0.5
+
+
+def test_rank_zero_alone_draws_pictures(tmp_path):
+    pytest.importorskip("matplotlib")
+    succeeds("pictures", tmp_path, "ddp")
+    drawn = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")}
+    assert {"rank0/da3-gates-a.png", "rank0/da3-executed_shares-a.png"} <= drawn
+    assert not [name for name in drawn if not name.startswith("rank0/")]
+
+
 def test_every_rank_refuses_a_metric_that_is_not_logged(tmp_path):
     printed, returncode = run("monitors_nothing", tmp_path, "ddp")
     assert returncode != 0

@@ -70,7 +70,7 @@ def test_hooks_are_carried_over_and_those_on_gradients_are_said(tmp_path):
     module, seen = Lit(), []
     module.net.register_forward_hook(lambda *_: seen.append("forward"))
     module.net[0].weight.register_hook(lambda _: seen.append("gradient"))
-    with pytest.warns(UserWarning, match=r"1 hooks on gradients of Sequential .*WandbLogger.watch"):
+    with pytest.warns(UserWarning, match=r"1 hooks on gradients of Sequential .*on_fit_start"):
         trainer(tmp_path, callback(predict=False), epochs=1).fit(module, data())
     seen.clear()
     module.net(torch.ones(1, 3, 16, 16))
