@@ -83,6 +83,20 @@ def saves_the_best(folder, learned):
     assert [path.name for path in folder.glob("a.*")] == ["a.safetensors"]
 
 
+def metrics_add_up(folder, learned):
+    del folder
+    assert learned["score"] == pytest.approx(250)  # half of the samples are right
+    assert learned["matrix"][0, 0] == learned["mean"] == 0.5
+
+
+def pictures(folder, learned):
+    """Rank zero alone draws them."""
+    del learned
+    drawn = {path.relative_to(folder).as_posix() for path in folder.rglob("*.png")}
+    assert {"rank0/da3-gates-a.png", "rank0/da3-executed_shares-a.png"} <= drawn
+    assert not [name for name in drawn if not name.startswith("rank0/")]
+
+
 CHECKS = [
     equal_gradients,
     equal_gradients_in_pieces,
@@ -90,6 +104,8 @@ CHECKS = [
     two_domains_one_after_the_other,
     interleaved,
     saves_the_best,
+    metrics_add_up,
+    pictures,
 ]
 
 
@@ -106,20 +122,6 @@ def test_two_ranks(tmp_path, strategy, checks):
     names = [check.__name__ for check in checks]
     for check, learned in zip(checks, succeeds(names, tmp_path, strategy), strict=True):
         check(tmp_path / check.__name__, learned)
-
-
-def test_metrics_add_up_over_ranks(tmp_path):
-    learned = succeeds("metrics_add_up", tmp_path, "ddp")
-    assert learned["score"] == pytest.approx(250)  # half of the samples are right
-    assert learned["matrix"][0, 0] == learned["mean"] == 0.5
-
-
-def test_rank_zero_alone_draws_pictures(tmp_path):
-    pytest.importorskip("matplotlib")
-    succeeds("pictures", tmp_path, "ddp")
-    drawn = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")}
-    assert {"rank0/da3-gates-a.png", "rank0/da3-executed_shares-a.png"} <= drawn
-    assert not [name for name in drawn if not name.startswith("rank0/")]
 
 
 def test_every_rank_refuses_a_metric_that_is_not_logged(tmp_path):
