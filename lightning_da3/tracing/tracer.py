@@ -231,7 +231,8 @@ class Tracer(OneThread):
         Raises:
             CannotTrace: Always.
         """
-        line = frames.place(self._frames())
+        here = self._frames()
+        reason, line = frames.what_packs(here) or reason, frames.place(here)
         self._refused = CannotTrace(f"{reason} ({line})" if line else reason)
         raise self._refused
 
