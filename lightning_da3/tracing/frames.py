@@ -113,8 +113,8 @@ def what_packs(frames: list[FrameType]) -> str:
     if not any(frame.f_code.co_filename == _PACKING for frame in frames):
         return ""
     return (
-        "it packs sequences, whose lengths are values, so its LSTM and GRU keep what PyTorch keeps; "
-        "called with padded sequences they keep less"
+        "it packs sequences, whose lengths are values, so its LSTM and GRU keep what PyTorch "
+        "keeps; called with padded sequences they keep less"
     )
 
 
