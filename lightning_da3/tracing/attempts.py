@@ -12,7 +12,7 @@ from torch import fx, nn
 from lightning_da3.errors import ConversionError
 from lightning_da3.memory import fake_mode_of
 from lightning_da3.torch_private.fake import FakeTensorMode, new_fake_mode
-from lightning_da3.tracing.calls import ModuleCall, calls_of
+from lightning_da3.tracing.calls import ModuleCall, calls_of, takes
 from lightning_da3.tracing.guards import must_be_default
 from lightning_da3.tracing.guessing import first_guesses
 from lightning_da3.tracing.probes import ProbeFailed, Probes, probe_inputs
@@ -112,9 +112,10 @@ def _attempt(
     for inputs in () if path else _inputs(module, session):
         for pair in probe_inputs(inputs):
             found = _try(module, defaults, Probes(pair, mode), session, path)
-            if not isinstance(found, ProbeFailed):
+            refused = isinstance(found, Exception) and not takes(module, pair[1], mode)
+            if not (refused or isinstance(found, ProbeFailed)):
                 return found
-            if found.number == 0:
+            if isinstance(found, ProbeFailed) and found.number == 0:
                 break  # and not only the larger one
     found = _try(module, defaults, None, session, path)
     assert not isinstance(found, ProbeFailed)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_da3.memory.fake import quiet, tensors_of
 from lightning_da3.torch_private.trees import tree_leaves
-from lightning_da3.tracing.probes import Probes
+from lightning_da3.tracing.probes import UNKNOWN, Probes
 from lightning_da3.tracing.watching import unchanged
 
 _PLAIN = (type(None), bool, str, float)
@@ -63,6 +63,25 @@ _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 def _twin(network: nn.Module) -> nn.Module:
     """A copy that shares the tensors, with or without values."""
     return copy.deepcopy(network, {id(t): t for t in tensors_of(network)})
+
+
+def takes(network: nn.Module, inputs: Sequence[Any], mode: AbstractContextManager[Any]) -> bool:
+    """Whether a network takes inputs, as far as that can be told without values.
+
+    Args:
+        network: Left unchanged: a copy runs.
+        inputs: Without values.
+        mode: Of fake tensors.
+    """
+    twin = _twin(network)
+    try:
+        with quiet(), torch.no_grad(), mode:
+            twin(*inputs)
+    except UNKNOWN:
+        return True
+    except Exception:  # noqa: BLE001  # the user's own forward: anything can come
+        return False
+    return True
 
 
 def _run(

@@ -172,3 +172,29 @@ def test_packed_sequences_stay_python_for_a_plain_reason():
     model.set_domain("a")
     model.train()(*inputs).sum().backward()
     assert all(p.grad is not None for p in model.domain("a").parameters())
+
+
+class Divisible(nn.Module):
+    """It refuses sizes that its strides do not divide, as networks of segmentation do."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1))
+        self.head = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x):
+        if x.shape[-1] % 4 != 0 or x.shape[-2] % 4 != 0:
+            raise RuntimeError(f"sizes must be multiples of 4, got {x.shape}")
+        return F.interpolate(self.head(self.body(x)), size=x.shape[-2:], mode="bilinear")
+
+
+@pytest.mark.parametrize("inputs", [None, torch.zeros(2, 3, 16, 16)])
+def test_a_network_that_refuses_odd_sizes_is_one_graph_for_all_others(inputs):
+    network = Divisible().eval()
+    model = convert(network, CONFIG, inputs, verify=False)
+    assert not model.plan.python
+    for side in (16, 20):
+        x = torch.randn(2, 3, side, side + 4)
+        torch.testing.assert_close(model(x), network(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="decides on its input's sizes"):
+        model(torch.randn(2, 3, 18, 16))
