@@ -1,0 +1,69 @@
+"""Convolutions whose weight trains: the classifier of every position.
+
+Shapes: x (N, C, *in), weight (O, C, *kernel), y (N, O, *out), one to three spatial axes.
+Kept: 8-bit codes of x, for the gradient of the weight; what comes back to x is exact. Plain PyTorch
+keeps x, of the network's full resolution maybe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_da3.ops.backward import once_differentiable
+from lightning_da3.ops.codes import kept_of, read_back
+from lightning_da3.ops.opaque_convolution import lowered
+
+_Geometry = tuple[Sequence[int], Sequence[int], Sequence[int]]  # stride, padding, dilation
+
+
+class _TrainedConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry
+    ) -> Tensor:
+        kept, ctx.how = kept_of(x, exact=False)
+        ctx.geometry, ctx.sizes = geometry, None if bias is None else [len(bias)]
+        ctx.save_for_backward(kept, weight)
+        return torch.convolution(x, weight, bias, *geometry, False, [0] * len(geometry[0]), 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept, weight = ctx.saved_tensors
+        x, stride = read_back(kept, ctx.how), ctx.geometry[0]
+        needed = [*ctx.needs_input_grad[:2], ctx.needs_input_grad[2] and ctx.sizes is not None]
+        found: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
+            *(grad, x, weight, ctx.sizes, *ctx.geometry, False, [0] * len(stride), 1, needed)
+        )
+        return (*found, None)
+
+
+def trained_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """A convolution without groups that keeps codes of its input.
+
+    Args:
+        x: (N, C, *in).
+        weight: (O, C, *kernel).
+        bias: (O,), or None.
+        stride: One number an axis.
+        padding: Likewise, of zeros.
+        dilation: Likewise.
+
+    Returns:
+        y (N, O, *out).
+    """
+    dtype = lowered(x, x.dtype)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    y: Tensor = _TrainedConv.apply(x.to(dtype), weight, bias, (stride, padding, dilation))  # type: ignore[no-untyped-call]
+    return y
