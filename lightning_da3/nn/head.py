@@ -23,7 +23,7 @@ class _Coded(nn.Module):
     stride: tuple[int, ...]
     padding: str | tuple[int, ...]
     dilation: tuple[int, ...]
-    padding_mode: str
+    padding_mode: Any
 
     def forward(self, x: Tensor) -> Tensor:
         """Features to scores."""

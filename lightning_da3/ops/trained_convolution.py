@@ -65,5 +65,5 @@ def trained_conv(
     """
     dtype = lowered(x, x.dtype)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    y: Tensor = _TrainedConv.apply(x.to(dtype), weight, bias, (stride, padding, dilation))  # type: ignore[no-untyped-call]
+    y: Tensor = _TrainedConv.apply(x.to(dtype), weight, bias, (stride, padding, dilation))
     return y

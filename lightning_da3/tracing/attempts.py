@@ -148,9 +148,12 @@ def note_calls_(network: nn.Module, session: Session) -> None:
     """
     for inputs in _inputs(network, session):
         for pair in probe_inputs(inputs):
-            session.calls = calls_of(network, Probes(pair, _mode(network)))
+            session.calls, hooked = calls_of(network, Probes(pair, _mode(network)))
             if session.calls:
                 session.guessed = inputs
+                for path in hooked:
+                    kind = type(network.get_submodule(path)).__name__
+                    session.python.setdefault(path, f"{kind}: the network hooks into it as it runs")
                 return
 
 

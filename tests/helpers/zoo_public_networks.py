@@ -279,7 +279,7 @@ ZOO: dict[str, Entry] = {
         inputs=lambda x: (x, torch.full((len(x),), x.shape[1])),
     ),
     "r3d_18": video("r3d_18"),
-    "s3d": video("s3d", (1, 3, 16, 64, 64)),
+    "mc3_18": video("mc3_18"),
     "mvit_v2": video("mvit_v2_s", (1, 3, 16, 224, 224)),
     "deeplabv3": segmentation("deeplabv3_mobilenet_v3_large"),
     "fcn": segmentation("fcn_resnet50"),
