@@ -16,7 +16,9 @@ FOUND = {  # head, hosts, modules that stay Python
     "resnet": ("classifier.1", 2, 0),
     "ast": ("classifier.dense", 5, 0),
     "bert": ("classifier", 4, 1),
+    "siglip_vision": (None, 6, 0),
     "smp_unet": ("segmentation_head.0", 18, 0),
+    "cnn_lstm": ("fc", 1, 0),
 }
 
 
