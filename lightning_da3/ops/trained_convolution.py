@@ -12,11 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import grad as gradients
 
 from lightning_da3.ops.backward import once_differentiable
 from lightning_da3.ops.codes import kept_of, read_back
+from lightning_da3.ops.convolution import conv_input_gradient
 from lightning_da3.ops.opaque_convolution import lowered
 
+_WEIGHT_GRADIENT: dict[int, Any] = {
+    1: gradients.conv1d_weight,
+    2: gradients.conv2d_weight,
+    3: gradients.conv3d_weight,
+}
 _Geometry = tuple[Sequence[int], Sequence[int], Sequence[int]]  # stride, padding, dilation
 
 
@@ -26,7 +33,7 @@ class _TrainedConv(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry
     ) -> Tensor:
         kept, ctx.how = kept_of(x, exact=False)
-        ctx.geometry, ctx.sizes = geometry, None if bias is None else [len(bias)]
+        ctx.geometry, ctx.size = geometry, x.size()
         ctx.save_for_backward(kept, weight)
         return torch.convolution(x, weight, bias, *geometry, False, [0] * len(geometry[0]), 1)
 
@@ -34,12 +41,17 @@ class _TrainedConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight = ctx.saved_tensors
-        x, stride = read_back(kept, ctx.how), ctx.geometry[0]
-        needed = [*ctx.needs_input_grad[:2], ctx.needs_input_grad[2] and ctx.sizes is not None]
-        found: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
-            *(grad, x, weight, ctx.sizes, *ctx.geometry, False, [0] * len(stride), 1, needed)
-        )
-        return (*found, None)
+        size, axes = ctx.size, grad.dim() - 2
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_x = grad_weight = grad_bias = None
+        if needs_x:
+            grad_x = conv_input_gradient(grad, weight, size, *ctx.geometry, 1)
+        if needs_weight:
+            x = read_back(kept, ctx.how)
+            grad_weight = _WEIGHT_GRADIENT[axes](x, weight.shape, grad, *ctx.geometry)
+        if needs_bias:
+            grad_bias = grad.sum([0, *range(2, grad.dim())])
+        return grad_x, grad_weight, grad_bias, None
 
 
 def trained_conv(
