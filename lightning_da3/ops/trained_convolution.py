@@ -41,14 +41,16 @@ class _TrainedConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight = ctx.saved_tensors
-        size, axes = ctx.size, grad.dim() - 2
+        stride, padding, dilation = ctx.geometry
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         if needs_x:
-            grad_x = conv_input_gradient(grad, weight, size, *ctx.geometry, 1)
+            place = (ctx.size, stride, padding, dilation)
+            grad_x = conv_input_gradient(grad, weight, *place, groups=1)
         if needs_weight:
             x = read_back(kept, ctx.how)
-            grad_weight = _WEIGHT_GRADIENT[axes](x, weight.shape, grad, *ctx.geometry)
+            gradient = _WEIGHT_GRADIENT[grad.dim() - 2]
+            grad_weight = gradient(x, weight.shape, grad, stride, padding, dilation)
         if needs_bias:
             grad_bias = grad.sum([0, *range(2, grad.dim())])
         return grad_x, grad_weight, grad_bias, None

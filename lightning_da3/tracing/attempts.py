@@ -111,8 +111,9 @@ def _attempt(
     mode = _mode(module)
     for inputs in () if path else _inputs(module, session):
         for pair in probe_inputs(inputs):
-            found = _try(module, defaults, Probes(pair, mode), session, path)
-            refused = isinstance(found, Exception) and not takes(module, pair[1], mode)
+            probes = Probes(pair, mode)
+            found = _try(module, defaults, probes, session, path)
+            refused = isinstance(found, Exception) and not takes(module, probes.inputs[1], mode)
             if not (refused or isinstance(found, ProbeFailed)):
                 return found
             if isinstance(found, ProbeFailed) and found.number == 0:
