@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from zoo_public import ZOO, build, lasts, outputs
+from helpers.zoo_public_networks import ZOO
+from zoo_public import arguments, build, lasts, outputs
 
 from lightning_da3 import AdapterConfig, DA3Config, convert
 
@@ -15,7 +16,9 @@ FOUND = {  # head, hosts, modules that stay Python
     "resnet": ("classifier.1", 2, 0),
     "ast": ("classifier.dense", 5, 0),
     "bert": ("classifier", 4, 1),
+    "siglip_vision": (None, 6, 0),
     "smp_unet": ("segmentation_head.0", 18, 0),
+    "cnn_lstm": ("fc", 1, 0),
 }
 
 
@@ -23,9 +26,12 @@ FOUND = {  # head, hosts, modules that stay Python
 def test_network(name):
     pytest.importorskip(ZOO[name].library)
     network, batch = build(name, small=True)
-    model, again = (convert(network, CONFIG, batch, verify=False) for _ in range(2))
+    method = ZOO[name].method
+    model, again = (convert(network, CONFIG, arguments(batch), verify=False) for _ in range(2))
     plan = model.plan
     assert (plan.head, len(plan.hosts), len(plan.python)) == FOUND[name]
-    for one, other in zip(outputs(model, batch), outputs(network, batch), strict=True):
+    for one, other in zip(
+        outputs(model, batch, method), outputs(network, batch, method), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
-    assert lasts(model, again, batch) == (True, True)
+    assert lasts(model, again, batch, method) == (True, True)

@@ -192,7 +192,7 @@ def _fine_tuning(
     if domain.head is not None and model.plan.head is not None:
         own = cast(Head, predictor.twin.get_submodule(model.plan.head))
         with fake_mode_of(network) or torch.device("cpu"):
-            head = new_head(own, classes_of(domain.head), own.weight.device)
+            head = new_head(own, classes_of(domain.head), own.weight.device, exact=True)
         predictor.twin.set_submodule(model.plan.head, head)
     try:
         return predictor(*inputs), predictor.twin, ""

@@ -104,7 +104,8 @@ def new_domain(
         ConfigError: `num_classes` is missing or wrong, or `class_names` are not as many.
     """
     _check_classes(plan, config, num_classes, replaced=head is not None)
-    own = None if head is None else new_head(head, cast(int, num_classes), device)
+    exact = config.memory.exact
+    own = None if head is None else new_head(head, cast(int, num_classes), device, exact=exact)
     with device:
         adapters = {
             host_key(host.name): _new_adapter(host, config).to(dtype=dtype) for host in plan.hosts

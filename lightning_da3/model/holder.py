@@ -25,6 +25,7 @@ from lightning_da3.model.outside import (
     typed,
     with_room,
 )
+from lightning_da3.model.pending import rest_
 
 
 class Place(NamedTuple):
@@ -87,9 +88,11 @@ class Holder:
         elsewhere = {*own, *self.lacking(self.network.shared)}
         shared = [name for name in tensors_of(self.network.shared) if name not in elsewhere]
         self._owners = {}
-        trains = domain is not None and self.policy == "shared"
-        self._put(self.network.shared, shared, trains)
+        self._put(self.network.shared, shared, self._trains_shared())
         self._put(_own(domain), list(own), True)
+
+    def _trains_shared(self) -> bool:
+        return self._domain is not None and self.policy == "shared"
 
     def _put(self, outside: Outside | None, names: list[str], trains: bool) -> None:
         if outside is None:
@@ -101,7 +104,11 @@ class Holder:
             live = getattr(owner, leaf)
             if isinstance(tensor, nn.Parameter):
                 lent.append(name)
-                setattr(owner, leaf, tensor.requires_grad_(trains))
+                if trains:
+                    tensor.requires_grad_(True)
+                else:
+                    rest_([tensor], self._trains_shared)
+                setattr(owner, leaf, tensor)
             elif _fits(live, tensor):
                 live.copy_(tensor)  # it stays the same object: DDP and averages hold it
             else:

@@ -18,6 +18,7 @@ from lightning_da3.model.domain import Bank, Domain, new_domain
 from lightning_da3.model.holder import Holder
 from lightning_da3.model.nearest import new_statistics
 from lightning_da3.model.outside import Outside, take_back_, tensors_of, with_room
+from lightning_da3.model.pending import rest_
 from lightning_da3.model.slots import Slots, connect_
 from lightning_da3.model.state import OUTSIDE, SHARED, complete_state
 from lightning_da3.nn.call import Call, Calls
@@ -148,7 +149,9 @@ class MultiDomain(nn.Module):
 
         Parameters of the active domain require a gradient, all others do not. Calls that run in
         other threads end with the domain that they began with. What trains with the domain in the
-        module that a Trainer attached is switched as well, for all threads.
+        module that a Trainer attached is switched as well, for all threads. A loss of before still
+        brings its own domain gradients; PyTorch refuses it, if it passed a norm with statistics
+        beside the network.
 
         Args:
             name: One of `domains`, or None.
@@ -172,9 +175,13 @@ class MultiDomain(nn.Module):
         before, self._active, self._was_set = self._active, name, True
         self.calls.everywhere, self.calls.here.resting = self._slots.call(domain), None
         if before is not None and before != name:
-            self.domain(before).requires_grad_(False)
+            earlier = self.domain(before)
+            rest_(earlier.parameters(), lambda: self._is_active(earlier))
         if holder is not None:
             holder.put(domain)
+
+    def _is_active(self, domain: Domain) -> bool:
+        return self._active is not None and self.bank[self._active] is domain
 
     def delete_domain(self, name: str) -> None:
         """Remove a domain and its parameters; if it was active, the backbone alone remains.

@@ -10,27 +10,70 @@ from torch import Tensor, nn
 
 from lightning_da3.errors import InputError
 from lightning_da3.nn.call import Place
+from lightning_da3.ops.trained_convolution import trained_conv
 
 Head = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-def new_head(original: Head, num_classes: int, device: torch.device) -> Head:
-    """A fresh classifier that reads what `original` reads and gives `num_classes` scores."""
+class _Coded(nn.Module):
+    """A classifier of positions that keeps 8-bit codes of its features while it trains."""
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding_mode: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features to scores."""
+        trains = torch.is_grad_enabled() and self.weight.requires_grad
+        if not trains or self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return cast(Tensor, super().forward(x))
+        return trained_conv(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
+
+
+class CodedConv1d(_Coded, nn.Conv1d):
+    """`nn.Conv1d` that keeps codes."""
+
+
+class CodedConv2d(_Coded, nn.Conv2d):
+    """`nn.Conv2d` that keeps codes."""
+
+
+class CodedConv3d(_Coded, nn.Conv3d):
+    """`nn.Conv3d` that keeps codes."""
+
+
+_CODED = {nn.Conv1d: CodedConv1d, nn.Conv2d: CodedConv2d, nn.Conv3d: CodedConv3d}
+
+
+def new_head(original: Head, num_classes: int, device: torch.device, *, exact: bool) -> Head:
+    """A fresh classifier that reads what `original` reads and gives `num_classes` scores.
+
+    Args:
+        original: The backbone's own.
+        num_classes: How many scores.
+        device: Where it computes.
+        exact: What a convolution keeps is no codes.
+    """
     place: dict[str, Any] = {"device": device, "dtype": original.weight.dtype}
     has_bias = original.bias is not None
     if isinstance(original, nn.Linear):
         return nn.Linear(original.in_features, num_classes, bias=has_bias, **place)
-    return type(original)(
+    kind: Any = type(original) if exact else _CODED.get(type(original), type(original))
+    made: Head = kind(
         original.in_channels,
         num_classes,
-        original.kernel_size,  # type: ignore[arg-type]
-        original.stride,  # type: ignore[arg-type]
-        original.padding,  # type: ignore[arg-type]
-        original.dilation,  # type: ignore[arg-type]
+        original.kernel_size,
+        original.stride,
+        original.padding,
+        original.dilation,
         bias=has_bias,
         padding_mode=original.padding_mode,
         **place,
     )
+    return made
 
 
 def classes_of(head: nn.Module) -> int:

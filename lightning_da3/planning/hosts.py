@@ -30,6 +30,8 @@ from lightning_da3.planning.plan import HostPlan
 from lightning_da3.planning.shapes import InputSize, Shapes, reductions
 from lightning_da3.tracing.graphs import Part, module_of, output_node
 
+POOLED = math.inf  # the reduction of one position that stands for all
+
 
 class HostFinder:
     """Finds the hosts of one graph.
@@ -126,6 +128,8 @@ class HostFinder:
         if host.stride is not None or not whole or here is None:
             return self.reduction[x]
         area = max(1, math.prod(here[1:-1]) - host.prefix_tokens)
+        if area == 1 and math.prod(whole) > 1:
+            return POOLED
         return float(round((math.prod(whole) / area) ** (1 / len(whole)), 6))
 
     def counted(self, host: HostPlan) -> bool:

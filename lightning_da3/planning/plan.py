@@ -184,7 +184,7 @@ class Plan:
         """The linear layers and convolutions of all graphs, which may be named as a head."""
         kinds = ("Linear", "Conv1d", "Conv2d", "Conv3d")
         return tuple(
-            f"{part.path}.{node.place}" if part.path else node.place
+            f"{part.path}.{node.place}".lstrip(".").removesuffix(".layer")  # of one layer's graph
             for part in self.parts
             for node in part.nodes
             if node.layer in kinds

@@ -17,7 +17,7 @@ from lightning_da3.planning.flow import Flow
 from lightning_da3.planning.folding import find_folds
 from lightning_da3.planning.forms import FormFinder
 from lightning_da3.planning.head import find_head
-from lightning_da3.planning.hosts import HostFinder
+from lightning_da3.planning.hosts import POOLED, HostFinder
 from lightning_da3.planning.means import find_means
 from lightning_da3.planning.nodes import plan_nodes, trained_through
 from lightning_da3.planning.places import common_owner, find_places, free_name
@@ -86,7 +86,7 @@ def make_plan(
     found = [reduction for draft in drafts for reduction, _ in draft.candidates]
     if not found and hosts_of is None:
         raise ConversionError(_nothing_message(traced))
-    least = 0.0 if every else _least_reduction(config.adapter.min_stride, max(found))
+    least = 0.0 if every else _least_reduction(config.adapter.min_stride, found)
     training = [
         draft.part.path
         for draft in drafts
@@ -114,8 +114,12 @@ def _count_from_the_input_(drafts: Sequence[_Draft]) -> None:
                 before[draft.part.user_name(str(node.target))] = own * reduction
 
 
-def _least_reduction(min_stride: int | str, most: float) -> float:
-    """Which downsampling a host's input needs, in a network that gets to `most`."""
+def _least_reduction(min_stride: int | str, found: Sequence[float]) -> float:
+    """Which downsampling a host's input needs, in a network whose candidates have these.
+
+    What was pooled to one position is not downsampled: hosts of the maps before it stay hosts.
+    """
+    most = max([reduction for reduction in found if reduction != POOLED], default=1.0)
     if isinstance(min_stride, str):
         min_stride = math.ceil(min(16.0, max(8.0, most / 2)))
     return min(min_stride, most)

@@ -21,6 +21,7 @@ from lightning_da3.layers import (
     is_pure,
     layer_may_draw,
     may_draw,
+    operation,
 )
 from lightning_da3.planning.aliases import find_writers
 from lightning_da3.planning.conditioning import Conditioning, is_of_many
@@ -28,6 +29,7 @@ from lightning_da3.planning.flow import Flow, Nodes, dominators
 from lightning_da3.planning.plan import HostPlan, NodePlan, RecomputeRegion
 from lightning_da3.tracing.graphs import module_of
 
+ATTENTION = ("scaled_dot_product_attention",)
 # passing a convolution or a matrix product must make the kept value at least so much smaller
 WORTH = 2.0
 SQUEEZED = 16.0  # a mean over so many elements is not rounded
@@ -99,6 +101,7 @@ class RegionFinder:
     def find(self) -> list[RecomputeRegion]:
         """Every region, in order."""
         regions = [region for region in self._one_by_one() if self._saves(region) > 0.0]
+        regions += self._of_several({node for region in regions for node in region.inside})
         whole = self._island()
         if whole is not None and self._saves(whole) > sum(map(self._saves, regions)):
             regions = [whole]
@@ -135,6 +138,15 @@ class RegionFinder:
             found[source] = region
             covered |= set(region.inside)
         return sorted(found.values(), key=lambda s: self.flow.position[s.sources[0]])
+
+    def _of_several(self, covered: set[fx.Node]) -> list[_Region]:
+        """Attention whose operands have no value in common that it may be computed from again.
+
+        As where a host lies on the way of its keys: by itself, from its operands.
+        """
+        left = [n for n in self.trained if n not in covered and operation(n) in ATTENTION]
+        alone = [self._region(self._sources(node), [node]) for node in left if self._keeps(node)]
+        return [r for r in alone if r is not None and self._saves(r) > 0.0]
 
     def pure(self) -> dict[fx.Node, bool]:
         """Which nodes may run a second time, with hosts and their adapters, and the head."""

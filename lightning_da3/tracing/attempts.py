@@ -12,7 +12,7 @@ from torch import fx, nn
 from lightning_da3.errors import ConversionError
 from lightning_da3.memory import fake_mode_of
 from lightning_da3.torch_private.fake import FakeTensorMode, new_fake_mode
-from lightning_da3.tracing.calls import ModuleCall, calls_of
+from lightning_da3.tracing.calls import ModuleCall, calls_of, takes
 from lightning_da3.tracing.guards import must_be_default
 from lightning_da3.tracing.guessing import first_guesses
 from lightning_da3.tracing.probes import ProbeFailed, Probes, probe_inputs
@@ -111,10 +111,12 @@ def _attempt(
     mode = _mode(module)
     for inputs in () if path else _inputs(module, session):
         for pair in probe_inputs(inputs):
-            found = _try(module, defaults, Probes(pair, mode), session, path)
-            if not isinstance(found, ProbeFailed):
+            probes = Probes(pair, mode)
+            found = _try(module, defaults, probes, session, path)
+            refused = isinstance(found, Exception) and not takes(module, probes.inputs[1], mode)
+            if not (refused or isinstance(found, ProbeFailed)):
                 return found
-            if found.number == 0:
+            if isinstance(found, ProbeFailed) and found.number == 0:
                 break  # and not only the larger one
     found = _try(module, defaults, None, session, path)
     assert not isinstance(found, ProbeFailed)
@@ -147,9 +149,12 @@ def note_calls_(network: nn.Module, session: Session) -> None:
     """
     for inputs in _inputs(network, session):
         for pair in probe_inputs(inputs):
-            session.calls = calls_of(network, Probes(pair, _mode(network)))
+            session.calls, hooked = calls_of(network, Probes(pair, _mode(network)))
             if session.calls:
                 session.guessed = inputs
+                for path in hooked:
+                    kind = type(network.get_submodule(path)).__name__
+                    session.python.setdefault(path, f"{kind}: the network hooks into it as it runs")
                 return
 
 

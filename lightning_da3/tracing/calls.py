@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_da3.memory.fake import quiet, tensors_of
+from lightning_da3.torch_private.modules import FORWARD_HOOKS, hooks_of
 from lightning_da3.torch_private.trees import tree_leaves
-from lightning_da3.tracing.probes import Probes
+from lightning_da3.tracing.probes import UNKNOWN, Probes
 from lightning_da3.tracing.watching import unchanged
 
 _PLAIN = (type(None), bool, str, float)
@@ -37,8 +38,8 @@ class ModuleCall:
     fixed: Mapping[str, Any]
 
 
-def calls_of(network: nn.Module, probes: Probes) -> dict[str, ModuleCall]:
-    """The calls of the modules in a network, by their paths.
+def calls_of(network: nn.Module, probes: Probes) -> tuple[dict[str, ModuleCall], set[str]]:
+    """The calls of the modules in a network, by their paths, and which it hooks into.
 
     One that is called in several ways, or with more than tensors and plain values, is left out.
 
@@ -46,7 +47,8 @@ def calls_of(network: nn.Module, probes: Probes) -> dict[str, ModuleCall]:
         network: Left unchanged: copies run, as a forward may change what nobody sees.
         probes: Its inputs.
     """
-    seen = [_run(_twin(network), inputs, probes.mode) for inputs in probes.inputs]
+    hooked: set[str] = set()
+    seen = [_run(_twin(network), inputs, probes.mode, hooked) for inputs in probes.inputs]
     found = {}
     for path, module in network.named_modules():
         each = [calls.get(path, []) for calls in seen]
@@ -54,7 +56,7 @@ def calls_of(network: nn.Module, probes: Probes) -> dict[str, ModuleCall]:
             call = _call(module, each)
             if call is not None:
                 found[path] = call
-    return found
+    return found, hooked
 
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -65,8 +67,30 @@ def _twin(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, {id(t): t for t in tensors_of(network)})
 
 
+def takes(network: nn.Module, inputs: Sequence[Any], mode: AbstractContextManager[Any]) -> bool:
+    """Whether a network takes inputs, as far as that can be told without values.
+
+    Args:
+        network: Left unchanged: a copy runs.
+        inputs: Without values.
+        mode: Of fake tensors.
+    """
+    twin = _twin(network)
+    try:
+        with quiet(), torch.no_grad(), mode:
+            twin(*inputs)
+    except UNKNOWN:
+        return True
+    except Exception:  # noqa: BLE001  # the user's own forward: anything can come
+        return False
+    return True
+
+
 def _run(
-    network: nn.Module, inputs: Sequence[Any], mode: AbstractContextManager[Any]
+    network: nn.Module,
+    inputs: Sequence[Any],
+    mode: AbstractContextManager[Any],
+    hooked: set[str],
 ) -> dict[str, list[_Arguments]]:
     calls: dict[str, list[_Arguments]] = {}
     with contextlib.ExitStack() as stack:
@@ -81,10 +105,22 @@ def _run(
 
             hook = module.register_forward_pre_hook(noted, with_kwargs=True)
             stack.callback(hook.remove)
+        before = _hooks(network)
         # what ran before an error is known, and the error comes again where it matters
         with contextlib.suppress(Exception), quiet(), torch.no_grad(), mode:
             network(*inputs)
+        after = _hooks(network)
+        hooked |= {path for path, hooks in after.items() if hooks != before.get(path, hooks)}
     return calls
+
+
+def _hooks(network: nn.Module) -> dict[str, list[list[int]]]:
+    """The numbers of the hooks on every module, by its path."""
+    return {
+        path: [list(hooks) for hooks in hooks_of(module, FORWARD_HOOKS)]
+        for path, module in network.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+    }
 
 
 def _call(module: nn.Module, each: Sequence[Sequence[_Arguments]]) -> ModuleCall | None:

@@ -10,11 +10,13 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
+import torch.nn.utils.rnn
 import torch.utils.checkpoint
 from torch import nn
 
 _TORCH = str(Path(inspect.getfile(torch)).parent)
 _CHECKPOINT = inspect.getfile(torch.utils.checkpoint)
+_PACKING = inspect.getfile(torch.nn.utils.rnn)
 _HERE = str(Path(__file__).parents[1])
 
 
@@ -104,6 +106,16 @@ def _flat(values: list[object]) -> Iterator[object]:
 def in_checkpoint(frame: FrameType) -> bool:
     """Whether gradient checkpointing asks, which keeps states of tensors that a graph has not."""
     return frame.f_code.co_filename == _CHECKPOINT
+
+
+def what_packs(frames: list[FrameType]) -> str:
+    """What to say where sequences are packed, whose lengths are values; "" if they are not."""
+    if not any(frame.f_code.co_filename == _PACKING for frame in frames):
+        return ""
+    return (
+        "it packs sequences, whose lengths are values, so its LSTM and GRU keep what PyTorch "
+        "keeps; called with padded sequences they keep less"
+    )
 
 
 def place(frames: list[FrameType]) -> str:

@@ -34,7 +34,7 @@ _STATES = (
     *("is_cuda", "is_cpu", "is_mps", "requires_grad", "grad_fn", "is_leaf", "grad"),
 )
 _VALUES = ("numpy", "tolist", "item", "__array__")  # of tensors: nothing that a probe has
-_UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException, NotImplementedError)
+UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException, NotImplementedError)
 
 
 class ProbeFailed(BaseException):  # no error of a user's forward
@@ -83,7 +83,7 @@ class Probes:
             return
         try:
             results = [self._run(node, root, number) for number in range(len(self.inputs))]
-        except _UNKNOWN:
+        except UNKNOWN:
             return
         node.meta[PROBED] = tuple(results)
         node.meta[VARIES] = _varies(node, results)
@@ -110,7 +110,7 @@ class Probes:
         try:
             with quiet(), torch.no_grad(), self.mode:
                 return _call(node, root, args, kwargs)
-        except _UNKNOWN:
+        except UNKNOWN:
             raise
         except Exception as error:
             raise ProbeFailed(number, error) from error
@@ -251,9 +251,12 @@ def probe_inputs(inputs: Sequence[Any]) -> Iterator[list[list[Any]]]:
         of_tokens = x.dim() == 3 or (x.dim() == 2 and not x.is_floating_point())
         return {1: 13} if of_tokens else spatial(x)
 
+    def doubled(x: Tensor) -> dict[int, int]:  # of a network that divides by its strides
+        return {axis: x.shape[axis] for axis in range(2, x.dim())}
+
     first = with_sizes(lambda _: {}, 1)
     tried: list[list[Any]] = []
-    ways: tuple[Callable[[Tensor], dict[int, int]], ...] = (tokens, spatial, lambda _: {})
+    ways: tuple[Callable[[Tensor], dict[int, int]], ...] = (tokens, spatial, doubled, lambda _: {})
     for axes in ways:
         second = with_sizes(axes, 2)
         if not any(_sizes(second) == _sizes(other) for other in tried):

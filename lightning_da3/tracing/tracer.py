@@ -24,6 +24,7 @@ from lightning_da3.tracing.aliases import Aliases
 from lightning_da3.tracing.functions import PythonFunctions
 from lightning_da3.tracing.guards import may_check, must_be, must_be_default
 from lightning_da3.tracing.interception import FACTORIES, intercepted
+from lightning_da3.tracing.one_thread import OneThread
 from lightning_da3.tracing.probes import PROBED, VARIES, Probes, versions
 from lightning_da3.tracing.refusals import CannotTrace, NewLeaf, first_line
 from lightning_da3.tracing.signatures import call_of
@@ -31,7 +32,7 @@ from lightning_da3.tracing.values import Value, built_from, holds, structured
 from lightning_da3.tracing.watching import Draws, Modes, Snapshot, plain_modes, random_states
 
 
-class Tracer(fx.Tracer):
+class Tracer(OneThread):
     """`torch.fx.Tracer` that keeps our own modules whole, and what it cannot see.
 
     `torch.fx.symbolic_trace` would look through them and lose every custom backward silently.
@@ -146,7 +147,7 @@ class Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A parameter is a node; not while values are looked at, nor one that is gone."""
-        if self._probing:
+        if self._probing or not self.is_here():
             return attr_val
         if self.erased:
             for name, proxy in list(parameter_proxy_cache.items()):
@@ -154,7 +155,7 @@ class Tracer(fx.Tracer):
                     del parameter_proxy_cache[name]
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
-    def call_module(
+    def call_here(
         self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """A layer is a node, and so is what a graph cannot hold; others are looked into."""
@@ -162,13 +163,13 @@ class Tracer(fx.Tracer):
             return m.forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
-            return super().call_module(m, forward, args, kwargs)
+            return super().call_here(m, forward, args, kwargs)
         if path in self.python or has_hooks(m):
             return self._opaque(m, path, args, kwargs)
         nodes, stack = len(self.graph.nodes), self.module_stack.copy()
         aliases = self.aliases.copy()
         try:
-            return super().call_module(
+            return super().call_here(
                 m, lambda *a, **k: self.look_into(m, forward, a, k), args, kwargs
             )
         except Exception as error:  # noqa: BLE001  # the user's own forward: anything can come
@@ -230,7 +231,8 @@ class Tracer(fx.Tracer):
         Raises:
             CannotTrace: Always.
         """
-        line = frames.place(self._frames())
+        here = self._frames()
+        reason, line = frames.what_packs(here) or reason, frames.place(here)
         self._refused = CannotTrace(f"{reason} ({line})" if line else reason)
         raise self._refused
 
@@ -320,7 +322,7 @@ class Tracer(fx.Tracer):
     def _as_node(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """What is called for a function that is a node."""
         if function is len:
-            return self._length
+            return lambda x: self._noted(len, (x,)) if isinstance(x, fx.Proxy) else len(x)
         factory = getattr(function, "__name__", "") in FACTORIES
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -332,9 +334,6 @@ class Tracer(fx.Tracer):
             return structured(proxy)
 
         return call
-
-    def _length(self, value: Any) -> Any:
-        return self._noted(len, (value,)) if isinstance(value, fx.Proxy) else len(value)
 
     def _drawn(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Random numbers that no traced value is asked for are drawn in every call."""

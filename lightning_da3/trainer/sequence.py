@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -56,6 +56,7 @@ def fit_sequence(
     *,
     config: DA3Config | Mapping[str, Any] | None = None,
     backbone: str | None = None,
+    outside: Literal["domain", "frozen"] = "domain",
     seed: int = 0,
     save_every_n_steps: int = 50,
 ) -> L.LightningModule:
@@ -88,6 +89,8 @@ def fit_sequence(
             domain.
         config: The choices for the conversion, or a dict of them; the same for all domains.
         backbone: Name of the network inside the LightningModule, as for `DA3Callback`.
+        outside: What becomes of what requires a gradient beside the network, as for `DA3Callback`;
+            not ``"shared"``, as no domain depends on another.
         seed: The seed with which every domain starts.
         save_every_n_steps: Optimizer steps between two checkpoints, and so about the most that a
             stop can cost: no checkpoint is made between a step and the validation behind it. The
@@ -105,6 +108,7 @@ def fit_sequence(
     domains = DomainFolder(folder)
     config = DA3Config.of(config)
     plans = _checked(tasks, save_every_n_steps, seed)
+    _check_outside(outside)
     if "callbacks" in getattr(trainer, "keywords", {}):
         raise ConfigError(
             "`trainer` is a partial that has callbacks of its own, which would be lost. Give a "
@@ -120,7 +124,9 @@ def fit_sequence(
             checkpoint = domains.path / f"{name}.ckpt"
             if name not in found:
                 # the steps of all domains cost about the same
-                da3 = DA3Callback(name, task.num_classes, config, backbone, predict=not found)
+                da3 = DA3Callback(
+                    name, task.num_classes, config, backbone, predict=not found, outside=outside
+                )
                 finished = next((found[other].file(other) for other in found), None)
                 saver = SequenceCheckpoint(checkpoint, save_every_n_steps, da3, finished)
                 learned.clear()
@@ -129,7 +135,7 @@ def fit_sequence(
                 *learned, found[name] = _learn(module, task, trainer, both, da3, saver, seed, runs)
             if found[name] is domains:
                 _remove(checkpoint)
-        lit, model = learned or _converted(module, backbone, config, seed)
+        lit, model = learned or _converted(module, backbone, config, outside, seed)
         model.set_domain(None)
         for name in model.domains:  # all alike, in the order of the tasks, from their files
             model.delete_domain(name)
@@ -166,6 +172,15 @@ def _checked(
             check_num_classes(checked[name].num_classes)
         checked_class_names(checked[name].class_names, checked[name].num_classes)
     return checked
+
+
+def _check_outside(outside: object) -> None:
+    if outside not in ("domain", "frozen"):
+        raise ConfigError(
+            f'`outside` must be "domain" or "frozen", got {shown(outside)}. Every domain of a '
+            'sequence starts from a new module, and its file is all that is kept: for "shared", '
+            "learn them in one run, with DA3Callback({...}) and a DomainLoader."
+        )
 
 
 def _is_finished(domains: DomainFolder, name: str) -> bool:
@@ -270,6 +285,7 @@ def _converted(
     make_module: Callable[[], L.LightningModule],
     backbone: str | None,
     config: DA3Config | None,
+    outside: str,
     seed: int,
 ) -> tuple[L.LightningModule, DA3Model]:
     """A module with its network converted, without a Trainer."""
@@ -280,6 +296,6 @@ def _converted(
     name = find_backbone(lit, backbone)
     network = lit.get_submodule(name)
     model = convert(network, config)
-    hold_(lit, name, model)
+    hold_(lit, name, model, outside)
     put_(lit, network, model)
     return lit, model

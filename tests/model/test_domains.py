@@ -6,12 +6,16 @@ from helpers import models
 from helpers.comparing import assert_identical
 from helpers.domains import refused
 from helpers.learned import ADAPTER, batch, converted, outputs, trainable
+from torch import nn
 
 from lightning_da3 import (
     ConfigError,
     DA3Config,
     DomainError,
+    MemoryConfig,
+    convert,
 )
+from lightning_da3.memory import SavedActivations
 from lightning_da3.nn.adapter import OPEN_LOGIT
 
 
@@ -196,3 +200,22 @@ def test_the_mode_of_domains_follows_the_model():
     model.train()
     assert model.domain("a").training
     assert model.domain("b").training
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_convolution_as_head_keeps_codes_unless_in_exact_mode(exact):
+    body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Upsample(scale_factor=2))
+    net = nn.Sequential(*body, nn.Conv2d(8, 4, 1))
+    model = convert(net, DA3Config(adapter=ADAPTER, memory=MemoryConfig(exact=exact)), verify=False)
+    model.add_domain("a", num_classes=5)
+    model.set_domain("a")
+    model.train()
+    head, x = model.domain("a").head, torch.randn(2, 3, 16, 16)
+    with SavedActivations(model) as saved:
+        y = model(x)
+    whole = 2 * 8 * 16 * 16 * 4
+    kept = saved.by_module.get("bank.a.head", 0)
+    assert kept == whole if exact else kept < whole / 3
+    assert isinstance(head, nn.Conv2d)
+    y.square().mean().backward()
+    assert head.weight.grad.any()

@@ -6,9 +6,12 @@ import threading
 import pytest
 import torch
 from helpers.comparing import assert_identical
-from helpers.learned import batch, converted, outputs
+from helpers.learned import CONFIG, batch, converted, outputs
+from torch import nn
 
+from lightning_da3 import convert
 from lightning_da3.nn.adapter import HostInput
+from lightning_da3.tracing.tracer import Tracer
 
 
 @pytest.fixture(autouse=True)
@@ -207,3 +210,88 @@ def test_a_call_inside_another():
     with place.register_forward_pre_hook(call_again):
         assert_identical(model(x).detach(), a)
     assert_identical(inner[0], b)
+
+
+class Encoding(nn.Module):
+    """Tells when a forward or a method runs."""
+
+    def __init__(self, meanwhile=lambda: None):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+        self.fc, self.meanwhile = nn.Linear(8, 5), [meanwhile]
+
+    def encode(self, x):
+        for call in self.meanwhile:
+            call()
+        return self.layers(x).mean((2, 3))
+
+    def forward(self, x):
+        return self.fc(self.encode(x))
+
+
+def in_threads(*functions):
+    """What they return, or raise."""
+    found = [None] * len(functions)
+
+    def run(i):
+        try:
+            found[i] = functions[i]()
+        except Exception as error:  # noqa: BLE001  # it is returned
+            found[i] = error
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_methods_called_for_the_first_time_by_several_threads():
+    net, x = Encoding(), torch.randn(2, 3, 16, 16)
+    model, want = convert(net, CONFIG), net.encode(x)
+    ready = threading.Barrier(4)
+
+    def first():
+        ready.wait()
+        return model.encode(x)
+
+    for got in in_threads(*[first] * 4):
+        torch.testing.assert_close(got, want)
+    assert len(model.methods.made) == 1
+
+
+def test_calls_of_networks_beside_a_conversion():
+    model, plain, x = two(), Encoding(), batch()
+    want, other = outputs(model, "a"), torch.randn(2, 3, 16, 16)
+    expected, seen = plain(other), []
+
+    def meanwhile():
+        with torch.no_grad():
+            seen.append(in_threads(lambda: model(x), lambda: plain(other)))
+
+    convert(Encoding(meanwhile), CONFIG)
+    assert seen
+    assert not [results for results in seen if any(isinstance(r, Exception) for r in results)]
+    for ours, theirs in seen:
+        assert_identical(ours, want)
+        assert_identical(theirs, expected)
+
+
+def test_networks_traced_beside_each_other():
+    call, inside, done = nn.Module.__call__, threading.Event(), threading.Event()
+
+    def wait_for_the_first():
+        inside.set()
+        done.wait(5)
+
+    second = threading.Thread(target=lambda: Tracer().trace(Encoding(wait_for_the_first)))
+
+    def start_the_second():
+        second.start()
+        inside.wait(0.2)  # it may not come in
+
+    Tracer().trace(Encoding(start_the_second))
+    done.set()
+    second.join()
+    assert nn.Module.__call__ is call

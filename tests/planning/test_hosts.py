@@ -151,3 +151,30 @@ def test_patches_are_embedded_as_they_were_if_there_is_more_to_adapt():
     x = torch.randn(2, 3, 12, 12)
     found = [[h.name for h in convert(n, choose(head=None), x).plan.hosts] for n in (alone, more)]
     assert found == [["0"], ["1"]]
+
+
+class Probed(nn.Module):
+    """Tokens of patches of 8, which one query pools, as in SigLIP."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Conv2d(3, 8, 8, 8), nn.LayerNorm(8)
+        self.blocks = nn.ModuleList([self._mlp(), self._mlp()])
+        self.probe, self.pool = nn.Parameter(torch.randn(1, 1, 8)), self._mlp()
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def _mlp(self):
+        return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = x + block(x)
+        x = self.norm(x)
+        pooled = self.attend(self.probe.repeat(len(x), 1, 1), x, x)[0]
+        return x, (pooled + self.pool(pooled))[:, 0]
+
+
+def test_one_token_that_stands_for_all_is_no_downsampling():
+    model = convert(Probed(), example_inputs=torch.randn(2, 3, 32, 32), verify=False)
+    assert [host.name for host in model.plan.hosts] == ["blocks.0", "blocks.1", "pool"]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import zoo
 from helpers.comparing import (
     add,
@@ -12,8 +13,10 @@ from torch import nn
 from lightning_da3 import (
     AdapterConfig,
     DA3Config,
+    MemoryConfig,
     convert,
 )
+from lightning_da3.memory import SavedActivations
 
 ADAPTER = AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1)
 
@@ -83,3 +86,41 @@ def test_what_overwrites_a_folded_norm_is_computed_again_with_its_convolution():
     network = nn.Sequential(*layers, nn.Conv2d(48, 8, 1), nn.Conv2d(8, 8, 3))
     (region,) = convert(network.eval(), CONFIG).plan.regions
     assert (region.form, region.nodes) == ("activated convolution", ("_1", "_2", "_3"))
+
+
+class Reduced(nn.Module):
+    """Attention whose keys a convolution makes fewer, which is a host: as in Segformer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.reduce = nn.Conv2d(3, 16, 4, 4), nn.Conv2d(16, 16, 2, 2)
+        self.first = nn.Conv2d(16, 16, 3, padding=1)
+        self.q, self.k, self.v, self.out, self.fc = (nn.Linear(16, 16) for _ in range(5))
+
+    def forward(self, x):
+        x = self.first(self.stem(x))
+        queries, keys = (y.flatten(2).transpose(1, 2) for y in (x, self.reduce(x)))
+        q, k, v = self.q(queries), self.k(keys), self.v(keys)
+        y = F.scaled_dot_product_attention(*(t[:, None] for t in (q, k, v)))
+        return self.fc((queries + self.out(y[:, 0])).mean(1))
+
+
+def test_attention_behind_a_host_is_computed_again_from_its_operands():
+    torch.manual_seed(0)
+    network, x = Reduced().eval(), torch.randn(2, 3, 32, 32)
+    found = {}
+    for exact in (True, False):
+        memory = MemoryConfig(exact=exact)
+        config = DA3Config(AdapterConfig(4, min_stride=1), None, memory)
+        model = add(convert(network, config, x, verify=False), "a").train()
+        model.set_domain("a")
+        assert [host.name for host in model.plan.hosts] == ["first", "reduce"]
+        attention = [r for r in model.plan.parts[0].regions if r.also]
+        assert len(attention) == (0 if exact else 1)
+        with SavedActivations(model) as saved:
+            y = model(x)
+        y.square().sum().backward()
+        gradients = [p.grad.flatten() for p in model.domain("a").parameters()]
+        found[exact] = saved.bytes, torch.cat(gradients)
+    assert found[False][0] < 0.6 * found[True][0]
+    assert (found[False][1] - found[True][1]).norm() < 0.03 * found[True][1].norm()

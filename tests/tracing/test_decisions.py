@@ -1,5 +1,6 @@
 """What a forward asks of its values is answered once, and checked."""
 
+import dataclasses
 import pickle
 import warnings
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers.around import Around, input_gradient
 from torch import nn
+from torch.nn.utils import rnn
 
 from lightning_da3 import AdapterConfig, ConversionWarning, DA3Config, InputError, convert
 
@@ -209,3 +211,57 @@ def test_a_module_that_cannot_be_a_graph_is_a_node_of_its_parent():
         torch.testing.assert_close(model(x), network(x), rtol=1e-4, atol=1e-5)
         got, want = input_gradient(model, x), input_gradient(network, x)
         assert (got - want).norm() / want.norm() < 0.05
+
+
+class Packs(nn.Module):
+    """A classifier of sensors' signals, whose sequences are packed."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv1d(3, 8, 3, 2), nn.ReLU(), nn.Conv1d(8, 8, 3, 2))
+        self.lstm, self.fc = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 5)
+
+    def forward(self, x, lengths):
+        x = self.conv(x).transpose(1, 2)
+        packed = rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.fc(self.lstm(packed)[1][0][-1])
+
+
+def test_packed_sequences_stay_python_for_a_plain_reason():
+    network, inputs = Packs().eval(), (torch.randn(2, 3, 32), torch.tensor([5, 7]))
+    model = convert(network, dataclasses.replace(CONFIG, head="fc"), inputs, verify=False)
+    ((path, reason),) = model.plan.python
+    assert path == ""
+    assert "it packs sequences, whose lengths are values, so its LSTM and GRU keep" in reason
+    assert "`packed = rnn.pack_padded_sequence(" in reason
+    torch.testing.assert_close(model(*inputs), network(*inputs), rtol=1e-4, atol=1e-5)
+    model.add_domain("a", num_classes=3)
+    model.set_domain("a")
+    model.train()(*inputs).sum().backward()
+    assert all(p.grad is not None for p in model.domain("a").parameters())
+
+
+class Divisible(nn.Module):
+    """It refuses sizes that its strides do not divide, as networks of segmentation do."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1))
+        self.head = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x):
+        if x.shape[-1] % 4 != 0 or x.shape[-2] % 4 != 0:
+            raise RuntimeError(f"sizes must be multiples of 4, got {x.shape}")
+        return F.interpolate(self.head(self.body(x)), size=x.shape[-2:], mode="bilinear")
+
+
+@pytest.mark.parametrize("inputs", [None, torch.zeros(2, 3, 16, 16)])
+def test_a_network_that_refuses_odd_sizes_is_one_graph_for_all_others(inputs):
+    network = Divisible().eval()
+    model = convert(network, CONFIG, inputs, verify=False)
+    assert not model.plan.python
+    for side in (16, 20):
+        x = torch.randn(2, 3, side, side + 4)
+        torch.testing.assert_close(model(x), network(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="decides on its input's sizes"):
+        model(torch.randn(2, 3, 18, 16))

@@ -207,3 +207,57 @@ def test_without_a_head_the_error_names_layers_of_this_network():
         model.add_domain("a", num_classes=3)
     with pytest.raises(Exception, match=r"named 'fc'.*\['conv', 'last'\].*head=None"):
         convert(features(), DA3Config(head="fc"))
+
+
+class Captures(nn.Module):
+    """Hooks into its stages by their class when it is first called, as transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList([Stage(3), Stage(8)])
+        self.installed, self.seen = False, []
+
+    def forward(self, x):
+        if not self.installed:
+            for module in self.modules():
+                if isinstance(module, Stage):
+                    module.register_forward_hook(lambda m, args, y: self.seen.append(y))
+            self.installed = True
+        for stage in self.stages:
+            x = stage(x)
+        seen, self.seen = self.seen, []
+        return tuple(seen)
+
+
+class Stage(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(channels, 8, 3, 2, 1), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.conv(x))
+
+
+class Decodes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.classifier = Captures(), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x):
+        first, second = self.encoder(x)
+        return self.classifier(first[..., ::2, ::2] + second)
+
+
+@pytest.mark.parametrize("inputs", [None, torch.zeros(2, 3, 16, 16)])
+def test_what_a_network_hooks_into_as_it_runs_stays_what_it_is(inputs):
+    network, x = Decodes().eval(), torch.randn(2, 3, 16, 16)
+    model = convert(network, DA3Config(AdapterConfig(4, min_stride=1)), inputs, verify=False)
+    assert {"encoder.stages.0", "encoder.stages.1"} < set(dict(model.plan.python))
+    assert model.plan.head == "classifier"
+    assert {"encoder.stages.0.conv", "encoder.stages.1.conv"} <= {h.name for h in model.plan.hosts}
+    torch.testing.assert_close(model(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_may_be_the_head_are_named_as_the_user_names_them():
+    layers = convert(Decodes().eval(), verify=False).plan.linear_layers
+    assert set(layers) == {"encoder.stages.0.conv", "encoder.stages.1.conv", "classifier"}

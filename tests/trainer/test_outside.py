@@ -135,6 +135,34 @@ def test_a_sequence_keeps_what_is_outside(tmp_path):
         assert torch.equal(scores(again, name), expected[name])
 
 
+def test_a_sequence_leaves_frozen_what_is_outside(tmp_path):
+    made = []
+
+    def module():
+        made.append(Apart())
+        made[-1].load_state_dict(made[0].state_dict() if len(made) > 1 else {}, strict=False)
+        return made[-1]
+
+    def make(callbacks):
+        first, *rest = callbacks
+        return trainer(tmp_path, first, epochs=1, callbacks=rest, enable_checkpointing=True)
+
+    def learn_all(outside):
+        tasks, folder = {"a": (None, data()), "b": (None, data(1))}, tmp_path / "domains"
+        return fit_sequence(module, tasks, make, folder, config=ALONE, outside=outside)
+
+    with pytest.raises(ConfigError, match='must be "domain" or "frozen", got \'shared\''):
+        learn_all("shared")
+    assert not made
+    for _ in range(2):  # again, from the files
+        last = learn_all("frozen")
+        first = {k: v for k, v in made[0].state_dict().items() if k in PARAMETERS}
+        for name in "ab":
+            assert not PARAMETERS & set(tensors_of(last.net.domain(name).outside))
+            last.net.set_domain(name)
+            assert all(torch.equal(last.state_dict()[k], v) for k, v in first.items())
+
+
 def test_shared_is_said_once_and_frozen_does_not_train(tmp_path):
     module = Apart()
     with pytest.warns(UserWarning, match=r"'classifier.1.weight'.*train with every domain") as said:
