@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
+from lightning_da3 import metrics
+
 
 def decathlon_score(
     accuracy: Mapping[str, float], tuned: Mapping[str, float], images: Mapping[str, int]
 ) -> float:
     """The Visual Decathlon's score, with fine-tuning of the same run as its mark.
 
-    The sum over domains of 1000 * (max(0, Emax - E) / Emax)^2, E the error and Emax twice that of
-    fine-tuning: 250 a domain for fine-tuning itself, 1000 for no error (Rebuffi et al. 2017).
+    See `lightning_da3.metrics.decathlon_score`.
 
     Args:
         accuracy: Fractions by domain.
@@ -19,8 +22,6 @@ def decathlon_score(
         images: Number of test images by domain. Where fine-tuning makes no error, half an image
             counts as its error, as nothing could be measured against none.
     """
-    total = 0.0
-    for domain, share in accuracy.items():
-        largest = 2 * max(1 - tuned[domain], 0.5 / images[domain])
-        total += 1000 * (max(0.0, largest - (1 - share)) / largest) ** 2
-    return total
+    marks = [min(tuned[domain], 1 - 0.5 / images[domain]) for domain in accuracy]
+    shares = torch.tensor([*accuracy.values()], dtype=torch.double)
+    return metrics.decathlon_score(shares, torch.tensor(marks, dtype=torch.double)).item()
