@@ -171,7 +171,7 @@ def test_values_are_no_part_of_what_the_command_builds():
         next(network.parameters()).numpy()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_command_holds_to_a_budget(capsys):
     arguments = ["plan", "mobilenet_v2", "--image-size", "96", "--batch-size", "32"]
     assert main([*arguments, "--format", "json"]) == 0

@@ -197,6 +197,7 @@ def test_a_copy_computes_its_own_convolution_again():
 @pytest.mark.filterwarnings("ignore")  # of the compiler about itself
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 14], ids=["tokens", "means"])
+@pytest.mark.exhaustive
 def test_compiled(size):
     torch._dynamo.reset()
     x = torch.randn(2, 3, size, size)

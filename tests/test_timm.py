@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.comparing import add, assert_relatively_close, mix_gates_, score
-from helpers.marks import others_by_hand, others_slow
+from helpers.marks import others_by_hand
 from torch import nn
 
 from lightning_da3 import AdapterConfig, DA3Config, MemoryConfig, convert
@@ -65,8 +65,10 @@ EXHAUSTIVE = {
 }
 SIZES = {**QUICK, **SLOW, **EXHAUSTIVE}
 NAMES = [
-    *others_slow(QUICK, "resnet10t"),
-    *others_by_hand([*SLOW, *EXHAUSTIVE], "vit_tiny_patch16_224", "efficientnet_b0"),
+    "resnet10t",
+    *others_by_hand(
+        [name for name in SIZES if name != "resnet10t"], "vit_tiny_patch16_224", "efficientnet_b0"
+    ),
 ]
 RATIO = {"tiny_vit_5m_224": 2}  # its blocks with attention stay Python; 5 for all others
 COSINE = 0.998  # of the gradient of every tensor

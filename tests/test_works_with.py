@@ -100,11 +100,12 @@ def test_a_compiled_segment_keeps_codes():
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        pytest.param("SqueezeExcite", None, marks=pytest.mark.slow),
-        pytest.param("Transposed", torch.contiguous_format, marks=pytest.mark.exhaustive),
+        ("SqueezeExcite", None),
+        ("Transposed", torch.contiguous_format),
     ],
 )
 def test_compiled_by_inductor(name, layout):

@@ -18,6 +18,7 @@ from lightning_da3.nn.convolution import FrozenConv, FrozenConvTranspose
 from lightning_da3.nn.normalization import BatchNormStatistics, FrozenAffine
 from lightning_da3.torch_private.fake import new_fake_mode
 from lightning_da3.torch_private.modules import original_of
+from lightning_da3.tracing.graph_modules import is_of_layer
 
 _INNER = ("layer", "function", "original")  # what holds a layer of the user's by another name
 _DERIVED = ("parametrizations.", "weight_g", "weight_v", "weight_orig", "num_batches_tracked")
@@ -104,21 +105,27 @@ def _can_train(network: nn.Module) -> bool:
     return all(p.is_floating_point() or p.is_complex() for p in network.parameters())
 
 
-def tensors_in(network: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """(path of its module, the module, its name there, the tensor) for all that a network holds."""
-    for path, module in network.named_modules(remove_duplicate=False):
-        for held in (module._parameters, module._buffers):
-            for key, value in held.items():
-                if value is not None:
-                    yield path, module, key, value
+def tensors_in(network: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Everything that a rewritten network holds: (path, the module, the tensor's name there, it).
+
+    Args:
+        network: The network, or a part of it.
+        path: What the user's network calls the part.
+    """
+    for held in (network._parameters, network._buffers):
+        for key, value in held.items():
+            if value is not None:
+                yield path, network, key, value
+    ours = is_of_layer(network) or type(network).__module__.startswith("lightning_da3.")
+    for name, child in network._modules.items():
+        if child is not None:
+            is_inner = ours and name in _INNER
+            yield from tensors_in(child, path if is_inner else f"{path}.{name}".lstrip("."))
 
 
 def user_name(path: str, key: str) -> str:
     """What the user's network calls a tensor of the rewritten one."""
-    parts = [part for part in path.split(".") if part]
-    if parts and parts[-1] in _INNER:
-        parts.pop()
-    return ".".join([*parts, key])
+    return f"{path}.{key}" if path else key
 
 
 class UserState(Mapping[str, Tensor]):

@@ -12,6 +12,7 @@ from torch import fx, nn
 from lightning_da3.torch_private.modules import FORWARD_HOOKS, HOOKS_WITH_KWARGS, hooks_of
 
 _HOOKS = (*FORWARD_HOOKS, *HOOKS_WITH_KWARGS)
+_OF_LAYER = "holds_one_layer"
 LAYER = "layer"  # name of the one layer in the graph of a single layer
 
 
@@ -67,7 +68,13 @@ def graph_of_layer(layer: nn.Module) -> UserGraph:
     graph.output(graph.call_module(LAYER, (graph.placeholder("input"),)))
     gm = UserGraph({LAYER: layer}, graph, class_name=type(layer).__name__)
     vars(gm).update({k: v for k, v in _attributes(layer).items() if k not in vars(gm)})
+    vars(gm)[_OF_LAYER] = True
     return gm
+
+
+def is_of_layer(module: nn.Module) -> bool:
+    """Whether a module is the graph of one layer, which it holds by a name of ours."""
+    return _OF_LAYER in vars(module)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -4,10 +4,11 @@ import importlib
 
 import pytest
 
-MODELS = "resnet18 mobilenet_v3_small shufflenet_v2_x0_5 swin_t lraspp_mobilenet_v3_large".split()
+MODELS = "mobilenet_v3_small swin_t lraspp_mobilenet_v3_large".split()
 MORE_MODELS = (
-    "alexnet densenet121 mobilenet_v2 efficientnet_b0 regnet_y_400mf squeezenet1_1 convnext_tiny "
-    "vit_b_32 swin_v2_t maxvit_t r3d_18 fasterrcnn_mobilenet_v3_large_320_fpn raft_small"
+    "resnet18 shufflenet_v2_x0_5 alexnet densenet121 mobilenet_v2 efficientnet_b0 regnet_y_400mf "
+    "squeezenet1_1 convnext_tiny vit_b_32 swin_v2_t maxvit_t r3d_18 "
+    "fasterrcnn_mobilenet_v3_large_320_fpn raft_small"
 ).split()
 
 

@@ -40,7 +40,7 @@ def test_checkpointed_blocks_keep_less_and_have_the_same_gradients():
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_fast_prints_every_contestant_beside_fine_tuning(capsys):
     import fast
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers.lit import CONFIG
 from torch import nn
 
-from lightning_da3 import DA3Error, convert
+from lightning_da3 import DA3Config, DA3Error, convert
 
 
 class Block(nn.Module):
@@ -311,3 +311,28 @@ def test_of_a_compiled_network(part):
 def test_of_a_whole_compiled_network_verification_compiles_nothing():
     net = torch.compile(original(), backend=lambda *_: pytest.fail("compiled"))
     assert convert(net, CONFIG).plan.network == "Net"
+
+
+class Named(nn.Module):
+    """A layer that others of its names surround."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.layer = nn.Parameter(torch.full((8, 3, 1, 1), 2.0)), nn.Conv2d(3, 8, 1)
+        self.after, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def features(self, x):
+        return self.after(self.layer(x) * self.weight[:, 0])
+
+    def forward(self, x):
+        return self.head(self.features(x).mean((2, 3)))
+
+
+def test_layers_of_the_users_may_have_our_names():
+    network = Named().eval()
+    network.layer = nn.Sequential(nn.Conv2d(3, 8, 1))
+    network.layer.layer = nn.Conv2d(8, 8, 1)
+    network.layer.weight = nn.Parameter(torch.zeros(8, 8, 1, 1))
+    model = convert(network, DA3Config(head="head"), torch.randn(2, 3, 16, 16))
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(model.features(x), network.features(x))

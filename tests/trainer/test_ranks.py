@@ -122,13 +122,14 @@ def test_two_ranks(tmp_path, strategy, checks):
         check(tmp_path / check.__name__, learned)
 
 
+@pytest.mark.exhaustive
 def test_every_rank_refuses_a_metric_that_is_not_logged(tmp_path):
     printed, returncode = run("monitors_nothing", tmp_path, "ddp")
     assert returncode != 0
     assert "monitors what is not logged" in printed
 
 
-@pytest.mark.parametrize("how", ["killed", "raises"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("raises", marks=pytest.mark.exhaustive)])
 def test_a_rank_that_dies_ends_the_run_with_an_error(tmp_path, how):
     printed, returncode = run("dies", tmp_path, "ddp", HOW=how)
     assert returncode != 0
@@ -142,12 +143,15 @@ def test_nan_on_one_rank_ends_the_run_with_an_error(tmp_path):
     assert "The loss of domain 'a' is nan" in printed or "Connection" in printed
 
 
-@pytest.mark.parametrize("start_method", ["spawn", "fork"])
+@pytest.mark.parametrize(
+    "start_method", [pytest.param("spawn", marks=pytest.mark.exhaustive), "fork"]
+)
 def test_started_processes_give_the_domains_back(tmp_path, start_method):
     (learned,) = succeeds(["started_processes"], tmp_path, start_method)
     assert any(v.any() for k, v in learned["state"].items() if "value.weight" in k)
 
 
+@pytest.mark.exhaustive
 def test_started_processes_that_could_not_give_them_back_are_refused(tmp_path):
     printed, returncode = run("refuses_to_start", tmp_path, "none")
     assert returncode == 0, printed

@@ -6,7 +6,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from helpers.marks import others_slow
+from helpers.marks import others_by_hand
 from helpers.sequences import (
     Data,
     DeathError,
@@ -63,6 +63,15 @@ WAYS = {
 }
 
 
+OFTEN = [
+    "batch sampler",
+    *others_by_hand(
+        [way for way in WAYS if way != "batch sampler"],
+        *("every third step", "accumulated", "validated in the epoch", "stopped early", "stream"),
+    ),
+]
+
+
 def total_batches(way, folder):
     """Of an uninterrupted run, whose domains stay in the folder."""
     counted = []
@@ -76,7 +85,7 @@ def total_batches(way, folder):
     return len(counted)
 
 
-@pytest.mark.parametrize("way", others_slow(WAYS, "epochs of one step", "batch sampler"))
+@pytest.mark.parametrize("way", OFTEN)
 def test_a_run_that_died_often_ends_with_the_same_bits(tmp_path, way):
     total = total_batches(way, tmp_path / "whole")
     deaths = 0
