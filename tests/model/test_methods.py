@@ -313,26 +313,32 @@ def test_of_a_whole_compiled_network_verification_compiles_nothing():
     assert convert(net, CONFIG).plan.network == "Net"
 
 
-class Named(nn.Module):
-    """A layer that others of its names surround."""
+class Scaled(nn.Module):
+    """A layer of the name that ours have, beside a tensor of the name that its own has."""
 
     def __init__(self):
         super().__init__()
-        self.weight, self.layer = nn.Parameter(torch.full((8, 3, 1, 1), 2.0)), nn.Conv2d(3, 8, 1)
+        self.layer, self.weight = nn.GroupNorm(2, 8), nn.Parameter(torch.zeros(8))
+        nn.init.uniform_(self.layer.weight)
+
+    def forward(self, x):
+        return self.layer(x) + self.weight.view(-1, 1, 1)
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.scaled = nn.Conv2d(3, 8, 1), Scaled()
         self.after, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 5)
 
     def features(self, x):
-        return self.after(self.layer(x) * self.weight[:, 0])
+        return self.after(self.scaled(self.stem(x)))
 
     def forward(self, x):
         return self.head(self.features(x).mean((2, 3)))
 
 
 def test_layers_of_the_users_may_have_our_names():
-    network = Named().eval()
-    network.layer = nn.Sequential(nn.Conv2d(3, 8, 1))
-    network.layer.layer = nn.Conv2d(8, 8, 1)
-    network.layer.weight = nn.Parameter(torch.zeros(8, 8, 1, 1))
-    model = convert(network, DA3Config(head="head"), torch.randn(2, 3, 16, 16))
-    x = torch.randn(2, 3, 16, 16)
+    network, x = Named().eval(), torch.randn(2, 3, 16, 16)
+    model = convert(network, DA3Config(head="head"), x)
     torch.testing.assert_close(model.features(x), network.features(x))
