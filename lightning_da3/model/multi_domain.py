@@ -65,6 +65,7 @@ class MultiDomain(nn.Module):
         self.plan, self.config = plan, config
         self.fingerprint, self.architecture = fingerprint, architecture
         self._active: str | None = None
+        self._may_wait = False  # for its backward: a loss of the active domain
         self._was_set = False  # somebody said which domain is to be active, or that none is
         self.calls = Calls()
         connect_(backbone, self.calls)
@@ -176,7 +177,11 @@ class MultiDomain(nn.Module):
         self.calls.everywhere, self.calls.here.resting = self._slots.call(domain), None
         if before is not None and before != name:
             earlier = self.domain(before)
-            rest_(earlier.parameters(), lambda: self._is_active(earlier))
+            if self._may_wait:
+                rest_(earlier.parameters(), lambda: self._is_active(earlier))
+            else:
+                earlier.requires_grad_(False)
+            self._may_wait = False
         if holder is not None:
             holder.put(domain)
 

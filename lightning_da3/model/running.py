@@ -85,6 +85,7 @@ class Running(SavesDomains):
             else:
                 output = carrying(output, loss, scale)
         if name is not None and torch.is_grad_enabled():
+            self._may_wait = True
             trains_later_(output, self.domain(name), lambda: self._active == name)
         return output
 
