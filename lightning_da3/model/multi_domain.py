@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -308,9 +309,9 @@ class MultiDomain(nn.Module):
     @property
     def _computing(self) -> nn.Parameter:
         """A weight in the type that the network computes in, which some are not stored in."""
-        parameters = list(self.backbone.parameters())
-        stored = self.config.memory.stored_dtype
-        return next((p for p in parameters if p.dtype != stored), parameters[0])
+        stored, parameters = self.config.memory.stored_dtype, self.backbone.parameters()
+        first = next(parameters)
+        return next((p for p in chain([first], parameters) if p.dtype != stored), first)
 
     @property
     def _slots(self) -> Slots:
