@@ -6,7 +6,7 @@ rate that is best for it on a part of the training images; test images choose no
 saved are accuracy, forgetting, stored parameters, memory, time and FLOPs.
 
 Whatever is finished is kept: a run that was stopped goes on where it was when the same command is
-given again. The default takes less than half an hour on two cores.
+given again. `--smoke` takes about a minute on one core, the default many times that.
 """
 
 from __future__ import annotations

@@ -27,10 +27,9 @@ class UserGraph(fx.GraphModule):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            layer = vars(self).get("_modules", {}).get(LAYER)
-            if layer is None:
+            if not is_of_layer(self):  # a child of the user's may have the name that ours has
                 raise
-            return getattr(layer, name)
+            return getattr(self._modules[LAYER], name)
 
     def __deepcopy__(self, memo: Any) -> UserGraph:
         """A copy; that of `torch.fx` has what the graph names alone, and no hooks."""

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.lit import CONFIG
-from torch import nn
+from torch import fx, nn
 
 from lightning_da3 import DA3Config, DA3Error, convert
+from lightning_da3.tracing.graph_modules import graph_of_layer, graph_of_module
 
 
 class Block(nn.Module):
@@ -336,6 +337,14 @@ class Named(nn.Module):
 
     def forward(self, x):
         return self.head(self.features(x).mean((2, 3)))
+
+
+def test_a_module_does_not_answer_for_its_child():
+    scaled = Scaled()
+    whole, alone = graph_of_module(scaled, fx.Tracer().trace(scaled)), graph_of_layer(scaled.layer)
+    for graph, answers in ((whole, False), (alone, True)):
+        for each in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+            assert hasattr(each, "num_groups") is answers
 
 
 def test_layers_of_the_users_may_have_our_names():
