@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from lightning_da3.memory.fake import tensors_of
 from lightning_da3.torch_private.modules import FORWARD_HOOKS, HOOKS_WITH_KWARGS, hooks_of
+from lightning_da3.tracing.graph_modules import UserGraph
 
 _KINDS = (*FORWARD_HOOKS, *HOOKS_WITH_KWARGS)
 
@@ -36,7 +37,8 @@ def shadow(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             memo[id(value)] = value.detach().clone()
     copied = copy.deepcopy(network, memo).eval()
     for module, twin in zip(network.modules(), copied.modules(), strict=True):
-        if isinstance(module, fx.GraphModule):  # whose copies have none of its hooks
+        bare = isinstance(module, fx.GraphModule) and not isinstance(module, UserGraph)
+        if bare:  # copies of such have none of its hooks
             for ours, theirs in zip(hooks_of(twin, _KINDS), hooks_of(module, _KINDS), strict=True):
                 ours.update(theirs)
     return copied

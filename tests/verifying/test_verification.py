@@ -162,6 +162,22 @@ def test_the_users_network_is_left_alone(training):
     assert not any(p.grad is not None for p in net.parameters())
 
 
+class WithBackbone(nn.Module):
+    """Its part has a name that a DA3Model has, too, and refuses to call directly."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = Net()
+
+    def forward(self, x):
+        return self.backbone(x)
+
+
+def test_a_copy_is_compared_and_not_what_it_was_copied_from():
+    model = convert(WithBackbone(), CONFIG, torch.randn(2, 3, 12, 12))
+    assert not model.plan.python
+
+
 def test_examples_that_the_network_would_write_into_stay_as_they_are():
     class Normalizes(Net):
         def forward(self, x):
