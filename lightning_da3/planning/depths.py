@@ -93,7 +93,7 @@ class _Lengths:
         self.since: dict[fx.Node, int] = {}
         for node in reversed(nodes):
             self.since[node] = max((self.since[u] + self.own[u] for u in node.users), default=0)
-        self.whole = max(self.until.values(), default=0)
+        self.whole: int = max(self.until.values(), default=0)
 
     def places(self, before: int, behind: int) -> Iterator[tuple[Place, int, int]]:
         nodes = {node.name: node for node in self.graph.flow.nodes}
