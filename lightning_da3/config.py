@@ -66,8 +66,9 @@ class AdapterConfig:
         min_depth: Hosts lie no earlier in the network than this share of all places where hosts
             could be, on the longest way through each: 0 anywhere, 0.5 in the last half, 1 the last
             alone. What lies before the first host is neither kept, computed again nor trained
-            through. "auto": 0.5 if most hosts are blocks of tokens, which no stride tells apart
-            and which are computed again; else 0.
+            through: a larger value is cheaper, and learns less of domains far from the
+            pretraining. "auto": a third if most hosts are blocks of tokens, which no stride tells
+            apart and which are computed again; else 0.
     """
 
     hidden_channels: int = 16

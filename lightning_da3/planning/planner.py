@@ -148,7 +148,7 @@ def _least_depth(min_depth: float | str, candidates: Sequence[HostPlan]) -> floa
         return min_depth
     # one linear layer alone is none
     blocks = sum(host.stride is None and host.readers != (host.last,) for host in candidates)
-    return 0.5 if 2 * blocks > len(candidates) else 0.0
+    return 1 / 3 if 2 * blocks > len(candidates) else 0.0
 
 
 def _take_known_(drafts: Sequence[_Draft], plan: Plan) -> None:

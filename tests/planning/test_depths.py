@@ -81,16 +81,17 @@ X = torch.randn(2, 4, 8)
 
 @pytest.mark.parametrize(
     ("least", "count"),
-    [("auto", 2), (0, 4), (0.3, 3), (0.5, 2), (0.7, 1), (1, 1)],
+    [("auto", 3), (0, 4), (0.3, 3), (0.5, 2), (0.7, 1), (1, 1)],
 )
-def test_of_blocks_of_tokens_the_last_half_are_hosts(least, count):
+def test_blocks_of_tokens_are_hosts_from_a_third_of_the_depth(least, count):
     assert hosts(Blocks(), X, min_depth=least) == [f"blocks.{4 - i}" for i in range(count, 0, -1)]
     assert hosts(Blocks(1), X, min_depth=least) == ["blocks.0"]
-    assert len(hosts(Blocks(3), X)) == 2  # with the one in the middle
+    assert len(hosts(Blocks(3), X)) == 2
+    assert len(hosts(Blocks(3), X, min_depth=0.5)) == 2  # with the one in the middle
 
 
 def test_each_of_two_ways_has_a_last_half():
-    assert sorted(hosts(Towers(), X)) == ["left.2", "left.3", "right.1"]
+    assert sorted(hosts(Towers(), X, min_depth=0.5)) == ["left.2", "left.3", "right.1"]
 
 
 def test_graphs_that_python_calls_follow_each_other(monkeypatch):
