@@ -178,6 +178,28 @@ def test_a_copy_is_compared_and_not_what_it_was_copied_from():
     assert not model.plan.python
 
 
+class Leaves(nn.Module):
+    """Keeps its last results in lists, as torchvision's RAFT keeps its pyramid."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc, self.last = nn.Conv2d(3, 8, 3, 2), nn.Linear(8, 3), []
+
+    def forward(self, x):
+        maps = self.conv(x).relu()
+        self.last = [maps, {"mean": maps.mean((2, 3))}]
+        return self.fc(self.last[1]["mean"])
+
+
+def test_results_that_a_forward_left_in_lists_are_copied():
+    network, x = Leaves().eval(), torch.randn(2, 3, 8, 8)
+    expected = network(x)
+    model = convert(network, CONFIG, x)
+    assert_relatively_close([model(x)], [expected], 1e-5)
+    assert_relatively_close([convert(network, EXACT)(x)], [expected], 1e-5)
+    assert network.last[0].grad_fn is not None
+
+
 def test_examples_that_the_network_would_write_into_stay_as_they_are():
     class Normalizes(Net):
         def forward(self, x):
