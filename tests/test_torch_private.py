@@ -57,7 +57,6 @@ ELEMENTWISE = {
     "mish_backward": (),
     "sigmoid_backward": (),
     "tanh_backward": (),
-    "threshold_backward": (0.0,),
     "softplus_backward": (3.0, 2.0),
 }
 

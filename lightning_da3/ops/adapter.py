@@ -3,9 +3,8 @@
 Shapes: p (N, C, *grid) of G cells, m hidden channels, O outputs; ``h = conv(p)`` (N, m, *grid),
 ``r = relu(norm(h))``, ``s = w . r + b`` (N * G, 1), ``u = sigmoid(s) r``, addend ``V u + v`` and
 gate ``1[s + noise > 0]``.
-Kept: the 8-bit codes of p for the gradient of the convolution's weight; of the few channels of h
-``n = (h - mean) * rstd``, which is bounded, in float16, and rstd (N, 1). If exact, p and h
-themselves. Everything behind h is computed again in the backward.
+Kept: the 8-bit codes of p, and where r is above zero, one bit an element. If exact, p and h
+themselves. Everything else is computed again in the backward, h from the codes.
 """
 
 from __future__ import annotations
@@ -15,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_da3.ops.adapter_cells import AdapterOptions, Weights, gradients, respond, squeezed
+from lightning_da3.ops.adapter_cells import AdapterOptions, Weights, gradients, respond
 from lightning_da3.ops.backward import once_differentiable
 from lightning_da3.ops.codes import Rows
 from lightning_da3.ops.opaque_adapter import opaque_adapt, opaque_gradients
+from lightning_da3.ops.opaque_convolution import lowered
 
 
 class KeptInput(NamedTuple):
@@ -47,21 +47,18 @@ class _Adapt(torch.autograd.Function):
         ctx: Any,
         p: Tensor,
         noise: Tensor | None,
-        kept: KeptInput | None,
+        kept: KeptInput,
         options: AdapterOptions,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         w = Weights(*weights)
-        ctx.options, ctx.like = options, (p.size(), p.dtype)
-        ctx.rows = Rows.of(p) if kept is None or kept.rows is None else kept.rows
+        ctx.options, ctx.rows = options, Rows.of(p) if kept.rows is None else kept.rows
+        ctx.dtype = lowered(p, w.squeeze.dtype)
         if torch.compiler.is_compiling():
-            addend, gate, *hidden = opaque_adapt(p, noise, w, options)
+            addend, gate, hidden = opaque_adapt(p, noise, w, options, ctx.dtype)
         else:
-            h = squeezed(p, w.squeeze)
-            addend, gate, norm = respond(h, noise, w, options)
-            hidden = [*norm.halved()] if options.halves(w) else [h, None]
-        saved = None if kept is None else kept.tensor
-        ctx.save_for_backward(saved, *hidden, noise, *weights)
+            addend, gate, hidden = respond(p, noise, w, options, ctx.dtype)
+        ctx.save_for_backward(kept.tensor, hidden, noise, *weights)
         ctx.set_materialize_grads(False)
         return addend, gate
 
@@ -70,13 +67,11 @@ class _Adapt(torch.autograd.Function):
     def backward(
         ctx: Any, grad_addend: Tensor | None, grad_gate: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        kept, hidden, rstd, noise, *weights = ctx.saved_tensors
-        size, dtype = ctx.like
+        kept, hidden, noise, *weights = ctx.saved_tensors
         wants_p, wants_squeeze = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         arguments = (
-            *(kept, hidden, rstd, noise, weights, grad_addend, grad_gate),
-            *(ctx.options.eps, ctx.options.exact, ctx.rows.last, ctx.rows.group),
-            *(size, dtype, wants_p, wants_squeeze),
+            *(kept, hidden, noise, weights, grad_addend, grad_gate),
+            *(ctx.options.eps, ctx.options.exact, *ctx.rows, ctx.dtype, wants_p, wants_squeeze),
         )
         compute = opaque_gradients if torch.compiler.is_compiling() else gradients
         grad_p, *grads = compute(*arguments)
@@ -84,9 +79,9 @@ class _Adapt(torch.autograd.Function):
 
 
 def keep(p: Tensor, weights: Weights, options: AdapterOptions) -> KeptInput | None:
-    """What `adapt` will keep of `p`, for others to use."""
-    needed = torch.is_grad_enabled() and weights.squeeze.requires_grad
-    return KeptInput.of(p, options.exact) if needed else None
+    """What `adapt` will keep of `p`, for others to use; None if it keeps nothing."""
+    needed = p.requires_grad or any(weight.requires_grad for weight in weights)
+    return KeptInput.of(p, options.exact) if torch.is_grad_enabled() and needed else None
 
 
 def adapt(
@@ -112,8 +107,7 @@ def adapt(
     """
     needed = p.requires_grad or any(weight.requires_grad for weight in weights)
     if not (torch.is_grad_enabled() and needed):
-        addend, gate, _ = respond(squeezed(p, weights.squeeze), noise, weights, options)
-        return addend, gate
-    kept = keep(p, weights, options) if kept is None else kept
+        return respond(p, noise, weights, options, lowered(p, weights.squeeze.dtype))[:2]
+    kept = KeptInput.of(p, options.exact) if kept is None else kept
     result: tuple[Tensor, Tensor | None] = _Adapt.apply(p, noise, kept, options, *weights)
     return result

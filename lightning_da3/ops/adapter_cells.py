@@ -6,19 +6,20 @@ Shapes and letters: see `lightning_da3.ops.adapter`.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_da3.ops.bits import pack_between, unpack
 from lightning_da3.ops.codes import Rows
 from lightning_da3.ops.convolution import conv
 from lightning_da3.torch_private.kernels import (
     convolution_backward,
     native_group_norm_backward,
     sigmoid_backward,
-    threshold_backward,
 )
 
 
@@ -57,15 +58,40 @@ class AdapterOptions(NamedTuple):
     gated: bool
     exact: bool
 
-    def halves(self, weights: Weights) -> bool:
-        """Whether the hidden map is kept in half precision."""
-        return not self.exact and weights.value.dtype == torch.float32
+
+def respond(
+    p: Tensor,
+    noise: Tensor | None,
+    w: Weights,
+    options: AdapterOptions,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The addend, the gate, and what is kept beside p: where r > 0, as bits; h if exact.
+
+    Args:
+        p: (N, C, *grid).
+        noise: Added to s before the decision, (N, G, 1), or None.
+        w: The parameters.
+        options: The settings.
+        dtype: The type of the convolution.
+    """
+    with _without_autocast(p):  # few cells: as precise as the weights
+        hidden = squeezed(p, w.squeeze, dtype)
+        cells = torch.addcmul(w.shift, Norm.of(hidden, w, options.eps).n, w.scale).relu_()
+        logits = _logits(cells, w)
+        scaled = torch.sigmoid(logits).mul(cells)
+        addend = _maps(torch.addmm(w.value_bias, scaled, w.value.t()), hidden.shape)
+        kept = hidden if options.exact else pack_between(cells, 0, math.inf)
+        if not options.gated:
+            return addend, None, kept
+        if noise is not None:
+            logits = logits + noise.view(-1, 1)
+        return addend, _maps(logits.gt_(0), hidden.shape), kept
 
 
 def gradients(
-    kept: Tensor | None,
+    kept: Tensor,
     hidden: Tensor,
-    rstd: Tensor | None,
     noise: Tensor | None,
     weights: Sequence[Tensor],
     grad_addend: Tensor | None,
@@ -76,15 +102,15 @@ def gradients(
     group: int,
     size: Sequence[int],
     p_dtype: torch.dtype,
+    dtype: torch.dtype,
     wants_p: bool,
     wants_squeeze: bool,
 ) -> list[Tensor | None]:
     """The gradients of p and of all weights.
 
     Args:
-        kept: The codes of p, p itself if `exact`, or None if no weight of the convolution trains.
-        hidden: n in float16, or h.
-        rstd: The norm's 1 / standard deviation, (N, 1); None if `hidden` is h.
+        kept: The codes of p; p itself if `exact`.
+        hidden: Where r > 0, as bits; h if `exact`.
         noise: Added to s before the decision, (N, G, 1), or None.
         weights: The fields of `Weights`.
         grad_addend: dL/d addend, or None.
@@ -95,63 +121,68 @@ def gradients(
         group: See `lightning_da3.ops.codes.Rows`.
         size: The size of p.
         p_dtype: The type of p.
+        dtype: The type of the convolution.
         wants_p: The gradient of p is wanted.
         wants_squeeze: The gradient of the convolution's weight is wanted.
     """
-    dtype = weights[0].dtype  # autocast may have lowered what lies between
     w = Weights(*weights)
-    norm = Norm.of(hidden.to(dtype), eps) if rstd is None else Norm.again(hidden, rstd)
-    cells, logits = _attention(norm.n, w)
-    soft = torch.sigmoid(logits)
-    grads: list[Tensor | None] = [None] * len(w)
-    if grad_addend is None:
-        grad_cells, grad_logits = torch.zeros_like(cells), torch.zeros_like(logits)
-    else:
-        rows = _rows(grad_addend).to(dtype)
-        grads[5], grads[6] = torch.mm(rows.t(), soft * cells), rows.sum(0)
-        grad_cells = torch.mm(rows, w.value)  # dL/du
-        grad_logits = sigmoid_backward((grad_cells * cells).sum(1, keepdim=True), soft)
-        grad_cells.mul_(soft)
-    if grad_gate is not None:  # straight through: as if it were the sigmoid
-        chance = soft if noise is None else torch.sigmoid(logits + noise.view(-1, 1))
-        grad_logits = grad_logits + sigmoid_backward(_rows(grad_gate).to(dtype), chance)
-    grads[3], grads[4] = torch.mm(grad_logits.t(), cells), grad_logits.sum(0)
-    grad_cells.addmm_(grad_logits, w.attend)
-    grad_normal = _maps(threshold_backward(grad_cells, cells, 0), hidden.shape)
-    grad_hidden, grads[1], grads[2] = norm.backward(grad_normal, w.scale)
-    grad_p = None
-    if wants_p or wants_squeeze:
-        if kept is None:
-            p = grad_hidden.new_empty(1).expand(size)  # its shape alone is read
+    p = kept if exact else Rows(last, group, torch.Size(size), p_dtype).decode(kept)
+    with _without_autocast(p):
+        norm = Norm.of(hidden if exact else squeezed(p, w.squeeze, dtype), w, eps)
+        cells = torch.addcmul(w.shift, norm.n, w.scale)
+        positive = cells > 0 if exact else unpack(hidden, cells.size(), cells.stride())
+        cells.mul_(positive)
+        logits = _logits(cells, w)
+        soft = torch.sigmoid(logits)
+        grads: list[Tensor | None] = [None] * len(w)
+        if grad_addend is None:
+            grad_cells, grad_logits = torch.zeros_like(cells), torch.zeros_like(logits)
         else:
-            p = kept if exact else Rows(last, group, torch.Size(size), p_dtype).decode(kept)
-            p = p.to(dtype).contiguous(memory_format=_layout(grad_hidden))
-        axes = len(size) - 2
-        grad_p, grads[0], _ = convolution_backward(
-            grad_hidden,
-            p,
-            w.squeeze,
-            None,
-            [1] * axes,
-            _padding(w.squeeze),
-            [1] * axes,
-            False,
-            [0] * axes,
-            1,
-            [wants_p, wants_squeeze, False],
-        )
-        grad_p = None if grad_p is None else grad_p.to(p_dtype)
+            rows = _rows(grad_addend).to(cells.dtype)
+            grads[5], grads[6] = torch.mm(rows.t(), soft * cells), rows.sum(0)
+            grad_cells = torch.mm(rows, w.value)  # dL/du
+            grad_logits = sigmoid_backward((grad_cells * cells).sum(1, keepdim=True), soft)
+            grad_cells.mul_(soft)
+        if grad_gate is not None:  # straight through: as if it were the sigmoid
+            chance = soft if noise is None else torch.sigmoid(logits + noise.view(-1, 1))
+            grad_logits = grad_logits + sigmoid_backward(_rows(grad_gate).to(soft.dtype), chance)
+        grads[3], grads[4] = torch.mm(grad_logits.t(), cells), grad_logits.sum(0)
+        grad_cells.addmm_(grad_logits, w.attend).mul_(positive)
+        grad_hidden, grads[1], grads[2] = norm.backward(grad_cells, w.scale)
+        grad_p = None
+        if wants_p or wants_squeeze:
+            axes = len(size) - 2
+            grad_p, grads[0], _ = convolution_backward(
+                grad_hidden,
+                p.to(grad_hidden.dtype).contiguous(memory_format=_layout(grad_hidden)),
+                w.squeeze,
+                None,
+                [1] * axes,
+                _padding(w.squeeze),
+                [1] * axes,
+                False,
+                [0] * axes,
+                1,
+                [wants_p, wants_squeeze, False],
+            )
+            grad_p = None if grad_p is None else grad_p.to(p_dtype)
     return [grad_p, *grads]
 
 
-def squeezed(p: Tensor, weight: Tensor) -> Tensor:
-    """h, the hidden map."""
+def squeezed(p: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """h, the hidden map, in `dtype`."""
     ones = [1] * (p.dim() - 2)
-    return conv(p, weight, None, ones, _padding(weight), ones, 1)
+    return conv(p.to(dtype), weight.to(dtype), None, ones, _padding(weight), ones, 1)
 
 
 def _padding(weight: Tensor) -> list[int]:
     return [side // 2 for side in weight.shape[2:]]
+
+
+def _without_autocast(p: Tensor) -> contextlib.AbstractContextManager[object]:
+    device = p.device.type
+    lowers = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if lowers else contextlib.nullcontext()
 
 
 class Norm(NamedTuple):
@@ -163,30 +194,18 @@ class Norm(NamedTuple):
     rstd: Tensor
 
     @classmethod
-    def of(cls, hidden: Tensor, eps: float) -> Norm:
-        """The norm of h, (N, m, *grid)."""
-        x = hidden.contiguous(memory_format=_layout(hidden))
+    def of(cls, hidden: Tensor, w: Weights, eps: float) -> Norm:
+        """The norm of h, (N, m, *grid), as precise as the weights."""
+        x = hidden.to(w.scale.dtype).contiguous(memory_format=_layout(hidden))
         n, m = x.shape[:2]
         normal, mean, rstd = torch.native_group_norm(
             x, None, None, n, m, x.shape[2:].numel(), 1, eps
         )
         return cls(x, _rows(normal), mean, rstd)
 
-    def halved(self) -> tuple[Tensor, Tensor]:
-        """n, (N, m, *grid) in float16, and rstd."""
-        return _maps(self.n, self.x.shape).half(), self.rstd
-
-    @classmethod
-    def again(cls, n: Tensor, rstd: Tensor) -> Norm:
-        """The norm from what `halved` returned; the mean of h is lost, and nothing reads it."""
-        n = n.to(rstd.dtype)
-        x = n / rstd.view(-1, *[1] * (n.dim() - 1))
-        x = x.contiguous(memory_format=_layout(x))  # before torch 2.13 the kernel takes no other
-        return cls(x, _rows(n), torch.zeros_like(rstd), rstd)
-
     def backward(self, grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of x, scale and shift."""
-        grad = grad.contiguous(memory_format=_layout(self.x))
+        """Gradients of x, scale and shift, from that of the result, (N * G, m)."""
+        grad = _maps(grad, self.x.shape).contiguous(memory_format=_layout(self.x))
         n, m = self.x.shape[:2]
         return native_group_norm_backward(
             *(grad, self.x, self.mean, self.rstd, scale),
@@ -194,10 +213,8 @@ class Norm(NamedTuple):
         )
 
 
-def _attention(n: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
-    """r (N * G, m) and s (N * G, 1)."""
-    cells = torch.addcmul(w.shift, n, w.scale).relu_()
-    return cells, torch.addmm(w.attend_bias, cells, w.attend.t())
+def _logits(cells: Tensor, w: Weights) -> Tensor:
+    return torch.addmm(w.attend_bias, cells, w.attend.t())
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -214,28 +231,3 @@ def _maps(rows: Tensor, size: torch.Size) -> Tensor:
     """(N * G, O) as (N, O, *grid), a view that lies in memory as channels_last does."""
     last = len(size) - 1
     return rows.view(size[0], *size[2:], rows.shape[1]).permute(0, last, *range(1, last))
-
-
-def respond(
-    hidden: Tensor, noise: Tensor | None, w: Weights, options: AdapterOptions
-) -> tuple[Tensor, Tensor | None, Norm]:
-    """The addend, the gate and the norm of an adapter.
-
-    Args:
-        hidden: h, (N, m, *grid).
-        noise: Added to s before the decision, (N, G, 1), or None.
-        w: The parameters.
-        options: The settings.
-    """
-    device = hidden.device.type  # few cells: as precise as the weights
-    lowers = torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if lowers else contextlib.nullcontext():
-        norm = Norm.of(hidden.to(w.value.dtype), options.eps)
-        cells, logits = _attention(norm.n, w)
-        scaled = torch.sigmoid(logits).mul(cells)
-        addend = _maps(torch.addmm(w.value_bias, scaled, w.value.t()), hidden.shape)
-        if not options.gated:
-            return addend, None, norm
-        if noise is not None:
-            logits = logits + noise.view(-1, 1)
-        return addend, _maps(logits.gt_(0), hidden.shape), norm

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_da3.ops.adapter_cells import AdapterOptions, Weights, gradients, respond, squeezed
-from lightning_da3.ops.opaque_convolution import lowered
+from lightning_da3.ops.adapter_cells import AdapterOptions, Weights, gradients, respond
 
 
 def _all_of_it(
@@ -25,14 +24,12 @@ def _all_of_it(
     exact: bool,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Addend, hidden map, and if there are any, rstd and gate; `dtype` is the convolution's."""
-    w, options = Weights(*weights), AdapterOptions(eps, gated, exact)
-    with torch.no_grad(), torch.autocast(p.device.type, enabled=False):
-        hidden = squeezed(p.to(dtype), w.squeeze.to(dtype))
-    hidden = hidden.contiguous(memory_format=_preferred(hidden))
-    addend, gate, norm = respond(hidden, noise, w, options)
-    results = [addend, *(norm.halved() if options.halves(w) else [hidden])]
-    results = results if gate is None else [*results, gate]
+    """Addend, what is kept beside p, and the gate if there is one."""
+    with torch.no_grad():
+        addend, gate, kept = respond(
+            p, noise, Weights(*weights), AdapterOptions(eps, gated, exact), dtype
+        )
+    results = [addend, kept] if gate is None else [addend, kept, gate]
     # a batch of one may be laid out otherwise with values than without
     return [r.contiguous(memory_format=_preferred(r)) for r in results]
 
@@ -66,24 +63,26 @@ _gradients_op = torch.library.custom_op(
     _all_gradients,
     mutates_args=(),
     schema=(
-        "(Tensor? kept, Tensor hidden, Tensor? rstd, Tensor? noise, Tensor[] weights,"
-        " Tensor? grad_addend, Tensor? grad_gate, float eps, bool exact, bool last, int group,"
-        " SymInt[] size, ScalarType p_dtype, bool wants_p, bool wants_squeeze) -> Tensor[]"
+        "(Tensor kept, Tensor hidden, Tensor? noise, Tensor[] weights, Tensor? grad_addend,"
+        " Tensor? grad_gate, float eps, bool exact, bool last, int group, SymInt[] size,"
+        " ScalarType p_dtype, ScalarType dtype, bool wants_p, bool wants_squeeze) -> Tensor[]"
     ),
 )
 _gradients_op.register_fake(_all_gradients)
 
 
 def opaque_adapt(
-    p: Tensor, noise: Tensor | None, w: Weights, options: AdapterOptions
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """The addend, the gate, the hidden map and rstd, without a graph."""
-    dtype = lowered(p, w.squeeze.dtype)
-    addend, hidden, *rest = _adapt(
+    p: Tensor,
+    noise: Tensor | None,
+    w: Weights,
+    options: AdapterOptions,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """See `lightning_da3.ops.adapter_cells.respond`; without a graph."""
+    addend, kept, *gate = _adapt(
         p, noise, list(w), options.eps, options.gated, options.exact, dtype
     )
-    rstd = rest.pop(0) if options.halves(w) else None
-    return addend, rest[0] if options.gated else None, hidden, rstd
+    return addend, gate[0] if gate else None, kept
 
 
 def opaque_gradients(*arguments: Any) -> list[Tensor | None]:

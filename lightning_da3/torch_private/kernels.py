@@ -55,9 +55,6 @@ softplus_backward: Kernel = _kernel("softplus_backward", _of(F.softplus))
 elu_backward: Kernel = _kernel("elu_backward", _elu)
 sigmoid_backward: Kernel = _kernel("sigmoid_backward", lambda grad, y: grad * y * (1.0 - y))
 tanh_backward: Kernel = _kernel("tanh_backward", lambda grad, y: grad * (1.0 - y * y))
-threshold_backward: Kernel = _kernel(
-    "threshold_backward", lambda grad, x, threshold: grad.masked_fill(x <= threshold, 0.0)
-)
 
 
 # --- pools, by their number of axes; each takes dL/dy and a tensor of the shape of x

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers.ops import FLOAT, kept_bytes, leaf, randn
 
 from lightning_da3.ops.adapter import adapt
-from lightning_da3.ops.adapter_cells import AdapterOptions, Norm, Weights
+from lightning_da3.ops.adapter_cells import AdapterOptions, Weights
 from lightning_da3.ops.codes import Rows
 
 
@@ -62,14 +62,14 @@ def test_the_adapter_is_that_of_plain_pytorch(kernel, shape, last, noisy, reads)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
 
 
-def test_the_adapter_keeps_codes_and_few_channels():
+def test_the_adapter_keeps_codes_and_a_bit_for_every_hidden_value():
     weights = Weights(
         *[leaf(torch.randn(s)) for s in [(4, 64, 3, 3), (4,), (4,), (1, 4), (1,), (32, 4), (32,)]]
     )
     p = leaf(torch.randn(2, 64, 7, 7))
-    codes, hidden, own = Rows.of(p).encode(p).numel(), 2 * 4 * 49, 2 * FLOAT  # own: rstd
+    codes, hidden = Rows.of(p).encode(p).numel(), 2 * 4 * 49
     for exact, expected in (
-        (False, codes + hidden * FLOAT // 2 + own),
+        (False, codes + hidden // 8),
         (True, (p.numel() + hidden) * FLOAT),
     ):
         kept = kept_bytes(
@@ -80,7 +80,7 @@ def test_the_adapter_keeps_codes_and_few_channels():
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e9])
-def test_the_hidden_map_is_kept_in_half_whatever_its_range(scale, compiled):
+def test_gradients_are_as_precise_whatever_the_range(scale, compiled):
     """Its mean is far from zero, too: 1e9 is far above what half precision holds."""
     torch._dynamo.reset()
     sizes = [(8, 32, 1, 1), (8,), (8,), (1, 8), (1,), (16, 8), (16,)]
@@ -169,18 +169,8 @@ def test_the_adapter_without_a_trained_convolution():
     p = leaf(torch.randn(2, 6, 4, 4))
     how = AdapterOptions(1e-5, gated=True, exact=False)
     kept = kept_bytes(lambda t: adapt(t, None, weights, how), p)
-    own = sum(weight.numel() for weight in weights) + 2  # and every sample's rstd
-    # the hidden map in half: no weight's gradient reads p
-    assert kept == 2 * 4 * 16 * FLOAT // 2 + own * FLOAT
+    own = sum(weight.numel() for weight in weights) * FLOAT
+    assert kept == Rows.of(p).encode(p).numel() + 2 * 4 * 16 // 8 + own
     got = torch.autograd.grad(adapt(p, None, weights, how)[0].sum(), p)
     want = torch.autograd.grad(plain_adapter(p, None, weights)[0].sum(), p)
-    assert (got[0] - want[0]).norm() <= 1e-3 * want[0].norm()
-
-
-@pytest.mark.parametrize("size", [(2, 4, 10), (2, 4, 3, 5)], ids=["tokens", "maps"])
-def test_a_norm_kept_in_half_precision_gives_the_gradients_of_the_norm(size):
-    hidden, grad = randn(*size, dtype=torch.float32), randn(*size, dtype=torch.float32, seed=1)
-    scale, whole = randn(size[1], dtype=torch.float32, seed=2), Norm.of(hidden, 1e-5)
-    again = Norm.again(*whole.halved()).backward(grad, scale)
-    for one, other in zip(again, whole.backward(grad, scale), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+    assert (got[0] - want[0]).norm() <= 0.01 * want[0].norm()
