@@ -14,7 +14,7 @@ import torch
 from lightning_da3.errors import ConfigError
 from lightning_da3.formatting import shown
 
-CONFIG_VERSION = 1
+CONFIG_VERSION = 2  # 1: the addends of adapters had no scale
 MOST_BYTES = 2**63
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -57,7 +57,7 @@ class AdapterConfig:
     Args:
         hidden_channels: Channels ``m`` of the adapter's hidden map; more learn more and cost more.
         kernel_size: Window of the adapter's first convolution on the coarse grid: 1 or 3.
-        max_cells: Largest number of cells of the coarse grid (49: at most 7 x 7 on images).
+        max_cells: Largest number of cells of the coarse grid (196: at most 14 x 14 on images).
         min_stride: Hosts get an adapter only where the network, their own stride included, has
             downsampled its input by at least this factor. Larger maps keep the most and adapt the
             least; nothing upstream of the first host is trained through, so a larger value starts
@@ -65,9 +65,9 @@ class AdapterConfig:
             most 16.
     """
 
-    hidden_channels: int = 16
-    kernel_size: int = 3
-    max_cells: int = 49
+    hidden_channels: int = 64
+    kernel_size: int = 1
+    max_cells: int = 196
     min_stride: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
@@ -249,6 +249,21 @@ class DA3Config:
         )
         _raise(problems)
 
+    @classmethod
+    def preset(cls, name: str) -> DA3Config:
+        """A config by name.
+
+        Args:
+            name: ``"small"``: the fewest bytes. ``"default"``: ``DA3Config()``, for far domains
+                too. ``"accurate"``: the same without gates: nothing is skipped.
+
+        Raises:
+            ConfigError: There is no such preset.
+        """
+        if not _is_one_of(name, [*PRESETS]):
+            raise ConfigError(f"`name` must be one of {[*PRESETS]}, got {shown(name)}.")
+        return cls(**PRESETS[name])
+
     def within(self, budget: Budget | None) -> DA3Config:
         """The same config with another budget; itself for None.
 
@@ -308,6 +323,13 @@ class DA3Config:
             if isinstance(fields.get(name), Mapping):
                 fields[name] = _build(kind, _today(fields[name]))
         return _build(cls, fields)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {"adapter": AdapterConfig(hidden_channels=16, kernel_size=3, max_cells=49)},
+    "default": {},
+    "accurate": {"gate": None},
+}
 
 
 def _today(fields: Mapping[str, Any]) -> Mapping[str, Any]:
