@@ -239,7 +239,7 @@ def respond(
         norm = Norm.of(hidden.to(w.value.dtype), options.eps)
         cells, logits = _attention(norm.n, w)
         scaled = torch.sigmoid(logits).mul(cells)
-        value = torch.addmm(w.value_bias, scaled, w.value.t(), beta=VALUE_SCALE, alpha=VALUE_SCALE)
+        value = torch.addmm(w.value_bias, scaled, w.value.t()).mul_(VALUE_SCALE)
         addend = _maps(value, hidden.shape)
         if not options.gated:
             return addend, None, norm
