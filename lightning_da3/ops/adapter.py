@@ -1,8 +1,8 @@
 """An adapter's whole computation as one op, so that a handful of cells costs a handful of calls.
 
 Shapes: p (N, C, *grid) of G cells, m hidden channels, O outputs; ``h = conv(p)`` (N, m, *grid),
-``r = relu(norm(h))``, ``s = w . r + b`` (N * G, 1), ``u = sigmoid(s) r``, addend ``4 (V u + v)`` and
-gate ``1[s + noise > 0]``.
+``r = relu(norm(h))``, ``s = w . r + b`` (N * G, 1), ``u = sigmoid(s) r``, addend ``4 (V u + v)``
+and gate ``1[s + noise > 0]``.
 Kept: the 8-bit codes of p for the gradient of the convolution's weight; of the few channels of h
 ``n = (h - mean) * rstd``, which is bounded, in float16, and rstd (N, 1). If exact, p and h
 themselves. Everything behind h is computed again in the backward.

@@ -21,9 +21,8 @@ from lightning_da3.torch_private.kernels import (
     threshold_backward,
 )
 
-
-# of an adapter's addend: with one learning rate for all, the value map, which starts at zero, learns
-# so much faster than the head; a power of two, so that it rounds nothing
+# Of an adapter's addend: with one learning rate for all, the value map, which starts at zero,
+# learns so much faster than the head. A power of two: it rounds nothing.
 VALUE_SCALE = 4.0
 
 
