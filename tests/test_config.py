@@ -207,7 +207,7 @@ def test_configs_from_before_the_weights_could_rest():
 def test_presets_are_configs_by_name():
     assert DA3Config.preset("default") == DA3Config()
     small, accurate = DA3Config.preset("small"), DA3Config.preset("accurate")
-    assert small.adapter.hidden_channels == 16 and small.adapter.max_cells == 49
+    assert small.adapter == AdapterConfig(hidden_channels=16, kernel_size=3, max_cells=49)
     assert accurate.gate is None
     assert len({small, DA3Config(), accurate}) == 3
 
