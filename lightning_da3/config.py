@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard, TypeVar, cast
@@ -12,11 +11,9 @@ from typing import Any, Literal, TypeGuard, TypeVar, cast
 import torch
 
 from lightning_da3.errors import ConfigError
-from lightning_da3.formatting import shown
+from lightning_da3.formatting import UNITS, bytes_in, shown
 
-CONFIG_VERSION = 2
-MOST_BYTES = 2**63
-UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+CONFIG_VERSION = 2  # 1: hosts in all blocks of tokens, addends of adapters without a scale
 
 Budget = int | str  # bytes; or "128MiB", or "auto"
 _Config = TypeVar("_Config")
@@ -57,7 +54,7 @@ class AdapterConfig:
     Args:
         hidden_channels: Channels ``m`` of the adapter's hidden map; more learn more and cost more.
         kernel_size: Window of the adapter's first convolution on the coarse grid: 1 or 3.
-        max_cells: Largest number of cells of the coarse grid (49: at most 7 x 7 on images).
+        max_cells: Largest number of cells of the coarse grid (196: at most 14 x 14 on images).
         min_stride: Hosts get an adapter only where the network, their own stride included, has
             downsampled its input by at least this factor. Larger maps keep the most and adapt the
             least; nothing upstream of the first host is trained through, so a larger value starts
@@ -71,9 +68,9 @@ class AdapterConfig:
             apart and which are computed again; else 0.
     """
 
-    hidden_channels: int = 16
-    kernel_size: int = 3
-    max_cells: int = 49
+    hidden_channels: int = 64
+    kernel_size: int = 1
+    max_cells: int = 196
     min_stride: int | Literal["auto"] = "auto"
     min_depth: float | Literal["auto"] = "auto"
 
@@ -207,20 +204,6 @@ class MemoryConfig:
         return torch.bfloat16 if self.weights == "bfloat16" else None
 
 
-def bytes_in(text: object) -> int:
-    """The bytes that a number with a unit says, such as ``"1.5 GiB"``; 0 if it says none.
-
-    More than any machine has are none, too.
-    """
-    if _is_int(text):
-        return text if text < MOST_BYTES else 0
-    if not isinstance(text, str):
-        return 0
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*", text)
-    number = float(found[1]) * UNITS.get(found[2], 0) if found else 0.0
-    return int(number) if number < MOST_BYTES else 0
-
-
 MACHINE = [f.name for f in dataclasses.fields(MemoryConfig) if not f.compare]
 
 
@@ -262,6 +245,21 @@ class DA3Config:
             f"`head` must be 'auto', a module name or None, got {shown(self.head)}.",
         )
         _raise(problems)
+
+    @classmethod
+    def preset(cls, name: str) -> DA3Config:
+        """A config by name.
+
+        Args:
+            name: ``"small"``: the fewest bytes. ``"default"``: ``DA3Config()``, for far domains
+                too. ``"accurate"``: the same without gates: nothing is skipped.
+
+        Raises:
+            ConfigError: There is no such preset.
+        """
+        if not _is_one_of(name, [*PRESETS]):
+            raise ConfigError(f"`name` must be one of {[*PRESETS]}, got {shown(name)}.")
+        return cls(**PRESETS[name])
 
     def within(self, budget: Budget | None) -> DA3Config:
         """The same config with another budget; itself for None.
@@ -324,6 +322,13 @@ class DA3Config:
             if isinstance(fields.get(name), Mapping):
                 fields[name] = _build(kind, _today(fields[name]))
         return _build(cls, fields)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {"adapter": AdapterConfig(hidden_channels=16, kernel_size=3, max_cells=49)},
+    "default": {},
+    "accurate": {"gate": None},
+}
 
 
 def _today(fields: Mapping[str, Any]) -> Mapping[str, Any]:

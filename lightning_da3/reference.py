@@ -18,6 +18,7 @@ from lightning_da3.memory.names import mutable
 from lightning_da3.model.model import DA3Model
 from lightning_da3.nn.call import Executed
 from lightning_da3.nn.gate import annealed_target, budget_loss
+from lightning_da3.ops.adapter_cells import VALUE_SCALE
 from lightning_da3.ops.host import coarse_grid, pool, upsample
 from lightning_da3.ops.tokens import TokenGrid
 from lightning_da3.planning.plan import HostPlan, PartPlan
@@ -110,7 +111,7 @@ class PlainPyTorch:
         cells = hidden.flatten(2).transpose(1, 2).contiguous().relu()
         logits = F.linear(cells, adapter.attend.weight, adapter.attend.bias)
         soft = torch.sigmoid(logits)
-        addend = F.linear(soft * cells, adapter.value.weight, adapter.value.bias)
+        addend = VALUE_SCALE * F.linear(soft * cells, adapter.value.weight, adapter.value.bias)
         gate = (logits > 0).to(soft) + soft - soft.detach()
         grid = hidden.shape[2:]
         maps = (addend.transpose(1, 2), gate.transpose(1, 2))

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from lightning_da3.budget.costs import WHOLE, Choice, MicrobatchCosts, microbatch_costs
 from lightning_da3.budget.microbatches import Microbatches, batch_size
 from lightning_da3.budget.regions import Names, keep_only
-from lightning_da3.config import Budget, MemoryConfig, bytes_in
+from lightning_da3.config import Budget, MemoryConfig
 from lightning_da3.errors import ConfigError, DA3Error, InputError
+from lightning_da3.formatting import bytes_in
 from lightning_da3.memory import StepPrediction, StepPredictor, free_bytes
 from lightning_da3.nn.recomputed import Recomputed
 from lightning_da3.torch_private.fake import is_fake

@@ -15,6 +15,7 @@ from lightning_da3.model.identity import check_identity, identity
 from lightning_da3.model.multi_domain import MultiDomain
 from lightning_da3.model.outside import tensors_of
 from lightning_da3.model.state import HAS_STATISTICS, OUTSIDE, check_tensors, outside_in
+from lightning_da3.model.versions import scaled_today
 
 
 class SavesDomains(MultiDomain):
@@ -97,5 +98,5 @@ class SavesDomains(MultiDomain):
         self.expect_outside(name, outside)
         domain = self.domain(name)
         own = {f"{OUTSIDE}{key}": value for key, value in tensors_of(domain.outside).items()}
-        domain.load_state_dict({**own, **file.tensors})
+        domain.load_state_dict({**own, **scaled_today(file.tensors, about["config"])})
         return name

@@ -23,6 +23,7 @@ from lightning_da3.model.identity import (
 )
 from lightning_da3.model.original import Original
 from lightning_da3.model.outside import Outside, tensors_of
+from lightning_da3.model.versions import scaled_today
 from lightning_da3.nn.convolution import FrozenConv, FrozenConvTranspose
 from lightning_da3.nn.head import HeadSlot
 from lightning_da3.nn.normalization import FrozenAffine
@@ -153,6 +154,9 @@ def complete_state(model: HoldsDomains, state: dict[str, Any], prefix: str, *_: 
             del state[key]
     mine = {prefix + key: value for key, value in _own_tensors(model).items()}
     if extra is not None and _is_ours(model, state, prefix):
+        bank = f"{prefix}bank."
+        theirs = {key: value for key, value in state.items() if key.startswith(bank)}
+        state.update(scaled_today(theirs, extra.get("config")))
         _make_room(model, extra, state, prefix)
         mine = {prefix + key: value for key, value in _own_tensors(model).items()}
     elif not any(key in mine for key in state):

@@ -51,7 +51,7 @@ class AdapterOutput(NamedTuple):
 class Adapter(nn.Module):
     """One domain's adapter of one host.
 
-    ``h = relu(norm(conv(p)))``, ``s = w_s . h + b_s``, addend ``W_v (sigmoid(s) h) + b``, gate
+    ``h = relu(norm(conv(p)))``, ``s = w_s . h + b_s``, addend ``4 (W_v (sigmoid(s) h) + b)``, gate
     ``1[s > 0]``. Scaling h by the attention before the value map is the same as scaling the value
     after it and keeps m channels instead of O.
 

@@ -1,8 +1,8 @@
 """An adapter's whole computation as one op, so that a handful of cells costs a handful of calls.
 
 Shapes: p (N, C, *grid) of G cells, m hidden channels, O outputs; ``h = conv(p)`` (N, m, *grid),
-``r = relu(norm(h))``, ``s = w . r + b`` (N * G, 1), ``u = sigmoid(s) r``, addend ``V u + v`` and
-gate ``1[s + noise > 0]``.
+``r = relu(norm(h))``, ``s = w . r + b`` (N * G, 1), ``u = sigmoid(s) r``, addend ``4 (V u + v)``
+and gate ``1[s + noise > 0]``.
 Kept: the 8-bit codes of p, and where r is above zero, one bit an element. If exact, p and h
 themselves. Everything else is computed again in the backward, h from the codes.
 """
