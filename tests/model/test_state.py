@@ -29,6 +29,17 @@ def _seed():
     torch.manual_seed(0)
 
 
+def test_states_of_before_addends_had_a_scale_compute_what_they_did():
+    model, other = converted("a"), converted()
+    state = model.state_dict()
+    values = [name for name in state if ".value." in name]
+    assert values
+    state |= {name: 4 * state[name] for name in values}
+    state["_extra_state"]["config"]["version"] = 1
+    other.load_state_dict(state)
+    assert_same_domains(model, other, (None, "a"))
+
+
 def test_own_state_comes_back_into_a_network_without_domains():
     model, other = converted("a", "b"), converted()
     model.set_domain("a")
