@@ -54,7 +54,7 @@ class AdapterConfig:
     Args:
         hidden_channels: Channels ``m`` of the adapter's hidden map; more learn more and cost more.
         kernel_size: Window of the adapter's first convolution on the coarse grid: 1 or 3.
-        max_cells: Largest number of cells of the coarse grid (196: at most 14 x 14 on images).
+        max_cells: Largest number of cells of the coarse grid (64: at most 8 x 8 on images).
         min_stride: Hosts get an adapter only where the network, their own stride included, has
             downsampled its input by at least this factor. Larger maps keep the most and adapt the
             least; nothing upstream of the first host is trained through, so a larger value starts
@@ -70,7 +70,7 @@ class AdapterConfig:
 
     hidden_channels: int = 64
     kernel_size: int = 1
-    max_cells: int = 196
+    max_cells: int = 64
     min_stride: int | Literal["auto"] = "auto"
     min_depth: float | Literal["auto"] = "auto"
 
@@ -251,8 +251,8 @@ class DA3Config:
         """A config by name.
 
         Args:
-            name: ``"small"``: the fewest bytes. ``"default"``: ``DA3Config()``, for far domains
-                too. ``"accurate"``: the same without gates: nothing is skipped.
+            name: ``"small"``: the smallest domain files. ``"default"``: ``DA3Config()``.
+                ``"accurate"``: on a finer grid, without gates: nothing is skipped.
 
         Raises:
             ConfigError: There is no such preset.
@@ -327,7 +327,7 @@ class DA3Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {"adapter": AdapterConfig(hidden_channels=16, kernel_size=3, max_cells=49)},
     "default": {},
-    "accurate": {"gate": None},
+    "accurate": {"adapter": AdapterConfig(max_cells=196), "gate": None},
 }
 
 

@@ -90,7 +90,9 @@ def test_coded_gradients_are_close_to_exact_ones():
     assert_identical(coded(*x), exact(*x))  # codes are for the backward only
     pairs = list(zip(gradients(coded, x), gradients(exact, x), strict=True))
     assert any(not torch.equal(one, other) for one, other in pairs)
-    assert all((one - other).norm() <= 0.02 * other.norm() for one, other in pairs)
+    largest = max(other.norm() for _, other in pairs)
+    for one, other in pairs:
+        assert (one - other).norm() <= 0.02 * max(other.norm(), 0.01 * largest)
 
 
 @pytest.mark.parametrize("memory", [MemoryConfig(), EXACT], ids=["coded", "exact"])
