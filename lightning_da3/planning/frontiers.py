@@ -32,8 +32,8 @@ class FrontierFinder:
         self.flow, self.cost = flow, cost
         self.may_run_again, self.is_heavy = may_run_again, is_heavy
 
-    def find(self, end: fx.Node, alone: float, worth: float) -> list[fx.Node] | None:
-        """The values, in order, that `end` is to be computed from; None if nothing is saved.
+    def find(self, end: fx.Node, alone: float, worth: float) -> list[list[fx.Node]]:
+        """The values, in order, that `end` may be computed from; ways that save the most first.
 
         Args:
             end: Keeps its operands.
@@ -41,12 +41,14 @@ class FrontierFinder:
             worth: Where heavy operations run again, all must cost at least so much less.
         """
         values: Nodes = dict.fromkeys(self.flow.inputs(end))
-        best, most, heavy, passed = None, 0.0, False, False
+        ways: list[Nodes] = []
+        most, heavy, passed = 0.0, False, False
         for _ in range(_MOST_STEPS):
             total = sum(map(self.cost, values))
             better = _MUCH_BETTER if passed else _BETTER
             if alone >= total * (worth if heavy else 1.0) and alone - total > most * better:
-                best, most, passed = list(values), alone - total, False
+                ways.append(dict(values))
+                most, passed = alone - total, False
             node = self._latest(values)
             if node is None:
                 break
@@ -54,7 +56,7 @@ class FrontierFinder:
             values.update(dict.fromkeys(self.flow.inputs(node)))
             if self.is_heavy(node):
                 heavy = passed = True
-        return None if best is None else sorted(best, key=self.flow.position.__getitem__)
+        return [sorted(way, key=self.flow.position.__getitem__) for way in reversed(ways)]
 
     def _latest(self, values: Iterable[fx.Node]) -> fx.Node | None:
         """The last of the values that costs anything and may be computed again."""

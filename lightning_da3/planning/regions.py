@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 from torch import fx, nn
 
@@ -158,17 +158,17 @@ class RegionFinder:
         for node in reversed(self.trained):
             if any(node in region.inside for region in regions) or not self._alone(node):
                 continue
-            kept = {source for region in regions for source in region.sources}
-            found = self._frontier(node, kept)
-            inside = set() if found is None else {*self.flow.behind_any(found, [node])}
-            near = [r for r in regions if inside & {*r.inside} or {*r.sources} & {*(found or ())}]
-            region = None if found is None else self._joined(near, found, node)
-            if region is not None and self._saves(region) > sum(map(self._saves, near)):
-                regions = [*[r for r in regions if r not in near], region]
+            for sources in self._frontiers(node, {s for r in regions for s in r.sources}):
+                inside = {*self.flow.behind_any(sources, [node])}
+                near = [r for r in regions if inside & {*r.inside} or {*r.sources} & {*sources}]
+                region = self._joined(near, sources, node)
+                if region is not None and self._saves(region) > sum(map(self._saves, near)):
+                    regions = [*[r for r in regions if r not in near], region]
+                    break
         return sorted(regions, key=lambda s: self.flow.position[s.sources[0]])
 
-    def _frontier(self, node: fx.Node, kept: Container[fx.Node]) -> list[fx.Node] | None:
-        """The values that a node, which keeps much, is computed again from."""
+    def _frontiers(self, node: fx.Node, kept: Container[fx.Node]) -> Iterator[list[fx.Node]]:
+        """What a node that keeps much may be computed from, the least to keep first."""
 
         def cost(source: fx.Node) -> float:
             return 0.0 if source in kept or not self._is_feature(source) else self._cost(source)
@@ -177,12 +177,13 @@ class RegionFinder:
             return source in self.trained and self._may_run_again(source, [])
 
         if not self._may_run_again(node, [], with_hosts=self._is_head(node)):
-            return None
+            return
         finder = FrontierFinder(self.flow, cost, again, self._is_heavy)
-        found = finder.find(node, self._alone(node), WORTH)
-        sources = [n for n in found or () if n in self.trained]
-        one_each = sources and all(n in self.tensors for n in sources)
-        return sources if one_each and not any(map(self._is_squeezed, sources)) else None
+        for values in finder.find(node, self._alone(node), WORTH):
+            sources = [n for n in values if n in self.trained]
+            one_each = sources and all(n in self.tensors for n in sources)
+            if one_each and not any(map(self._is_squeezed, sources)):
+                yield sources
 
     def _joined(
         self, near: Sequence[_Region], sources: Sequence[fx.Node], node: fx.Node
@@ -225,7 +226,8 @@ class RegionFinder:
             return 0.0
         coded = head and not self.exact and isinstance(module_of(self.gm, node), CONVS)
         unit = 1.0 if coded or self.plan[node.name].keeps == "codes" else 4.0
-        return unit * sum(self.size[i] for i in dict.fromkeys(self._sources(node)))
+        operands = dict.fromkeys(self.flow.inputs(node))
+        return unit * sum(self.size[i] for i in operands if self._is_feature(i))
 
     def _best(self, keeper: fx.Node) -> _Region | None:
         """The region that ends with `keeper` and saves the most, or None if none saves."""
