@@ -88,6 +88,7 @@ def test_options_reach_the_config(mine, capsys):
     assert ungated["domain_file_bytes"] != plain["domain_file_bytes"]
     assert json.loads(run(capsys, *arguments, "--min-stride", "1"))["hosts"] >= plain["hosts"]
     assert json.loads(run(capsys, *arguments, "--min-stride", "auto")) == plain
+    assert json.loads(run(capsys, *arguments, "--min-depth", "1.0"))["hosts"] < plain["hosts"]
     run(capsys, *arguments, "--weights", "bfloat16")
     huge = ("--batch-size", "8", "--budget", "1GiB", "--split", "accumulate")
     assert json.loads(run(capsys, *arguments, *huge))["accumulated"]
@@ -134,6 +135,7 @@ def test_parameters_take_no_memory(mine, capsys):
         (["{mine}:net", "--budget", ""], "`budget` must be bytes"),
         (["{mine}:net", "--budget", "-1"], "`budget` must be bytes"),
         (["{mine}:net", "--min-stride", "x"], "`min_stride` must be"),
+        (["{mine}:net", "--min-depth", "1.5"], "`min_depth` must be"),
         (["{mine}:net", "--num-classes", "0"], "at least 1"),
         (["{mine}:net", "--num-classes", "3", "--head", "none"], "Leave `num_classes` out"),
         (["{mine}:net", "--split", "pieces"], "give `--budget`"),

@@ -58,7 +58,7 @@ def test_what_is_too_slow_fails(capsys):
 
     def verdict(ours_ms):
         times = {fast.TUNED: 20.0, fast.BIASES: 9.0, fast.DA3: ours_ms}
-        costs = {name: Cost({}, 1, Time(ms, ms)) for name, ms in times.items()}
+        costs = {name: Cost({}, 1, 1, Time(ms, ms)) for name, ms in times.items()}
         return fast._verdict(costs, fast.Asked(2.0, no_slower_than_biases=True))
 
     assert verdict(9.0)

@@ -15,6 +15,7 @@ from torch import nn
 from lightning_da3 import (
     AdapterConfig,
     ConfigError,
+    DA3Config,
     convert,
 )
 from lightning_da3.nn.adapter import HostInput, HostOutput
@@ -176,5 +177,6 @@ class Probed(nn.Module):
 
 
 def test_one_token_that_stands_for_all_is_no_downsampling():
-    model = convert(Probed(), example_inputs=torch.randn(2, 3, 32, 32), verify=False)
+    config = DA3Config(AdapterConfig(min_depth=0))
+    model = convert(Probed(), config, torch.randn(2, 3, 32, 32), verify=False)
     assert [host.name for host in model.plan.hosts] == ["blocks.0", "blocks.1", "pool"]

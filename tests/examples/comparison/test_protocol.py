@@ -249,22 +249,3 @@ def test_costs_of_methods(tmp_path):
     flops = {name: values["step_flops"] for name, values in paid.items()}
     assert flops["linear probe"] < flops["fine-tuning"] < flops["checkpointing"]
     assert all(v > 0 for values in paid.values() for v in values.values())
-
-
-def test_flops_of_a_step_by_hand():
-    from comparison.costs import step_flops
-    from measure import Step, sgd
-    from torch import nn
-
-    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, groups=1), nn.Flatten(), nn.Linear(64, 5))
-    step = Step(network, torch.rand(2, 3, 4, 4), torch.tensor([0, 1]), sgd)
-    conv, linear = 2 * 2 * 16 * 4 * 27, 2 * 2 * 64 * 5
-    # the images need no gradient
-    assert step_flops(step) == 2 * conv + 3 * linear
-
-
-def test_the_processor_is_named():
-    from comparison.costs import processor
-
-    assert "thread" in processor()
-    assert torch.__version__ in processor()
