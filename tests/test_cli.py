@@ -79,6 +79,7 @@ def test_the_summary_stands_first_and_nodes_are_asked_for(mine, capsys):
     assert whole.startswith(short[: short.index("`--nodes`")])
 
 
+@pytest.mark.slow
 def test_options_reach_the_config(mine, capsys):
     arguments = (f"{mine}:net", "--image-size", "32", "--format", "json")
     plain = json.loads(run(capsys, *arguments))
@@ -156,6 +157,7 @@ def test_bad_input_ends_with_exit_code_2(arguments, message, mine, capsys):
     assert re.search(message, error), error
 
 
+@pytest.mark.slow
 def test_networks_of_torchvision_are_found(capsys):
     torchvision = pytest.importorskip("torchvision")
     said = json.loads(run(capsys, "resnet18", "--image-size", "64", "--format", "json"))

@@ -44,7 +44,7 @@ def without_values(network: nn.Module, mode: FakeTensorMode) -> nn.Module:
     Raises:
         DA3Error: The network cannot be copied.
     """
-    memo = {
+    memo: dict[int, Any] = {
         key: result if isinstance(result, FakeTensor) else mode.from_tensor(result)
         for key, result in left_by_forward(network).items()
     }

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_da3.ops.bits import dense, flat, has_no_values, is_recorded
+from lightning_da3.torch_private.autograd import transform
 from lightning_da3.torch_private.kernels import DECODE_ROWS, ENCODE_ROWS
 
 GROUP = 256  # elements that share one range
@@ -93,8 +94,10 @@ def _ends(rows: Tensor) -> Tensor:
 
 
 def _by_fbgemm(rows: Tensor) -> bool:
-    # compiled code fuses plain arithmetic; and PyTorch's rule for the type of the result is wrong
-    return rows.device.type == "cpu" and _HAS_FBGEMM and not is_recorded()
+    # compiled code fuses plain arithmetic; and PyTorch's rule for the type of the result is wrong;
+    # no value can be looked at inside of a functorch transform
+    plain = is_recorded() or transform() is not None
+    return rows.device.type == "cpu" and _HAS_FBGEMM and not plain
 
 
 def to_bytes(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import time
 
+import pytest
 import torch
 from torch import nn
 
@@ -38,6 +39,7 @@ def test_medians_by_the_clock_and_of_the_process():
     assert time_ms.cpu_ms < time_ms.wall_ms
 
 
+@pytest.mark.slow
 def test_measure_prints_what_was_asked_beside_what_was_measured(capsys):
     import measure
 

@@ -5,6 +5,7 @@ import torch
 from helpers.examples import start
 
 
+@pytest.mark.slow
 def test_mixed_ways_give_the_same():
     import mixed
     import torchvision

@@ -37,6 +37,7 @@ def test_plan_of_a_depthwise_block_is_one_host_between_its_narrow_ends():
     assert step["block_2"].keeps == step["block_5"].keeps == "bits"
 
 
+@pytest.mark.slow
 def test_plan_of_a_strided_depthwise_block_counts_what_runs_before_the_stride():
     plan = convert(models.family("mobilenet_v2"), choose()).plan
     host = next(host for host in plan.hosts if host.name == "features.2.conv.1.0")

@@ -320,6 +320,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 7)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.slow
 def test_processes_forked_later_can_compute_gradients():
     tests = Path(__file__).parents[1]
     subprocess.run([sys.executable, "-c", FORK], cwd=tests, check=True, timeout=200)

@@ -98,6 +98,7 @@ def weights(folder):
 
 
 @pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")
+@pytest.mark.slow
 def test_a_corrupt_image_in_the_middle_and_the_run_after_it(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("comparison.protocol.apart", lambda function, *args: function(*args))
     folder = write_domain(tmp_path / "data" / "a")

@@ -54,6 +54,7 @@ def keys(comparison, stage):
     return [key for key in comparison.records._done if key[0] == stage]
 
 
+@pytest.mark.slow
 def test_every_stage_of_every_method(tmp_path):
     said = []
     comparison = prepared(tmp_path, seeds=2, said=said)
@@ -121,6 +122,7 @@ def test_a_state_that_was_removed_is_learned_again(tmp_path):
     assert path.exists()
 
 
+@pytest.mark.slow
 def test_methods_and_seeds_are_added_to_what_is_finished(tmp_path):
     prepared(tmp_path, ["linear probe"]).run()
     said = []
@@ -238,6 +240,7 @@ def test_a_domains_state_is_all_that_it_needs(tmp_path, name):
         )
 
 
+@pytest.mark.slow
 def test_costs_of_methods(tmp_path):
     from comparison.costs import measure
 
