@@ -4,10 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.comparing import add, assert_relatively_close, score
-from helpers.converted import choose
 from torch import nn
 
-from lightning_da3 import MemoryConfig, convert
+from lightning_da3 import AdapterConfig, DA3Config, MemoryConfig, convert
 from lightning_da3.memory import SavedActivations
 
 
@@ -48,10 +47,13 @@ class MixFfn(nn.Module):
         return self.head(x.mean((1, 2)))
 
 
-def learned(kind, exact=False, dtype=torch.float32):
+ADAPTER = AdapterConfig(hidden_channels=4, max_cells=16, min_stride=4, min_depth=0.0)
+
+
+def learned(kind, **memory):
     torch.manual_seed(0)
-    net = kind().to(dtype)
-    model = add(convert(net, choose(memory=MemoryConfig(exact=exact), gate=None)), "a")
+    config = DA3Config(adapter=ADAPTER, gate=None, memory=MemoryConfig(**memory))
+    model = add(convert(kind(), config), "a")
     model.set_domain("a")
     return model.train()
 
@@ -71,7 +73,7 @@ def kept(model, x):
 @pytest.mark.parametrize("kind", [Pyramid, MixFfn])
 def test_gradients_are_as_near_as_codes_of_the_sources_allow(kind):
     x = torch.randn(2, 3, 32, 32)
-    expected = gradients(learned(kind, exact=True, dtype=torch.float64), x.double())
+    expected = gradients(learned(kind, exact=True).double(), x.double())
     found = gradients(learned(kind), x)
     largest = max(g.norm() for g in expected)
     for one, other in zip(found, expected, strict=True):
