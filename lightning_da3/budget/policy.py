@@ -228,7 +228,9 @@ class BudgetPolicy:
         if self.tell is not None:
             self.tell(f"Held to a budget of {self.budget}, {what}.")
 
-    def _largest(self, model: nn.Module, args: Any, kwargs: Any, method: Called | None) -> int:
+    def _largest(
+        self, model: nn.Module, args: Any, kwargs: Any, method: Called | None
+    ) -> int | None:
         reason = "it takes no tensor with samples along axis 0 first"
         if batch_size(args, kwargs) is not None:
             try:
@@ -237,6 +239,8 @@ class BudgetPolicy:
             except ConfigError:
                 raise
             except DA3Error as error:
+                if method is not None and isinstance(error, NothingTrainsError):
+                    return self._part  # what else the step calls decides
                 reason = str(error)
         warnings.warn(
             f"What a step takes is not known before it: {reason}. So every sample is a part of its "

@@ -57,3 +57,13 @@ def test_what_cannot_be_predicted_goes_whole_and_says_so():
     model.budget_policy.hold(MemoryConfig(budget="1GiB"))
     with pytest.warns(PredictionWarning, match="does not count calls of by_value"):
         model.by_value(x)
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_trains_nothing_does_not_decide_how_steps_are_split():
+    model, x = converted(Encoder()), images()
+    model.budget_policy.hold(MemoryConfig(budget="1GiB", split="accumulate"))
+    losses(model, x)
+    model.doubled(x)
+    model.budget_policy.remember_part("images")
+    assert model.budget_policy.part_of("images") >= len(x)
