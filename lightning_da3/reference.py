@@ -6,6 +6,7 @@ gates are written out in PyTorch's functions. Slow, and keeps everything: for te
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, cast
 
@@ -96,6 +97,7 @@ class PlainPyTorch:
         return TokenGrid.of(x.shape[1:-1], host.prefix_tokens, self.model.config.adapter.max_cells)
 
     def _adapt(self, host: HostPlan, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.transpose(0, host.samples) if host.samples else x
         x = x.unsqueeze(1) if host.stride is None and x.dim() == 2 else x  # one token a sample
         adapter: Any = self.domain.adapters[host.name.replace(".", "__").replace(":", "__call")]
         place = self._place(host, x)
@@ -119,6 +121,9 @@ class PlainPyTorch:
 
     def _write(self, host: HostPlan, f: Tensor, adapted: tuple[Tensor, Tensor]) -> Tensor:
         addend, gate = adapted
+        if host.samples:
+            first = dataclasses.replace(host, samples=0)
+            return self._write(first, f.transpose(0, 1), adapted).transpose(0, 1)
         if host.stride is None and f.dim() == 2:
             return self._write(host, f.unsqueeze(1), adapted).squeeze(1)
         place = self._place(host, f)

@@ -7,18 +7,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lightning_da3.budget.costs import WHOLE, Choice, MicrobatchCosts, microbatch_costs
 from lightning_da3.budget.microbatches import Microbatches, batch_size
+from lightning_da3.budget.recent import Recent
 from lightning_da3.budget.regions import Names, keep_only
 from lightning_da3.config import Budget, MemoryConfig
-from lightning_da3.errors import ConfigError, DA3Error, InputError
+from lightning_da3.errors import ConfigError, DA3Error, InputError, PredictionWarning
 from lightning_da3.formatting import bytes_in
-from lightning_da3.memory import StepPrediction, StepPredictor, free_bytes
+from lightning_da3.memory import (
+    NothingTrainsError,
+    StepPrediction,
+    StepPredictor,
+    free_bytes,
+    mean_of,
+)
 from lightning_da3.nn.recomputed import Recomputed
 from lightning_da3.torch_private.fake import is_fake
 from lightning_da3.torch_private.trees import tree_leaves
@@ -30,27 +37,8 @@ LARGE_BYTES = 4 * 2**20
 # that decisions are: images may come in any number of sizes.
 MOST_KINDS, MOST_CHOICES = 8, 64
 
-Value = TypeVar("Value")
-
-
-class Recent(Generic[Value]):
-    """What was made for the latest keys.
-
-    Args:
-        most: The number of keys; the one not asked for longest is forgotten.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.entries: dict[Any, Value] = {}
-
-    def get(self, key: Any, make: Callable[[], Value]) -> Value:
-        """What was made for a key, or is made now."""
-        value = self.entries.pop(key) if key in self.entries else make()
-        self.entries[key] = value  # the latest stands last
-        while len(self.entries) > self.most:
-            del self.entries[next(iter(self.entries))]
-        return value
+# what is called of a model or of a copy of it; equal where it is the same
+Called: TypeAlias = Callable[[Any], Callable[..., Any]]
 
 
 class BudgetPolicy:
@@ -74,7 +62,7 @@ class BudgetPolicy:
         self.predicted: StepPrediction | None = None
         self.tell: Callable[[str], object] | None = None
         self._costs = Recent[MicrobatchCosts](MOST_KINDS)
-        self._chosen = Recent[Choice](MOST_CHOICES)
+        self._chosen = Recent[Choice | None](MOST_CHOICES)
         self._keeping: tuple[Names, list[Recomputed]] | None = None  # what keeps now
         self._parts = Recent[int](MOST_CHOICES)  # the most samples of a part, by kind of batch
         self._part: int | None = None  # the same for what the network was given last
@@ -99,10 +87,15 @@ class BudgetPolicy:
     @property
     def chosen(self) -> list[tuple[int, Microbatches | None]]:
         """Sizes of the batches met so far, and how each goes through the network."""
-        return [(key[-1], choice.split) for key, choice in self._chosen.entries.items()]
+        return [(key[-1], c.split) for key, c in self._chosen.entries.items() if c is not None]
 
     def microbatches_for(
-        self, model: Any, args: Any, kwargs: Any, check: Callable[[Any, Any], None]
+        self,
+        model: Any,
+        args: Any,
+        kwargs: Any,
+        check: Callable[[Any, Any], None],
+        method: Called | None = None,
     ) -> Microbatches | None:
         """How a training batch goes through `model`; None: whole.
 
@@ -111,13 +104,16 @@ class BudgetPolicy:
             args: Its arguments.
             kwargs: Its named arguments.
             check: Called with both before a batch is split for the first time; raises if it cannot.
+            method: What is called of it; by default the model itself.
 
         Raises:
             ConfigError: The budget cannot be held.
             DA3Error: The step cannot be predicted.
         """
         if self.accumulates:
-            self._part = self.split.samples if self.split else self._largest(model, args, kwargs)
+            self._part = (
+                self.split.samples if self.split else self._largest(model, args, kwargs, method)
+            )
             self._keep(model, ())
             return WHOLE
         if self.split is not None:
@@ -133,17 +129,24 @@ class BudgetPolicy:
                 "along axis 0 first. If the training step's loss is a mean over samples, "
                 "MemoryConfig(split='accumulate') splits the step instead."
             )
-        key = (_signature(args, kwargs, count), count)
-        choice = self._chosen.get(key, lambda: self._choice(model, args, kwargs, check))
-        self._keep(model, choice.kept)
-        self.predicted = choice.step
-        return choice.split
+        key = (method, _signature(args, kwargs, count), count)
+        choice = self._chosen.get(key, lambda: self._choice(model, args, kwargs, check, method))
+        self._keep(model, () if choice is None else choice.kept)
+        self.predicted = None if choice is None else choice.step
+        return WHOLE if choice is None else choice.split
 
     def _choice(
-        self, model: Any, args: Any, kwargs: Any, check: Callable[[Any, Any], None]
-    ) -> Choice:
-        """What is decided for a new kind of batch."""
-        count, costs = batch_size(args, kwargs), self.costs_of(model, args, kwargs)
+        self,
+        model: Any,
+        args: Any,
+        kwargs: Any,
+        check: Callable[[Any, Any], None],
+        method: Called | None,
+    ) -> Choice | None:
+        """What is decided for a new kind of batch; None: it goes whole, whatever that takes."""
+        count, costs = batch_size(args, kwargs), self._known_costs(model, args, kwargs, method)
+        if costs is None:
+            return None
         if self.budget is None:
             choice = costs.lowest_peak(args, kwargs)
             if choice.split is not WHOLE:
@@ -158,6 +161,33 @@ class BudgetPolicy:
         kept = len(choice.kept), len(model.plan.regions)
         self._say(f"a batch of {count}: {how_split(choice.parts, choice.again, kept=kept)}")
         return choice
+
+    def _known_costs(
+        self, model: Any, args: Any, kwargs: Any, method: Called | None
+    ) -> MicrobatchCosts | None:
+        """The costs; None of a method that trains nothing, or cannot be predicted, which is told.
+
+        Raises:
+            DA3Error: The step of the model itself cannot be predicted.
+        """
+        try:
+            costs = self.costs_of(model, args, kwargs, method)
+            if method is not None:
+                costs.whole(args, kwargs)
+        except NothingTrainsError:
+            if method is None:
+                raise
+            return None
+        except DA3Error as error:
+            if method is None:
+                raise
+            warnings.warn(
+                f"The budget does not count calls of {method}, which go whole: {error}",
+                PredictionWarning,
+                stacklevel=2,
+            )
+            return None
+        return costs
 
     def _is_worth_it(self, model: Any, args: Any, kwargs: Any) -> bool:
         """Whether to look for microbatches where there is no budget: large batches on CPUs."""
@@ -199,15 +229,19 @@ class BudgetPolicy:
         if self.tell is not None:
             self.tell(f"Held to a budget of {self.budget}, {what}.")
 
-    def _largest(self, model: nn.Module, args: Any, kwargs: Any) -> int:
+    def _largest(
+        self, model: nn.Module, args: Any, kwargs: Any, method: Called | None
+    ) -> int | None:
         reason = "it takes no tensor with samples along axis 0 first"
         if batch_size(args, kwargs) is not None:
             try:
-                costs = self.costs_of(model, args, kwargs)
+                costs = self.costs_of(model, args, kwargs, method)
                 return costs.largest(self.bytes_on(_device(model)))
             except ConfigError:
                 raise
             except DA3Error as error:
+                if method is not None and isinstance(error, NothingTrainsError):
+                    return self._part  # what else the step calls decides
                 reason = str(error)
         warnings.warn(
             f"What a step takes is not known before it: {reason}. So every sample is a part of its "
@@ -216,17 +250,30 @@ class BudgetPolicy:
         )
         return 1
 
-    def costs_of(self, model: nn.Module, args: Any, kwargs: Any) -> MicrobatchCosts:
+    def costs_of(
+        self, model: nn.Module, args: Any, kwargs: Any, method: Called | None = None
+    ) -> MicrobatchCosts:
         """What steps on such samples cost, whatever their number.
+
+        Args:
+            model: A DA3Model.
+            args: Its arguments.
+            kwargs: Its named arguments.
+            method: What is called of it; by default the model itself.
 
         Raises:
             DA3Error: The step cannot be predicted.
         """
         count = batch_size(args, kwargs)
-        key = _signature(args, kwargs, count)
+        key = (method, _signature(args, kwargs, count))
 
         def make() -> MicrobatchCosts:
-            predictor = StepPredictor(model, prepare=without_budget)
+            predictor = StepPredictor(
+                model,
+                loss=None if method is None else mean_of,
+                prepare=without_budget,
+                call=method,
+            )
             return microbatch_costs(predictor, args, kwargs)
 
         return self._costs.get(key, make)

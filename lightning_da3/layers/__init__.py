@@ -2,7 +2,7 @@
 
 from lightning_da3.layers.chance import layer_may_draw, may_draw, without_chance
 from lightning_da3.layers.facts import Facts, Replacement, register
-from lightning_da3.layers.functions import convolution_of, facts_of_function, layer_of
+from lightning_da3.layers.functions import as_pytorch, convolution_of, facts_of_function, layer_of
 from lightning_da3.layers.modules import ADAPTIVE_POOLS, BATCH_NORMS, CONVS, TRANSPOSED
 from lightning_da3.layers.queries import (
     attribute_is_number,
@@ -30,6 +30,7 @@ __all__ = [
     "TRANSPOSED",
     "Facts",
     "Replacement",
+    "as_pytorch",
     "attribute_is_number",
     "convolution_of",
     "copying_name",

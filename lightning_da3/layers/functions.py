@@ -159,6 +159,18 @@ _names(
 )
 
 
+# activations of libraries with a backward of their own, which keeps the whole input
+_AS_PYTORCH = {
+    "pytorchvideo.layers.swish.SwishFunction": F.silu,
+    "monai.networks.blocks.activation.SwishImplementation": F.silu,
+    "efficientnet_pytorch.utils.SwishImplementation": F.silu,
+    "timm.layers.activations_me.SwishAutoFn": F.silu,
+    "timm.layers.activations_me.MishAutoFn": F.mish,
+    "timm.layers.activations_me.HardSwishAutoFn": F.hardswish,
+    "timm.layers.activations_me.HardSigmoidAutoFn": F.hardsigmoid,
+}
+
+
 # --- looking up -----------------------------------------------------------------------------------
 
 _PYTORCH = ("torch", "_operator", "builtins")  # where functions are known by their name
@@ -175,6 +187,13 @@ def facts_of_function(target: Any) -> Facts:
     if home.split(".")[0] in _PYTORCH or getattr(torch.Tensor, name, None) is target:
         return TABLE.get(name[2:-2] if name.startswith("__") else name, UNKNOWN)
     return UNKNOWN
+
+
+def as_pytorch(function: Any) -> Callable[..., Any] | None:
+    """PyTorch's function that computes what ``Function.apply`` of a library does; None: none."""
+    owner = getattr(function, "__self__", None)
+    name = f"{getattr(owner, '__module__', '')}.{getattr(owner, '__qualname__', '')}"
+    return _AS_PYTORCH.get(name)
 
 
 def layer_of(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module | None:

@@ -21,12 +21,18 @@ from lightning_da3.memory.fake import fake_mode_of, resized, without_values
 from lightning_da3.memory.free import free_bytes
 from lightning_da3.memory.measured import PeakBytes, StepMeasurement, measure_step, resident_bytes
 from lightning_da3.memory.saved import SavedActivations, saved_activation_bytes
-from lightning_da3.memory.simulated import StepPredictor, predict_step
+from lightning_da3.memory.simulated import (
+    NothingTrainsError,
+    StepPredictor,
+    mean_of,
+    predict_step,
+)
 
 __all__ = [
     "BatchPrediction",
     "Microbatched",
     "NodeCost",
+    "NothingTrainsError",
     "PeakBytes",
     "SavedActivations",
     "StepMeasurement",
@@ -34,6 +40,7 @@ __all__ = [
     "StepPredictor",
     "fake_mode_of",
     "free_bytes",
+    "mean_of",
     "measure_step",
     "predict_step",
     "resident_bytes",

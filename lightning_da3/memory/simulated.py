@@ -49,6 +49,7 @@ class StepPredictor:
         optimizer: Makes an optimizer of the parameters that train; its state belongs to the resting
             model. By default plain SGD, which has no state.
         prepare: Edits the copy.
+        call: What is called of the copy; by default the copy itself.
         name: The name of the network for errors; by default its class.
 
     Attributes:
@@ -65,6 +66,7 @@ class StepPredictor:
         loss: Loss | None = None,
         optimizer: MakeOptimizer | None = None,
         prepare: Callable[[Any], None] | None = None,
+        call: Callable[[Any], Callable[..., Any]] | None = None,
         name: str = "",
     ) -> None:
         self._loss, self._make_optimizer = loss or default_loss, optimizer
@@ -72,6 +74,7 @@ class StepPredictor:
         self.twin = without_values(network, self._mode).train()
         if prepare is not None:
             prepare(self.twin)
+        self._called: Callable[..., Any] = self.twin if call is None else call(self.twin)
         self._name = name or type(network).__name__
         self._cuts: frozenset[tuple[int, int]] = frozenset()
 
@@ -128,7 +131,7 @@ class StepPredictor:
         given = [t for t in tree_leaves((inputs, kwargs)) if isinstance(t, Tensor)]
         with quiet(), self._mode, self._explained(given):
             with SavedActivations(self.twin, inputs=(inputs, kwargs)) as saved:
-                output = self.twin(*inputs, **kwargs)
+                output = self._called(*inputs, **kwargs)
             del output
         return saved.by_module
 
@@ -166,7 +169,7 @@ class StepPredictor:
             saved = SavedByName(self.twin, (inputs, kwargs), names)
             with account:
                 with saved:
-                    loss = self._loss(self.twin(*inputs, **kwargs))
+                    loss = self._loss(self._called(*inputs, **kwargs))
                 account.forward_end = len(account.timeline)
                 loss.backward()  # type: ignore[no-untyped-call]
                 del loss
@@ -220,6 +223,21 @@ def predict_step(
     return StepPredictor(network, loss=loss, optimizer=optimizer)(*inputs)
 
 
+class NothingTrainsError(DA3Error):
+    """What is to be predicted is no training step: a loss of it would train nothing."""
+
+
+_NOTHING_TRAINS = "the output does not depend on anything that trains"
+
+
+def mean_of(output: Any) -> Tensor:
+    """The mean of all that trains."""
+    trained = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+    if not trained:
+        raise NothingTrainsError(_NOTHING_TRAINS)
+    return torch.stack([t.mean() for t in trained]).sum()
+
+
 def default_loss(output: Any) -> Tensor:
     """The cross entropy over axis 1 of all that trains and has one; means of others."""
     trained = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
@@ -230,5 +248,5 @@ def default_loss(output: Any) -> Tensor:
         for t in trained
     ]
     if not losses:
-        raise DA3Error("the output does not depend on anything that trains")
+        raise NothingTrainsError(_NOTHING_TRAINS)
     return torch.stack(losses).sum() if len(losses) > 1 else losses[0]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -40,8 +40,7 @@ class Entry:
     @property
     def name(self) -> str:
         """What the user's code calls it."""
-        whole = f"{self.path}.{self.method}" if self.path else self.method
-        return whole.removesuffix(".forward")
+        return str(MethodOf(self.path, self.method))
 
     @property
     def key(self) -> Any:
@@ -64,6 +63,27 @@ class Entry:
         if self.method == "forward":
             return part(*args, **kwargs)
         return getattr(part, self.method)(*args, **kwargs)
+
+
+class MethodOf(NamedTuple):
+    """A method of a part of a model's network, whatever it is called with.
+
+    Attributes:
+        path: See `Entry`.
+        method: See `Entry`.
+    """
+
+    path: str
+    method: str
+
+    def __str__(self) -> str:
+        """What the user's code calls it."""
+        whole = f"{self.path}.{self.method}" if self.path else self.method
+        return whole.removesuffix(".forward")
+
+    def __call__(self, model: Any) -> Callable[..., Any]:
+        """The method, of this model."""
+        return lambda *args, **kwargs: model.run_method(self.path, self.method, args, kwargs)
 
 
 def _is_plain(value: object) -> bool:

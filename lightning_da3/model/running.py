@@ -24,7 +24,7 @@ from lightning_da3.eager import KeepsLess
 from lightning_da3.errors import ConversionWarning
 from lightning_da3.model.batches import carrying, explain_types, laid_out, tell_that_nothing_trains
 from lightning_da3.model.clashes import guard_backbone_, with_own_config
-from lightning_da3.model.entries import Entry
+from lightning_da3.model.entries import Entry, MethodOf
 from lightning_da3.model.methods import Method, Methods
 from lightning_da3.model.original import Original
 from lightning_da3.model.pending import trains_later_
@@ -103,8 +103,20 @@ class Running(SavesDomains):
         Raises:
             DA3Error: It cannot be rewritten, or holds a part of a host whose adapter could not act.
         """
-        entry, tensors = Entry.of(path, method, args, kwargs)
-        return self._computed(lambda call, *_: self._run_entry(call, entry, tensors), args, kwargs)
+        run = partial(self._run_method_within_budget, MethodOf(path, method))
+        return self._computed(run, args, kwargs)
+
+    def _run_method_within_budget(
+        self, method: MethodOf, call: Call, args: Any, kwargs: Any
+    ) -> tuple[Any, Ledger]:
+        """A pass through a method; a training step's batch is split as `forward`'s would be."""
+
+        def run(call: Call, *args: Any, **kwargs: Any) -> tuple[Any, Ledger]:
+            return self._run_entry(call, *Entry.of(*method, args, kwargs))
+
+        if not self.budget_policy.holds or batch_size(args, kwargs) is None:
+            return run(call, *args, **kwargs)
+        return self._run_within_budget(call, args, kwargs, run, method)
 
     def _run_entry(self, call: Call, entry: Entry, tensors: Sequence[Tensor]) -> tuple[Any, Ledger]:
         """One pass through a method, rewritten now if that is needed."""
@@ -138,26 +150,34 @@ class Running(SavesDomains):
         noise = self.calls.here.noise or Noise(batch_size(args, kwargs) or 0)
         return call.with_noise(noise)
 
-    def _run_within_budget(self, call: Call, args: Any, kwargs: Any) -> tuple[Any, Ledger]:
+    def _run_within_budget(
+        self,
+        call: Call,
+        args: Any,
+        kwargs: Any,
+        run: Callable[..., tuple[Any, Ledger]] | None = None,
+        method: MethodOf | None = None,
+    ) -> tuple[Any, Ledger]:
         """`_run`; a training step's batch goes in microbatches if it would exceed the budget."""
         policy, trains = self.budget_policy, self.backbone if call.alone else self
+        run = run or self._run
         trained = [p for p in trains.parameters() if p.requires_grad]
         if not (trained and torch.is_grad_enabled()):
-            return self._run(call, *args, **kwargs)
-        count = batch_size(args, kwargs)
-        split = policy.microbatches_for(self, args, kwargs, self._check_apart)
+            return run(call, *args, **kwargs)
+        count, check = batch_size(args, kwargs), partial(self._check_apart, run)
+        split = policy.microbatches_for(self, args, kwargs, check, method)
         if split is None or not count or split.samples >= count:
-            return self._run(call, *args, **kwargs)
+            return run(call, *args, **kwargs)
 
         def run_of(start: int, samples: int) -> Run:
-            return partial(self._run, call.part(start, samples))
+            return partial(run, call.part(start, samples))
 
         return run_microbatches(run_of, args, kwargs, split.counts(count), split.again, trained)
 
     @torch.no_grad()
-    def _check_apart(self, args: Any, kwargs: Any) -> None:
+    def _check_apart(self, run: Run, args: Any, kwargs: Any) -> None:
         """Before a batch is split for the first time: refuse samples that act on each other."""
-        check_apart(partial(self._run, Call()), args, kwargs, self.plan.network)
+        check_apart(partial(run, Call()), args, kwargs, self.plan.network)
 
     def _run(self, call: Call, *args: Any, **kwargs: Any) -> tuple[Any, Ledger]:
         """One pass through the backbone: the output, and how much of every host was executed."""

@@ -175,13 +175,19 @@ class HostInput(Place):
         max_cells: Most cells of the coarse grid.
         stride: The stride of the whole host, one number an axis; None for tokens.
         prefix_tokens: Leading tokens that are cells by themselves.
+        samples: The axis of the samples: 1 of tokens (T, N, C).
     """
 
     def __init__(
-        self, host: str, max_cells: int, stride: tuple[int, ...] | None, prefix_tokens: int = 0
+        self,
+        host: str,
+        max_cells: int,
+        stride: tuple[int, ...] | None,
+        prefix_tokens: int = 0,
+        samples: int = 0,
     ) -> None:
         super().__init__()
-        self.host = host
+        self.host, self.samples = host, samples
         self.max_cells, self.stride, self.prefix_tokens = max_cells, stride, prefix_tokens
 
     @property
@@ -197,6 +203,12 @@ class HostInput(Place):
 
     def forward(self, x: Tensor) -> tuple[Tensor, AdapterOutput | None, Tensor | None]:
         """x, the adapter's output for it, and codes of x itself if the adapter keeps such."""
+        if not self.samples:
+            return self._read(x)
+        x, adapted, codes = self._read(x.transpose(0, self.samples))
+        return x.transpose(0, self.samples), adapted, codes
+
+    def _read(self, x: Tensor) -> tuple[Tensor, AdapterOutput | None, Tensor | None]:
         call = self.calls.now
         if call.features is not None and self.host in call.features:
             call.features[self.host] = self.features(x)
@@ -242,6 +254,7 @@ class HostOutput(nn.Module):
         max_cells: Most cells of the coarse grid, for tokens.
         prefix_tokens: Leading tokens that are cells by themselves; None for maps.
         inplace: `f` may be overwritten.
+        samples: The axis of the samples: 1 of tokens (T, N, C).
 
     Attributes:
         conv: The convolution that is all of the host, and cheap enough to compute f again.
@@ -256,9 +269,11 @@ class HostOutput(nn.Module):
         max_cells: int = 0,
         prefix_tokens: int | None = None,
         inplace: bool = True,
+        samples: int = 0,
     ) -> None:
         super().__init__()
         self.macs_per_output, self.exact, self.inplace = macs_per_output, exact, inplace
+        self.samples = samples
         self.max_cells, self.prefix_tokens = max_cells, prefix_tokens
         self.set_conv(None)
 
@@ -284,11 +299,13 @@ class HostOutput(nn.Module):
             f = f if self.inplace else f.clone()
             y = write(f, adapted.addend, adapted.gate, self.exact, self._means(f, adapted))
         else:
-            tokens = f.unsqueeze(1) if f.dim() == 2 else f
+            tokens = f.transpose(0, self.samples) if self.samples else f
+            tokens = tokens.unsqueeze(1) if f.dim() == 2 else tokens
             size = tokens.shape[1:-1]
             place = TokenGrid.of(size, self.prefix_tokens, self.max_cells)
             y = write_tokens(tokens, adapted.addend, adapted.gate, place, self.exact)
             y = y.squeeze(1) if f.dim() == 2 else y
+            y = y.transpose(0, self.samples) if self.samples else y
         return y, adapted.gate, self.macs_per_output * size.numel()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -82,6 +82,7 @@ class Recomputed(nn.Module):
         piece: The region, which maps one activation and constants to a tuple.
         exact: Keep the activation, not its 8-bit codes.
         shortcut: The region in fewer operations, if there is such a form.
+        frozen: Positions among its arguments of features that need no gradient.
 
     Attributes:
         kept: Run the region once, and let its operations keep what they keep by themselves.
@@ -89,10 +90,16 @@ class Recomputed(nn.Module):
 
     piece: nn.Module
 
-    def __init__(self, piece: nn.Module, exact: bool, shortcut: Shortcut | None = None) -> None:
+    def __init__(
+        self,
+        piece: nn.Module,
+        exact: bool,
+        shortcut: Shortcut | None = None,
+        frozen: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         object.__setattr__(self, "piece", piece)
-        self.exact = exact
+        self.exact, self.frozen = exact, tuple(frozen)
         self.slots = [m for m in piece.modules() if isinstance(m, HostInput | HeadSlot)]
         self.shortcut, self.kept = shortcut, False
 
@@ -117,6 +124,7 @@ class Recomputed(nn.Module):
             exact=self.exact,
             parameters=tuple(p for module in active for p in module.parameters()),
             codes=None if self.exact else codes,
+            frozen=self.frozen,
         )
 
 

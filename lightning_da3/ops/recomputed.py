@@ -31,6 +31,7 @@ class _Options(NamedTuple):
     exact: bool
     random: bool
     parameters: int  # trainable tensors in front of the activations
+    frozen: tuple[int, ...]  # positions of activations that need no gradient
 
 
 class _Recomputed(torch.autograd.Function):
@@ -45,9 +46,10 @@ class _Recomputed(torch.autograd.Function):
         ctx.random = _Random(x.device) if how.random and not has_no_values(x) else None
         ctx.set_materialize_grads(False)
         ctx.autocast = autocast_of(x.device.type)
+        coded = [i == 0 or need or i in how.frozen for i, need in enumerate(needed)]
         ctx.codes = [
-            Code.of(t) if (i == 0 or need) and not how.exact and t.is_floating_point() else None
-            for i, (t, need) in enumerate(zip(activations, needed, strict=True))
+            Code.of(t) if it_is and not how.exact and t.is_floating_point() else None
+            for t, it_is in zip(activations, coded, strict=True)
         ]
         ctx.others = [_Kept if isinstance(t, Tensor) else t for t in activations]
         kept = [
@@ -306,6 +308,7 @@ def recomputed(
     parameters: tuple[Tensor, ...] = (),
     random: bool = False,
     codes: Tensor | None = None,
+    frozen: tuple[int, ...] = (),
 ) -> tuple[Any, ...]:
     """``piece(x, *rest)``, computed a second time in the backward instead of keeping anything.
 
@@ -317,6 +320,7 @@ def recomputed(
         parameters: Trainable tensors that `piece` uses by itself.
         random: `piece` draws random numbers, which must be the same again.
         codes: Codes of `x` by `encode` in groups of `sample_group`, if something else keeps them.
+        frozen: Positions, `x` being the first, of activations that need no gradient.
 
     Returns:
         What `piece` returns.
@@ -327,6 +331,6 @@ def recomputed(
         return piece(x, *rest)
     if torch.compiler.is_compiling():
         return _compiled(piece, x, *rest, exact=exact, codes=codes)
-    how = _Options(exact, random, len(parameters))
+    how = _Options(exact, random, len(parameters), frozen)
     flat = _Flat(piece)
     return flat.nested(_Recomputed.apply(flat, how, codes, *parameters, x, *rest))

@@ -33,7 +33,8 @@ def _attach(
     """The node whose value is the host's output, with what was added."""
     key, cells, tokens = host_key(host.name), config.adapter.max_cells, host.stride is None
     gm.add_submodule(
-        f"{INPUTS}.{key}", HostInput(host.name, cells, host.stride, host.prefix_tokens)
+        f"{INPUTS}.{key}",
+        HostInput(host.name, cells, host.stride, host.prefix_tokens, host.samples),
     )
     gm.add_submodule(
         f"{OUTPUTS}.{key}",
@@ -43,6 +44,7 @@ def _attach(
             cells,
             host.prefix_tokens if tokens else None,
             host.inplace,
+            host.samples,
         ),
     )
     gm.add_submodule(f"{RECORDERS}.{key}", Recorder(host.name))

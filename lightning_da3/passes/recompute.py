@@ -35,7 +35,9 @@ def _recompute(gm: fx.GraphModule, region: RecomputeRegion, exact: bool) -> None
     for node in inside:
         if node.args and node.args[0] is x:
             _leave_input_alone_(gm, copies[node], f"{region.place}_{node.name}")
-    module = Recomputed(fx.GraphModule(gm, piece), exact, _shortcut(gm, region, inside))
+    frozen = [i for i, node in enumerate(inputs) if stands_for(node) & {*region.frozen}]
+    shortcut = _shortcut(gm, region, inside)
+    module = Recomputed(fx.GraphModule(gm, piece), exact, shortcut, frozen)
     with gm.graph.inserting_before(next(iter(inside))):
         codes = _codes(gm.graph, x)
     call_instead_(

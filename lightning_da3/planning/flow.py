@@ -72,7 +72,7 @@ class Flow:
                 downstream.add(node)
         upstream = set(last)
         for node in reversed(self.nodes[start:end]):
-            if node in upstream:
+            if node in upstream and node not in first:
                 upstream.update(node.all_input_nodes)
         inside = (downstream & upstream) - first
         for node in self.nodes[start:end]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -28,6 +28,7 @@ from lightning_da3.planning.layers import (
 from lightning_da3.planning.macs import macs_per_position
 from lightning_da3.planning.plan import HostPlan
 from lightning_da3.planning.shapes import InputSize, Shapes, reductions
+from lightning_da3.planning.tokens import Tokens
 from lightning_da3.tracing.graphs import Part, module_of, output_node
 
 POOLED = math.inf  # the reduction of one position that stands for all
@@ -43,6 +44,7 @@ class HostFinder:
         head: Module name of the classifier, which is no host.
         folds: Convolution by batch norm node.
         size: How large the network's input is.
+        examples: What the graph is called with, if that is known.
     """
 
     def __init__(
@@ -53,8 +55,9 @@ class HostFinder:
         head: str | None,
         folds: dict[str, str],
         size: InputSize,
+        examples: Sequence[Any] | None,
     ) -> None:
-        self.size = size
+        self.size, self.tokens = size, Tokens(part, flow, shapes, examples)
         self.part, self.gm, self.flow, self.shapes, self.head = part, part.gm, flow, shapes, head
         self.norm_of = {conv: norm for norm, conv in folds.items()}
         self.reduction = reductions(part.gm)
@@ -110,15 +113,20 @@ class HostFinder:
             if is_pointwise(layer):
                 yield self._conv(node, node)
             elif isinstance(layer, nn.Linear):
+                x = self.flow.inputs(node)[0]
+                samples = self.tokens.samples(x)
+                if samples is None:
+                    continue
                 yield HostPlan(
                     name=self._name(str(node.target)),
-                    source=self.flow.inputs(node)[0].name,
+                    source=x.name,
                     readers=(node.name,),
                     last=node.name,
                     in_channels=layer.in_features,
                     out_channels=layer.out_features,
                     stride=None,
                     macs_per_output=float(layer.weight.numel()),
+                    samples=samples,
                 )
 
     def _reduction(self, x: fx.Node, host: HostPlan) -> float:
@@ -257,7 +265,8 @@ class HostFinder:
         if channels is None:
             return None
         axes = self._axes(layers) if not tokens else 0
-        if not tokens and not axes:
+        samples = self.tokens.samples(x) if tokens else 0
+        if samples is None or not (tokens or axes):
             return None
         here = self.shapes.get(last)
         positions = None if here is None else math.prod(here) / channels
@@ -270,7 +279,8 @@ class HostFinder:
             out_channels=channels,
             stride=None if tokens else (1,) * axes,
             macs_per_output=macs_per_position(self.gm, inside, self.shapes, positions),
-            prefix_tokens=self._prefix_tokens(x) if tokens else 0,
+            prefix_tokens=self.tokens.in_front(x) if tokens else 0,
+            samples=samples,
         )
 
     def _axes(self, layers: list[nn.Module]) -> int:
@@ -308,38 +318,6 @@ class HostFinder:
         ):
             return None, False
         return found
-
-    def _prefix_tokens(self, x: fx.Node) -> int:
-        """Class and register tokens: constants put in front of the others by a concatenation."""
-        node: fx.Node | None = x
-        while node is not None:
-            if facts_of_call(node).does == "concatenation":
-                return self._constants_in_front(node)
-            node = self.flow.before[node]
-        return 0
-
-    def _constants_in_front(self, cat: fx.Node) -> int:
-        operands = cat.args[0]
-        count = 0
-        for operand in operands if isinstance(operands, (list, tuple)) else ():
-            if not isinstance(operand, fx.Node) or operand in self.flow.activations:
-                break
-            shape = self.shapes.get(operand) or self._parameter_shape(operand)
-            if shape is None or len(shape) != 3:
-                return 0
-            count += shape[1]
-        return count
-
-    def _parameter_shape(self, node: fx.Node) -> tuple[int, ...] | None:
-        while node.op != "get_attr":
-            inputs = [i for i in node.all_input_nodes if i.op in ("get_attr", "call_method")]
-            if not inputs:
-                return None
-            node = inputs[0]
-        value: Any = self.gm
-        for name in str(node.target).split("."):
-            value = getattr(value, name)
-        return tuple(value.shape)
 
 
 def _is_elementwise(layer: nn.Module | None) -> bool:

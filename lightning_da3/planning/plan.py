@@ -19,6 +19,7 @@ class HostPlan:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         stride: The stride of the whole host, one number an axis; None for tokens, (N, *in, C).
+        samples: The axis of the samples: 1 of tokens (T, N, C).
         macs_per_output: Multiply-accumulates for one output position.
         prefix_tokens: Leading class and register tokens, which no cell mixes with others.
         inplace: The output may be overwritten.
@@ -37,6 +38,7 @@ class HostPlan:
     prefix_tokens: int = 0
     inplace: bool = True
     means_from: str | None = None
+    samples: int = 0
 
     @property
     def axes(self) -> int:
@@ -83,7 +85,8 @@ class RecomputeRegion:
         source: The node whose value is kept.
         nodes: The nodes, in order.
         with_hosts: Hosts lie inside, adapters and all.
-        also: Other nodes whose value is kept: what an island reads may be several.
+        also: Other nodes whose value is kept.
+        frozen: Nodes before the first host whose value is kept, too.
         place: The dotted name of the module that computes the region.
         form: ``"graph"`` (operation by operation), or what has a hand-written backward:
             ``"activated convolution"``, ``silu(conv(x))``, or ``"excitation"``,
@@ -94,6 +97,7 @@ class RecomputeRegion:
     nodes: tuple[str, ...]
     with_hosts: bool = False
     also: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
     place: str = ""
     form: str = "graph"
 

@@ -186,7 +186,7 @@ def _draft(
     flow = Flow(part.gm.graph)
     shapes = find_shapes(part.gm, examples)
     folds = dict(find_folds(part.gm, own))
-    finder = HostFinder(part, flow, shapes, own, folds, size)
+    finder = HostFinder(part, flow, shapes, own, folds, size, examples)
     return _Draft(part, flow, shapes, own, folds, finder, list(finder.candidates(every=every)))
 
 

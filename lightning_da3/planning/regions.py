@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 from torch import fx, nn
 
@@ -21,15 +21,15 @@ from lightning_da3.layers import (
     is_pure,
     layer_may_draw,
     may_draw,
-    operation,
 )
 from lightning_da3.planning.aliases import find_writers
 from lightning_da3.planning.conditioning import Conditioning, is_of_many
 from lightning_da3.planning.flow import Flow, Nodes, dominators
+from lightning_da3.planning.frontiers import FrontierFinder, leads_back
+from lightning_da3.planning.layers import has_weights
 from lightning_da3.planning.plan import HostPlan, NodePlan, RecomputeRegion
 from lightning_da3.tracing.graphs import module_of
 
-ATTENTION = ("scaled_dot_product_attention",)
 # passing a convolution or a matrix product must make the kept value at least so much smaller
 WORTH = 2.0
 SQUEEZED = 16.0  # a mean over so many elements is not rounded
@@ -41,11 +41,15 @@ class _Region:
     sources: list[fx.Node]
     keepers: list[fx.Node]
     inside: Nodes
+    frozen: list[fx.Node]  # features that it reads, and nothing trainable is upstream of
 
     @property
     def plan(self) -> RecomputeRegion:
         first, *others = (source.name for source in self.sources)
-        return RecomputeRegion(first, tuple(n.name for n in self.inside), also=tuple(others))
+        frozen = tuple(node.name for node in self.frozen)
+        return RecomputeRegion(
+            first, tuple(n.name for n in self.inside), also=tuple(others), frozen=frozen
+        )
 
 
 class RegionFinder:
@@ -55,7 +59,7 @@ class RegionFinder:
         gm: The traced graph.
         flow: The flow of data in it.
         size: Elements of every node's value.
-        tensors: Nodes whose value is one tensor; empty if nothing is known.
+        shapes: Shapes of nodes whose value is one tensor; empty if nothing is known.
         nodes: What becomes of every node.
         hosts: The graph's hosts.
         inputs: Placeholders whose value may be trained already.
@@ -68,7 +72,7 @@ class RegionFinder:
         gm: fx.GraphModule,
         flow: Flow,
         size: dict[fx.Node, float],
-        tensors: Container[fx.Node],
+        shapes: Mapping[fx.Node, tuple[int, ...]],
         nodes: tuple[NodePlan, ...],
         hosts: tuple[HostPlan, ...],
         inputs: Sequence[fx.Node],
@@ -79,7 +83,8 @@ class RegionFinder:
         read = [node for node in flow.nodes if node.op == "placeholder" and node.users]
         island = any(node.op == "placeholder" for node in inputs)
         self.doors = read if island else []  # what an island reads
-        self.tensors = tensors or {node for node in flow.nodes if self._gives_one_tensor(node)}
+        self.shapes = shapes
+        self.tensors = shapes or {node for node in flow.nodes if self._gives_one_tensor(node)}
         self.plan = {node.name: node for node in nodes}
         self.writers = find_writers(gm, self.plan)
         self.written = {host.last for host in hosts}
@@ -88,6 +93,11 @@ class RegionFinder:
         for node in flow.activations:
             if node in inputs or node.name in self.written or self._sources(node):
                 self.trained[node] = None
+        self.features: set[fx.Node] = set()
+        for node in flow.activations:
+            weighs = has_weights(gm, node) if node.op == "call_module" else False
+            if weighs or any(i in self.features for i in flow.inputs(node)):
+                self.features.add(node)
         self.before = dominators(self.trained, self._sources)
         self.ill = set() if exact else Conditioning(gm, self.trained).ill(flow.nodes)
 
@@ -101,7 +111,7 @@ class RegionFinder:
     def find(self) -> list[RecomputeRegion]:
         """Every region, in order."""
         regions = [region for region in self._one_by_one() if self._saves(region) > 0.0]
-        regions += self._of_several({node for region in regions for node in region.inside})
+        regions = self._of_several(regions)
         whole = self._island()
         if whole is not None and self._saves(whole) > sum(map(self._saves, regions)):
             regions = [whole]
@@ -139,14 +149,59 @@ class RegionFinder:
             covered |= set(region.inside)
         return sorted(found.values(), key=lambda s: self.flow.position[s.sources[0]])
 
-    def _of_several(self, covered: set[fx.Node]) -> list[_Region]:
-        """Attention whose operands have no value in common that it may be computed from again.
+    def _of_several(self, regions: list[_Region]) -> list[_Region]:
+        """The regions, and what is left computed again from several values, if it saves.
 
-        As where a host lies on the way of its keys: by itself, from its operands.
+        As attention, where a host lies on the way of its keys, or the classifier of maps that are
+        the sum of others. Regions that have anything in common become one.
         """
-        left = [n for n in self.trained if n not in covered and operation(n) in ATTENTION]
-        alone = [self._region(self._sources(node), [node]) for node in left if self._keeps(node)]
-        return [r for r in alone if r is not None and self._saves(r) > 0.0]
+        for node in reversed(self.trained):
+            if any(node in region.inside for region in regions) or not self._alone(node):
+                continue
+            for sources in self._frontiers(node, {s for r in regions for s in r.sources}):
+                inside = {*self.flow.behind_any(sources, [node])}
+                near = [r for r in regions if inside & {*r.inside} or {*r.sources} & {*sources}]
+                region = self._joined(near, sources, node)
+                if region is not None and self._saves(region) > sum(map(self._saves, near)):
+                    regions = [*[r for r in regions if r not in near], region]
+                    break
+        return sorted(regions, key=lambda s: self.flow.position[s.sources[0]])
+
+    def _frontiers(self, node: fx.Node, kept: Container[fx.Node]) -> Iterator[list[fx.Node]]:
+        """What a node that keeps much may be computed from, the least to keep first."""
+
+        def cost(source: fx.Node) -> float:
+            return 0.0 if source in kept or not self._is_feature(source) else self._cost(source)
+
+        def again(source: fx.Node) -> bool:
+            return source in self.trained and self._may_run_again(source, [])
+
+        if not self._may_run_again(node, [], with_hosts=self._is_head(node)):
+            return
+        finder = FrontierFinder(self.flow, cost, again, self._is_heavy)
+        for values in finder.find(node, self._alone(node), WORTH):
+            sources = [n for n in values if n in self.trained]
+            one_each = sources and all(n in self.tensors for n in sources)
+            if one_each and not any(map(self._is_squeezed, sources)):
+                yield sources
+
+    def _joined(
+        self, near: Sequence[_Region], sources: Sequence[fx.Node], node: fx.Node
+    ) -> _Region | None:
+        all_of = {*sources, *[source for region in near for source in region.sources]}
+        ends = [keeper for region in near for keeper in region.keepers]
+        ordered = sorted(all_of, key=self.flow.position.__getitem__)
+        region = self._region(ordered, [*ends, node])
+        if region is None or leads_back(self.flow, region.inside, region.sources):
+            return None
+        return region
+
+    def _is_head(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and str(node.target) == self.head
+
+    def _reads_positions(self, node: fx.Node) -> bool:
+        """Whether it reads more than one row of features, whose rounding is not worth it."""
+        return any(len(self.shapes.get(i, ())) > 2 for i in self._sources(node))
 
     def pure(self) -> dict[fx.Node, bool]:
         """Which nodes may run a second time, with hosts and their adapters, and the head."""
@@ -165,10 +220,14 @@ class RegionFinder:
         return planned is not None and planned.keeps in ("kept", "codes")
 
     def _alone(self, node: fx.Node) -> float:
-        """What a keeper keeps by itself, in elements of one byte."""
-        operands = self._sources(node)
-        unit = 1.0 if self.plan[node.name].keeps == "codes" else 4.0
-        return unit * sum(self.size[i] for i in dict.fromkeys(operands))
+        """What a node keeps by itself, in elements of one byte."""
+        head = self._is_head(node) and self._reads_positions(node)
+        if not (head or self._keeps(node)):
+            return 0.0
+        coded = head and not self.exact and isinstance(module_of(self.gm, node), CONVS)
+        unit = 1.0 if coded or self.plan[node.name].keeps == "codes" else 4.0
+        operands = dict.fromkeys(self.flow.inputs(node))
+        return unit * sum(self.size[i] for i in operands if self._is_feature(i))
 
     def _best(self, keeper: fx.Node) -> _Region | None:
         """The region that ends with `keeper` and saves the most, or None if none saves."""
@@ -214,19 +273,24 @@ class RegionFinder:
 
     def _region(self, sources: list[fx.Node], ends: list[fx.Node]) -> _Region | None:
         inside = self.flow.behind_any(sources, ends)
-        if not all(self._may_run_again(node, sources) for node in inside):
+        heads = [node for node in ends if self._is_head(node)]
+        if not all(self._may_run_again(n, sources, with_hosts=n in heads) for n in inside):
             return None
         names = {node.name for node in inside}
         if any(names & set(self.readers.get(name, ())) for name in names):
             return None  # a host begins inside
-        for node in inside:
-            for i in node.all_input_nodes:
-                if i in self.trained and i not in sources and i not in inside:
-                    return None
+        read = {i: None for node in inside for i in node.all_input_nodes if i not in inside}
+        if any(i in self.trained and i not in sources for i in read):
+            return None
         if self.exact and any(self.writers.get(i, set()) - inside.keys() for i in sources):
             return None  # it is kept as it is, and overwritten behind the region
-        keepers = [node for node in inside if node in self.trained and self._keeps(node)]
-        return _Region(sources, keepers, inside)
+        keepers = [node for node in inside if node in self.trained and self._alone(node)]
+        frozen = [i for i in read if i not in self.trained and self._is_feature(i)]
+        return _Region(sources, keepers, inside, frozen)
+
+    def _is_feature(self, node: fx.Node) -> bool:
+        """Whether a value comes from layers with weights, and is no mask, table or number."""
+        return node in self.trained or (node in self.features and node in self.tensors)
 
     def _may_run_again(
         self, node: fx.Node, sources: list[fx.Node], *, with_hosts: bool = False
@@ -275,7 +339,8 @@ class RegionFinder:
         return False
 
     def _saves(self, region: _Region) -> float:
-        return sum(map(self._alone, region.keepers)) - sum(map(self._cost, region.sources))
+        kept = (*region.sources, *region.frozen)
+        return sum(map(self._alone, region.keepers)) - sum(map(self._cost, kept))
 
 
 def _is_unpacked(node: fx.Node) -> bool:

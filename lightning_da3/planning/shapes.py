@@ -18,18 +18,26 @@ from lightning_da3.memory.names import mutable
 from lightning_da3.nn.frozen import numbers
 from lightning_da3.planning.layers import layer_called
 from lightning_da3.torch_private.fake import new_fake_mode
-from lightning_da3.tracing.graphs import Traced
+from lightning_da3.tracing.graphs import Traced, module_of
 from lightning_da3.tracing.guards import must_be, must_be_default
 from lightning_da3.tracing.guessing import first_sample, guesses
-from lightning_da3.tracing.probes import call_layer
+from lightning_da3.tracing.probes import UNKNOWN, call_layer
 from lightning_da3.tracing.watching import unchanged
 
 Shapes = dict[fx.Node, tuple[int, ...]]
 
 
+class _Unknown:
+    """Stands for a value that follows from the values of the network's input."""
+
+
+_MASKS = ("key_padding_mask", "attn_mask")  # of attention, whose result has the queries' shape
+
+
 class _Recorder(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
+        self.graph_module = gm
         self.shapes: Shapes = {}
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
@@ -44,25 +52,40 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.target in (must_be, must_be_default):  # one sample may be decided on otherwise
             return None
-        result = super().run_node(n)
+        if self._needs_unknown(n):
+            return _Unknown
+        try:
+            result = super().run_node(n)
+        except UNKNOWN:
+            return _Unknown
         if isinstance(result, Tensor):
             self.shapes[n] = tuple(result.shape)
         return result
 
+    def _needs_unknown(self, n: fx.Node) -> bool:
+        unknown = {i for i in n.all_input_nodes if self.env.get(i) is _Unknown}
+        if unknown and type(module_of(self.graph_module, n)) is nn.MultiheadAttention:
+            unknown -= {n.kwargs.get(name) for name in _MASKS}
+        return bool(unknown)
+
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kwargs = {name: None if x is _Unknown else x for name, x in kwargs.items()}
         return call_layer(self.fetch_attr(target), args, kwargs)
 
 
-def find_shapes(gm: fx.GraphModule, examples: Sequence[Any] | None = None) -> Shapes:
+def find_shapes(
+    gm: fx.GraphModule, examples: Sequence[Any] | None = None, samples: int = 1
+) -> Shapes:
     """Shapes of one sample's values, by node; empty if no guess fits the network.
 
     Args:
         gm: A traced network.
         examples: Its arguments, if they are known: of tensors the first sample counts.
+        samples: How often that sample is taken.
     """
     mode = fake_mode_of(gm) or new_fake_mode(allow_non_fake_inputs=True)
-    given = [] if examples is None else [first_sample(examples), list(examples)]
-    for inputs in itertools.chain(given, guesses(gm)):
+    given = [] if examples is None else [first_sample(examples, samples), list(examples)]
+    for inputs in itertools.chain(given, guesses(gm, samples)):
         # the user's own forward on a guess: anything can go wrong, and then nothing is known
         with quiet(), contextlib.suppress(Exception), mode, unchanged(gm):
             recorder = _Recorder(gm)

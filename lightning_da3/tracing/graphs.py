@@ -19,12 +19,14 @@ class Part:
         gm: The graph, with the same weights, call signature and outputs.
         single: It is the graph of one layer.
         inputs: What it is called with, without values, if that is known and it is a part.
+        turned: It is called with (T, N, C), whose second axis has the samples.
     """
 
     path: str
     gm: fx.GraphModule
     single: bool = False
     inputs: Sequence[Any] | None = None
+    turned: bool = False
 
     def user_name(self, target: str) -> str:
         """What the user's model calls the module that `gm` calls `target`."""

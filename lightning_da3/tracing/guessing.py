@@ -20,17 +20,25 @@ SIDES: dict[int, tuple[tuple[int, ...], ...]] = {
 _TOKENS = 64
 
 
-def first_sample(examples: Sequence[Any]) -> list[Any]:
-    """Arguments of one sample: tensors with as many samples as the first one are cut."""
+def first_sample(examples: Sequence[Any], times: int = 1) -> list[Any]:
+    """Arguments of one sample, or that several times: all as long as the first one are cut."""
     count = next((len(x) for x in examples if isinstance(x, Tensor) and x.dim()), 0)
-    return [x[:1] if isinstance(x, Tensor) and x.dim() and len(x) == count else x for x in examples]
+    return [
+        x[:1].repeat(times, *[1] * (x.dim() - 1))
+        if times > 1
+        else x[:1]
+        if isinstance(x, Tensor) and x.dim() and len(x) == count
+        else x
+        for x in examples
+    ]
 
 
-def guesses(gm: fx.GraphModule) -> Iterator[list[Tensor]]:
-    """Inputs that a graph may take, most likely first: one sample, without memory."""
+def guesses(gm: fx.GraphModule, samples: int = 1) -> Iterator[list[Tensor]]:
+    """Inputs that a graph may take, most likely first: a few samples, without memory."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     required = [node for node in placeholders if not node.args]
-    yield from _inputs_of([_reader(gm, node) for node in required], gm)
+    for inputs in _inputs_of([_reader(gm, node) for node in required], gm):
+        yield first_sample(inputs, samples)
 
 
 def first_guesses(network: nn.Module) -> Iterator[list[Tensor]]:

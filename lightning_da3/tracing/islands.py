@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from lightning_da3.layers import has_frozen_form
 from lightning_da3.nn.python import PythonFunction
@@ -136,8 +136,19 @@ class _Islands:
             node.meta.pop(PROBED, None)
         gm = graph_of_module(module, found.graph)
         call = self.session.calls.get(path)
-        self.parts.insert(index, Part(path, gm, inputs=None if call is None else call.inputs[0]))
+        inputs = None if call is None else call.inputs[0]
+        turned = call is not None and _is_turned(call.inputs, self.session.guessed)
+        self.parts.insert(index, Part(path, gm, inputs=inputs, turned=turned))
         return gm
+
+
+def _is_turned(probes: Sequence[Sequence[Any]], network: Sequence[Any]) -> bool:
+    """Whether a part called with one and two samples more than the network's reads (T, N, C)."""
+    more, most = (next((x.shape for x in i if isinstance(x, Tensor)), ()) for i in probes)
+    count = next((len(x) for x in network if isinstance(x, Tensor) and x.dim()), 0)
+    if len(more) != 3 or len(most) != 3 or most[0] == count + 2:
+        return False
+    return bool(more[1] == count + 1 and most[1] == count + 2)
 
 
 def _methods(module: nn.Module) -> set[str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from lightning_da3.layers import has_hooks, is_registered
+from lightning_da3.layers import as_pytorch, has_hooks, is_registered
 from lightning_da3.tracing import frames
 from lightning_da3.tracing.aliases import Aliases
 from lightning_da3.tracing.functions import PythonFunctions
@@ -324,12 +324,13 @@ class Tracer(OneThread):
         if function is len:
             return lambda x: self._noted(len, (x,)) if isinstance(x, fx.Proxy) else len(x)
         factory = getattr(function, "__name__", "") in FACTORIES
+        known = function if factory else as_pytorch(function)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self._probing or (factory and not holds(args, kwargs, Value)):
                 return function(*args, **kwargs)
-            if factory:
-                return self.create_proxy("call_function", function, args, kwargs)
+            if known is not None:
+                return self.create_proxy("call_function", known, args, kwargs)
             proxy = self.create_proxy("call_module", self.functions.name_of(function), args, kwargs)
             return structured(proxy)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -49,6 +49,39 @@ def not_optimized(
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     held = {id(parameter) for group in groups for parameter in group["params"]}
     return [place.name for place in places if groups and id(place.live) not in held]
+
+
+def take_over_(
+    optimizers: Iterable[torch.optim.Optimizer],
+    former: Iterable[Tensor],
+    learned: Mapping[str, Tensor],
+) -> None:
+    """Let an optimizer that was made before the conversion train the domains.
+
+    As LightningCLI makes that of ``--optimizer``. Where none holds a parameter of a domain, the
+    group that had most of the network's gets them all; the network's are taken out of every group.
+
+    Args:
+        optimizers: All of the Trainer's.
+        former: The network's parameters, as they were before the conversion.
+        learned: The domains' parameters by name.
+    """
+    known, own = {id(p) for p in former}, {id(p) for p in learned.values()}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    if any(id(p) in own for group in groups for p in group["params"]):
+        return
+    numbers = [sum(p.numel() for p in group["params"] if id(p) in known) for group in groups]
+    most = max(numbers, default=0)
+    for group, number in zip(groups, numbers, strict=True):
+        if not number:
+            continue
+        new = [*learned.items()] if number == most else []
+        kept = [id(parameter) not in known for parameter in group["params"]]
+        for key, added in (("params", [p for _, p in new]), ("param_names", [n for n, _ in new])):
+            if key in group:
+                group[key][:] = [x for x, keep in zip(group[key], kept, strict=True) if keep]
+                group[key] += added
+        most = -1 if new else most
 
 
 def drop_frozen_(optimizers: Iterable[torch.optim.Optimizer]) -> None:

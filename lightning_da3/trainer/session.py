@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from lightning_da3.trainer.optimizers import (
     drop_frozen_,
     join_domains_,
     not_optimized,
+    take_over_,
 )
 from lightning_da3.trainer.teachers import follow_
 
@@ -61,12 +63,13 @@ class TrainingSession:
         self._module: Any = None
         self._said = False
         self._copies: list[DA3Model] = []  # in averages of the LightningModule
+        self._former: list[weakref.ref[nn.Parameter]] = []  # before the conversion
         self.model: DA3Model | None = None
         self._frozen: FrozenTensors | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the network: it belongs to the LightningModule."""
-        return {**vars(self), "model": None, "_copies": [], "_module": None}
+        return {**vars(self), "model": None, "_copies": [], "_module": None, "_former": []}
 
     @property
     def network(self) -> DA3Model:
@@ -81,11 +84,14 @@ class TrainingSession:
             pl_module: The LightningModule.
             trainer: Its callbacks may have copied the module, and copy it again; or None.
         """
-        before = [name for name, _ in pl_module.named_parameters()]
+        before = {name: weakref.ref(p) for name, p in pl_module.named_parameters()}
         self._module = pl_module
         self.model = attach_(pl_module, self.backbone, self.config, self.domains, self.outside)
-        if trainer is not None and [name for name, _ in pl_module.named_parameters()] != before:
-            copy_again(trainer, pl_module)
+        after = dict(pl_module.named_parameters())
+        if [*after] != [*before]:
+            if trainer is not None:
+                copy_again(trainer, pl_module)
+            self._former = [ref for name, ref in before.items() if after.get(name) is not ref()]
         if not self._said:
             self._said = True
             self._tell(self.network)
@@ -159,14 +165,17 @@ class TrainingSession:
                     "Give it `self.parameters()` in configure_optimizers, or say "
                     'DA3Callback(..., outside="frozen").'
                 )
+        learned = {
+            f"{domain}.{part}.{name}": parameter
+            for domain in self.domains
+            for part in ("adapters", "head")
+            if (layers := getattr(self.network.domain(domain), part)) is not None
+            for name, parameter in layers.named_parameters()
+        }
+        former = [parameter for ref in self._former if (parameter := ref()) is not None]
+        take_over_(trainer.optimizers, former, learned)
         drop_frozen_(trainer.optimizers)
-        learned = [
-            parameter
-            for domain in map(self.network.domain, self.domains)
-            for part in (domain.adapters, domain.head)
-            for parameter in (() if part is None else part.parameters())
-        ]
-        check_learns(trainer.optimizers, learned, str(list(self.domains)))
+        check_learns(trainer.optimizers, learned.values(), str(list(self.domains)))
         self.close_domains()
         self._frozen = FrozenTensors(self.network, self.domains)
 

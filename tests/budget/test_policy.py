@@ -21,7 +21,8 @@ from lightning_da3 import (
 )
 from lightning_da3.budget.costs import MARGIN, microbatch_costs
 from lightning_da3.budget.microbatches import Microbatches
-from lightning_da3.budget.policy import Recent, without_budget
+from lightning_da3.budget.policy import without_budget
+from lightning_da3.budget.recent import Recent
 from lightning_da3.budget.regions import most_kept, regions_of
 from lightning_da3.formatting import format_bytes
 from lightning_da3.memory import (

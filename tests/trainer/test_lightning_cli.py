@@ -130,3 +130,34 @@ def test_the_best_epoch_is_saved(tmp_path):
 def test_a_wrong_value_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"`target` must lie in \(0, 1\], got 7"):
         cli(tmp_path, CALLBACK.replace("target: 0.7", "target: 7"))
+
+
+class Apart(Ready):
+    """A classifier beside the network."""
+
+    def __init__(self):
+        super().__init__()
+        self.scores = torch.nn.Linear(2, 2)
+
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self.scores(self.net(batch[0])), batch[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*configure_optimizers` will be overridden")
+@pytest.mark.parametrize("kind", [Ready, Apart])
+def test_the_commands_own_optimizer_trains_the_domain(tmp_path, kind):
+    options = ["--optimizer=AdamW", "--optimizer.lr=0.01", "--lr_scheduler=ExponentialLR"]
+    path = tmp_path / "run.yaml"
+    path.write_text(QUIET + CALLBACK)
+    done = LightningCLI(
+        kind,
+        args=["fit", f"--config={path}", *options, "--lr_scheduler.gamma=0.5"],
+        save_config_callback=None,
+    )
+    (optimizer,) = done.trainer.optimizers
+    domain = done.model.net.domain("digits")
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {
+        id(p) for p in done.model.parameters() if p.requires_grad
+    }
+    assert done.trainer.lr_scheduler_configs[0].scheduler.get_last_lr() == [0.005]
+    assert any(torch.count_nonzero(a.value.weight) for a in domain.adapters.values())
