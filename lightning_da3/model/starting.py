@@ -97,7 +97,7 @@ class StartsHeads(Running):
         x, target = tree_map_only(Tensor, lambda value: value.to(self._device), list(batch[:2]))
         read: list[tuple[Tensor, Tensor]] = []
 
-        def silent(module: nn.Module, inputs: Any, scores: Tensor) -> Tensor:
+        def silent(_: nn.Module, inputs: Any, scores: Tensor) -> Tensor:
             torch.set_grad_enabled(True)  # for what follows; the call began without
             read.append((inputs[0].detach(), torch.zeros_like(scores).requires_grad_()))
             return read[-1][1]

@@ -148,7 +148,7 @@ def rewritten(path, tensors=(), **about):
 def test_fields_that_a_later_config_gains_keep_their_defaults(learned):
     path = learned[1]
     config = read_domain(path).metadata["config"]
-    del config["adapter"]["kernel_size"]  # as a version that did not have it
+    del config["adapter"]["min_depth"]  # as a version that did not have it
     del config["memory"]
     rewritten(path, config=config)
     convert(v1.network(), v1.CONFIG).load_domain(path)

@@ -139,7 +139,7 @@ def test_the_compiled_adapter_keeps_what_the_eager_one_keeps(shape, exact, autoc
     others = [torch.randn_like(y) for y in expected]
     got = torch.autograd.grad(said, [p, *weights], others)
     want = torch.autograd.grad(expected, [p, *weights], others)
-    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)  # of sums of about 10
     kept = [kept_bytes(f, p, *weights, constants=weights) for f in (compiled, ours)]
     assert kept[0] <= kept[1]
 
