@@ -251,7 +251,7 @@ class DA3Config:
         """A config by name.
 
         Args:
-            name: ``"small"``: the smallest domain files. ``"default"``: ``DA3Config()``.
+            name: ``"small"``: domain files of about a quarter. ``"default"``: ``DA3Config()``.
                 ``"accurate"``: on a finer grid, without gates: nothing is skipped.
 
         Raises:
@@ -325,7 +325,7 @@ class DA3Config:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "small": {"adapter": AdapterConfig(hidden_channels=16, kernel_size=3, max_cells=49)},
+    "small": {"adapter": AdapterConfig(hidden_channels=16)},
     "default": {},
     "accurate": {"adapter": AdapterConfig(max_cells=196), "gate": None},
 }

@@ -207,7 +207,8 @@ def test_configs_from_before_the_weights_could_rest():
 def test_presets_are_configs_by_name():
     assert DA3Config.preset("default") == DA3Config()
     small, accurate = DA3Config.preset("small"), DA3Config.preset("accurate")
-    assert small.adapter == AdapterConfig(hidden_channels=16, kernel_size=3, max_cells=49)
+    assert small.adapter == AdapterConfig(hidden_channels=16)
+    assert accurate.adapter == AdapterConfig(max_cells=196)
     assert accurate.gate is None
     assert len({small, DA3Config(), accurate}) == 3
 
@@ -216,18 +217,6 @@ def test_presets_are_configs_by_name():
 def test_unknown_presets_are_refused_with_the_known_ones(name):
     message = f"`name` must be one of ['small', 'default', 'accurate'], got {name!r}."
     refused(lambda: DA3Config.preset(name), message)
-
-
-def test_domains_of_before_the_default_grew_load_as_small():
-    values = DA3Config.preset("small").to_dict()
-    assert values["adapter"] == {
-        "hidden_channels": 16,
-        "kernel_size": 3,
-        "max_cells": 49,
-        "min_stride": "auto",
-        "min_depth": "auto",
-    }
-    assert DA3Config.from_dict(values) == DA3Config.preset("small")
 
 
 NINES = "9" * 400
