@@ -65,7 +65,8 @@ class Entry:
         return getattr(part, self.method)(*args, **kwargs)
 
 
-class MethodOf(NamedTuple):
+@dataclass(frozen=True)
+class MethodOf:
     """A method of a part of a model's network, whatever it is called with.
 
     Attributes:
