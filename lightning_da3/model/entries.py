@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -65,7 +65,8 @@ class Entry:
         return getattr(part, self.method)(*args, **kwargs)
 
 
-class MethodOf(NamedTuple):
+@dataclass(frozen=True)
+class MethodOf:
     """A method of a part of a model's network, whatever it is called with.
 
     Attributes:

@@ -112,7 +112,7 @@ class Running(SavesDomains):
         """A pass through a method; a training step's batch is split as `forward`'s would be."""
 
         def run(call: Call, *args: Any, **kwargs: Any) -> tuple[Any, Ledger]:
-            return self._run_entry(call, *Entry.of(*method, args, kwargs))
+            return self._run_entry(call, *Entry.of(method.path, method.method, args, kwargs))
 
         if not self.budget_policy.holds or batch_size(args, kwargs) is None:
             return run(call, *args, **kwargs)
