@@ -68,7 +68,8 @@ NAMES = [
     "resnet10t",
     *others_by_hand([name for name in SIZES if name != "resnet10t"], "efficientnet_b0"),
 ]
-RATIO = {"tiny_vit_5m_224": 2}  # its blocks with attention stay Python; 5 for all others
+# whose attention stays Python, in whole blocks or in windows; 5 for all others
+RATIO = {"tiny_vit_5m_224": 2, "twins_svt_small": 4.5}
 COSINE = 0.998  # of the gradient of every tensor
 TOGETHER = 0.99998  # of all gradients as one
 SENSITIVE = {  # both of these
