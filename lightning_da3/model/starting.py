@@ -132,7 +132,7 @@ def _linear(head: nn.Module | None, name: str) -> Head:
     if head is None:
         raise ConfigError(f"Domain {name!r} has no head of its own that could start elsewhere.")
     alone = isinstance(head, nn.Linear) or (
-        {*head.kernel_size, *head.stride} == {1} and {*head.padding} == {0}  # type: ignore[arg-type, misc]
+        {*head.kernel_size, *head.stride} == {1} and {*head.padding} == {0}  # type: ignore[misc]
     )
     if not alone:
         raise ConfigError(
