@@ -88,8 +88,8 @@ class Adapter(nn.Module):
         # by cell: for so few cells a matrix product is far quicker than a 1x1 convolution
         self.attend = nn.Linear(hidden_channels, 1)
         self.value = nn.Linear(hidden_channels, out_channels)
-        nn.init.zeros_(self.value.weight)
-        nn.init.zeros_(self.value.bias)
+        for weight in (self.value.weight, self.value.bias, self.attend.weight):
+            nn.init.zeros_(weight)  # nothing is added, and every gate is open whatever comes in
         nn.init.constant_(self.attend.bias, OPEN_LOGIT)
         self.gated, self.exact = gated, exact
 

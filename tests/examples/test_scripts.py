@@ -61,7 +61,7 @@ def test_the_sweep_chooses_what_the_cli_takes(monkeypatch, capsys):
     (callback,) = said["trainer"]["callbacks"]
     chosen = callback["init_args"]
     assert chosen["domain"] == "digits"  # the rest is that of cli.yaml
-    assert chosen["config"]["adapter"]["hidden_channels"] == 8
+    assert chosen["config"]["adapter"]["hidden_channels"] == 16
     assert chosen["config"]["gate"]["target"] == 0.3
     assert said["data"]["batch_size"] == 16
 
@@ -77,7 +77,7 @@ def test_a_run_of_the_sweep(tmp_path):
     assert process.returncode == 0, printed
     run = OfflineRun(tmp_path / "wandb")
     assert 0 <= run.summary["accuracy"] <= 1
-    assert run.config["da3"]["config"]["adapter"]["hidden_channels"] == 8
+    assert run.config["da3"]["config"]["adapter"]["hidden_channels"] == 16
 
 
 @pytest.mark.exhaustive
