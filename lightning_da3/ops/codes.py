@@ -17,16 +17,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_da3.ops.bits import dense, flat, has_no_values, is_recorded
+from lightning_da3.ops.bits import dense, flat, has_no_values, is_recorded, memory_order
+from lightning_da3.ops.exportable import is_exportable
+from lightning_da3.ops.exportable_codes import (
+    EXTRA,
+    code_parts,
+    decode_elements,
+    decode_rows,
+    encode_elements,
+    encode_rows,
+)
 from lightning_da3.torch_private.kernels import DECODE_ROWS, ENCODE_ROWS
 
 GROUP = 256  # elements that share one range
 # the most elements of a range inside one token or one channel's cells, which may lie far from the
 # next one's; and the fewest of a row, and of a token, that get ranges of their own
 ROW, LEAST_ROW, LEAST_TOKEN = 64, 48, 16
-EXTRA = 8  # bytes of a group's step and lowest value
-
-_SMALL = 1e-8  # added to a range before it divides, as FBGEMM does
 _HAS_FBGEMM = ENCODE_ROWS is not None and DECODE_ROWS is not None
 
 
@@ -43,7 +49,10 @@ def encode(x: Tensor, groups: int = GROUP) -> Tensor:
     Returns:
         uint8 (n + 8 * ceil(n / groups),), in the memory order of `dense(x)`.
     """
-    elements = flat(dense(x.detach() if x.requires_grad else x)).float()
+    x = x.detach() if x.requires_grad else x
+    if is_exportable():
+        return encode_elements(x, memory_order(dense(x).stride()), groups)
+    elements = flat(dense(x)).float()
     whole = elements.numel() - elements.numel() % groups
     if whole == elements.numel():
         return _encode_rows(elements.view(-1, groups))
@@ -58,11 +67,8 @@ def _encode_rows(rows: Tensor) -> Tensor:
         return rows.new_empty(len(rows) * (rows.shape[1] + EXTRA), dtype=torch.uint8)
     if _by_fbgemm(rows):  # row-wise codes of embeddings: one vectorised pass
         return ENCODE_ROWS(rows).view(-1)  # type: ignore[no-any-return]
-    low, high = rows.amin(dim=1, keepdim=True), rows.amax(dim=1, keepdim=True)
-    span = high - low
-    codes = rows.sub(low).mul_(255.0 / (span + _SMALL)).round_().to(torch.uint8)
-    ends = torch.cat((span / 255.0, low), 1).view(torch.uint8)
-    return torch.cat((codes, ends), 1).view(-1)
+    codes, step, low = code_parts(rows)
+    return torch.cat((codes, torch.cat((step, low), 1).view(torch.uint8)), 1).view(-1)
 
 
 def _by_fbgemm(rows: Tensor) -> bool:
@@ -72,6 +78,8 @@ def _by_fbgemm(rows: Tensor) -> bool:
 
 def to_bytes(x: Tensor) -> Tensor:
     """uint8 of ``0 <= x < 256``, rounded down, in the layout of `x`."""
+    if is_exportable():
+        return x.to(torch.uint8)
     return x.to(torch.int16).to(torch.uint8)  # on CPU both casts are vectorised, the direct one not
 
 
@@ -94,6 +102,8 @@ def decode(
     Returns:
         A new tensor of this shape, these strides and this type.
     """
+    if is_exportable():
+        return decode_elements(codes, torch.Size(size), memory_order(stride), groups).to(dtype)
     whole = codes.numel() - codes.numel() % (groups + EXTRA)
     if whole == codes.numel():
         elements = _decode_rows(codes.view(-1, groups + EXTRA))
@@ -225,11 +235,18 @@ class Rows(NamedTuple):
         """See `encode`."""
         x = x.detach()
         x = (x.movedim(1, -1) if self.last else x).contiguous()
+        if is_exportable():
+            groups = math.prod(self.size[1:]) // self.group
+            return encode_rows(x.reshape(len(x), groups, self.group))
         return _encode_rows(x.float().view(-1, self.group))  # no group is shorter
 
     def decode(self, codes: Tensor) -> Tensor:
         """The cells that `encode` coded."""
         n, c, *grid = self.size
+        if is_exportable():
+            x = decode_rows(codes).to(self.dtype)
+            x = x.reshape(n, *grid, c) if self.last else x.reshape(self.size)
+            return x.movedim(-1, 1) if self.last else x
         x = _decode_rows(codes.view(-1, self.group + EXTRA)).to(self.dtype)
         return x.view(n, *grid, c).movedim(-1, 1) if self.last else x.view(self.size)
 
