@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torchvision
-from measure import CLASSES, Step, alternate, with_domain
+from measure import CLASSES, Step, alternate, processor, step_flops, with_domain
 from torch import nn
 
 from lightning_da3 import (
@@ -104,11 +104,14 @@ def measure(case: Case, image_size: int, rounds: int, fast: bool) -> bool:
             continue
         steps[name] = step
     peaks = {name: peak_of(step) for name, step in steps.items()}
+    counts = {name: step_flops(step) for name, step in steps.items()}
     times = alternate(steps, rounds)
     good = True
     for name, peak in peaks.items():
         slower = times[name].wall_ms / times["no budget"].wall_ms
+        more = counts[name] / counts["no budget"]
         row = f"  {name:38}{peak / MIB:10.1f} MiB{tuned / peak:8.1f}x less{slower:8.2f}x the time"
+        row += f"{more:8.2f}x the FLOPs"
         if name in ways and not fast:
             budget, _, least, most = ways[name]
             fits = peak <= budget and tuned / peak >= least and (most is None or slower <= most)
@@ -129,6 +132,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of every contestant")
     parser.add_argument("--quick", action="store_true", help="small images; nothing is asked")
     given = parser.parse_args()
+    print(processor())
     if given.quick:
         quick = Case("mobilenet_v2", 8, 8, 1.6)
         return 0 if measure(quick, 96, 1, fast=True) else 1

@@ -168,7 +168,7 @@ def _completed(given: argparse.Namespace) -> argparse.Namespace:
     if given.protocol is not None and given.image_size not in (None, size):
         raise InputError(f"--image-size: {given.protocol} has {size}; leave it out.")
     most = 24 if given.smoke else None if given.data is not None else PACKAGED_IMAGES
-    given.image_size = given.image_size or (64 if given.smoke and not given.protocol else size)
+    given.image_size = given.image_size or (32 if given.smoke and not given.protocol else size)
     given.epochs = given.epochs or (1 if given.smoke else 5)
     given.train_images = given.train_images or most
     given.test_images = given.test_images or most

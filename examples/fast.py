@@ -2,9 +2,9 @@
 
 Training: a step of every contestant, forward, backward and SGD. All take turns of a few steps in
 one process, a fresh one for every network and batch, each in its faster memory format, which the
-run finds out first; medians, by the clock and of all threads together. Saved activations and the
-peak of the same steps stand in the same rows, so that whoever is fast is seen to be small at once.
-But for fine-tuning, networks are held in eval.
+run finds out first; medians, by the clock and of all threads together. Saved activations, the peak
+and the FLOPs of the same steps stand in the same rows: whoever is fast is seen to be small at once,
+and by how much the machine has its part in it. But for fine-tuning, networks are held in eval.
 Inference: the original network beside the converted one with an active domain, all gates open.
 Switching: among a hundred domains, and what one more of them adds to memory.
 The weights are random: neither bytes nor time depend on them.
@@ -33,7 +33,9 @@ from measure import (
     apart,
     build,
     costs,
+    processor,
     sgd,
+    step_flops,
     with_domain,
 )
 from torch import Tensor, nn
@@ -114,8 +116,8 @@ def training(
         layouts[method], steps[method] = faster_step(name, method, images, labels)
     measured = costs(steps, rounds)
     print(f"\n{name}, batch {batch_size} at {image_size}x{image_size}, medians of {rounds} steps\n")
-    print(f"  {'':21}{'saved MiB':>10}{'peak MiB':>10}{'wall ms':>9}{'cpu ms':>9}", end="")
-    print(f"{'wall':>8}{'cpu':>8}  memory format")
+    print(f"  {'':21}{'saved MiB':>10}{'peak MiB':>10}{'GFLOP':>8}{'wall ms':>9}", end="")
+    print(f"{'cpu ms':>9}{'wall':>8}{'cpu':>8}{'FLOPs':>7}  memory format")
     for method, cost in measured.items():
         print(f"{_row(method, cost, measured[TUNED])}  {layouts[method]}", flush=True)
     return _verdict(measured, ASKED.get(name) if image_size == 224 else None)
@@ -139,7 +141,8 @@ def _row(method: str, cost: Cost, tuned: Cost) -> str:
     wall, cpu = (a / b for a, b in zip(tuned.time, cost.time, strict=True))
     return (
         f"  {method:21}{cost.saved_bytes / 2**20:10.2f}{cost.peak_bytes / 2**20:10.1f}"
-        f"{cost.time.wall_ms:9.1f}{cost.time.cpu_ms:9.1f}{wall:7.2f}x{cpu:7.2f}x"
+        f"{cost.flops / 1e9:8.2f}{cost.time.wall_ms:9.1f}{cost.time.cpu_ms:9.1f}"
+        f"{wall:7.2f}x{cpu:7.2f}x{cost.flops / tuned.flops:7.2f}"
     )
 
 
@@ -181,6 +184,8 @@ def inference(name: str, batch_size: int, image_size: int, rounds: int) -> bool:
         network.to(memory_format=memory_format)
         runs[f"original {layout}"] = lambda network=network, x=x: network(x)
         runs[f"{DA3} {layout}"] = lambda model=model, x=x: model(x)
+    with torch.no_grad():
+        counts = {run: step_flops(use) for run, use in runs.items()}
     with torch.inference_mode():
         alternate(runs, rounds=1)
         times = alternate(runs, rounds)
@@ -190,7 +195,10 @@ def inference(name: str, batch_size: int, image_size: int, rounds: int) -> bool:
     )
     print(f"\n{name}, inference of {batch_size} at {image_size}x{image_size}, one domain active\n")
     for run in (original, ours):
-        print(f"  {run:30}{times[run].wall_ms:9.1f} ms, cpu {times[run].cpu_ms:9.1f} ms")
+        print(
+            f"  {run:30}{times[run].wall_ms:9.1f} ms, cpu {times[run].cpu_ms:9.1f} ms, "
+            f"{counts[run] / 1e9:.2f} GFLOP"
+        )
     return _check("no slower than the original", times[original].wall_ms / times[ours].wall_ms, 1.0)
 
 
@@ -249,7 +257,7 @@ def main() -> int:
     if unknown := {*given.parts} - {*parts}:
         parser.error(f"there are no parts {sorted(unknown)}; there are {', '.join(parts)}")
     parts, size, steps = given.parts or parts, given.image_size, given.steps
-    print(f"{torch.get_num_threads()} threads, {CLASSES} classes, random weights", flush=True)
+    print(f"{processor()}, {CLASSES} classes, random weights", flush=True)
     good = [True]
     for name, batch in itertools.product(given.models, given.batch_sizes):
         if "training" in parts:

@@ -1,44 +1,40 @@
 """One pretrained network learns digits, textures and faces, one after the other, in little memory.
 
-A network that knows printed characters learns three domains of real images, each with one Lightning
-Trainer and one DA3Callback. A linear probe, full fine-tuning, and DA3 with frozen weights that rest
-in bfloat16 learn the same data for as many epochs. The table at the end, and the pictures and CSV
-logs in the output folder, are all of this run. A run that was stopped goes on where it was when the
+An EfficientNet-Lite0 with ImageNet weights learns three domains of real images, each with one
+Lightning Trainer and one DA3Callback, which logs curves, pictures and tables by itself. A linear
+probe and full fine-tuning learn the same data for as many epochs. The table at the end and all
+that is in the output folder are of this run. A run that was stopped goes on where it was when the
 command is given again. The images are small: a demonstration, not a benchmark.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from datasets import DOMAINS, TEST_FONTS, DomainData, draw_characters, load_domain
+from comparison.backbones import Backbone, lite0
+from comparison.input_errors import InputError
+from comparison.methods.plain import fine_tuning, linear_probe
+from datasets import DOMAINS, IMAGE_SIZE, DomainData, load_domain
 from learning import BATCH_SIZE, Classifier, fit, loggers_for, scores_of, silence_lightning
 from lightning.pytorch.loggers import Logger, WandbLogger
-from measure import FORMATS, Cost, Step, costs, fastest, with_domain
-from network import build_network
-from results import DA3, HALVED, METHODS, PROBE, TUNED, Run, headline, report
-from torch import Tensor, nn
+from measure import Cost, Step, costs, with_domain
+from results import DA3, METHODS, PROBE, TUNED, Run, headline, report
+from torch import Tensor
+from torch.utils.data import TensorDataset
 
-from lightning_da3 import DA3Callback, DA3Config, DA3Model, MemoryConfig, convert
+from lightning_da3 import DA3Callback, DA3Config, DA3Model, convert
 from lightning_da3.metrics import AccuracyMatrix
 from lightning_da3.plotting.accuracies import plot_accuracy_matrix
-from lightning_da3.plotting.gates import plot_gate_maps
-from lightning_da3.plotting.memory import plot_memory
-from lightning_da3.trainer.loggers import (
-    log_domain,
-    log_figure,
-    log_first_steps,
-    log_plan_table,
-    log_summary,
-)
+from lightning_da3.trainer.loggers import log_figure, log_summary
 
-LEARNING_RATES = {PROBE: 3e-2, TUNED: 3e-3, DA3: 1e-2, HALVED: 1e-2}
-CONFIGS = {DA3: DA3Config(), HALVED: DA3Config(memory=MemoryConfig(weights="bfloat16"))}
+LEARNING_RATES = {PROBE: 1e-2, TUNED: 1e-3, DA3: 3e-3}  # the middle of compare.py's grids
+NETWORKS = {PROBE: linear_probe, TUNED: fine_tuning, DA3: with_domain}
 START = time.perf_counter()
 
 
@@ -49,9 +45,9 @@ def say(text: str) -> None:
 # --- learning -------------------------------------------------------------------------------------
 
 
-def learn_domains(run: Run, data: dict[str, DomainData]) -> DA3Model:
+def learn_domains(run: Run, backbone: Backbone, data: dict[str, DomainData]) -> None:
     """One LightningModule and one network through all domains, a Trainer and a callback each."""
-    module = Classifier(build_network(), LEARNING_RATES[DA3])
+    module = Classifier(backbone.make(), LEARNING_RATES[DA3])
     matrix = AccuracyMatrix(DOMAINS)
     kept: dict[str, Tensor] = {}
     for number, domain in enumerate(DOMAINS, 1):
@@ -67,8 +63,6 @@ def learn_domains(run: Run, data: dict[str, DomainData]) -> DA3Model:
                 domain, num_classes=len(data[domain].classes), save_dir=str(run.folder / "domains")
             )
             _fit(run, module, domain, DA3, data[domain], callback)
-            for logger in run.loggers:
-                log_first_steps(logger, callback.first_steps, f"step_{domain}")
         for earlier in DOMAINS[:number]:
             module.network.set_domain(earlier)
             scores = scores_of(module, data[earlier].test.tensors[0])
@@ -80,34 +74,20 @@ def learn_domains(run: Run, data: dict[str, DomainData]) -> DA3Model:
         run.executed[domain] = _executed_share(module, data[domain].test.tensors[0])
         run.file_bytes[domain] = run.path(domain).stat().st_size
         _finish(run, DA3, domain, scores, data[domain])
-        for logger in run.loggers:
-            log_domain(logger, run.path(domain), domain, {"accuracy": run.accuracy[DA3][domain]})
     for logger in run.loggers:
         log_figure(logger, "accuracy_matrix", plot_accuracy_matrix(matrix.compute(), DOMAINS))
-    return module.network
 
 
-def learn_alone(run: Run, method: str, domain: str, data: DomainData) -> None:
+def learn_alone(run: Run, backbone: Backbone, method: str, domain: str, data: DomainData) -> None:
     """A fresh copy of the network for one domain."""
     if run.finished(method, domain):
         return
     say(f"{method} learns {domain}")
     L.seed_everything(run.settings["seed"], verbose=False)
-    classes, callbacks = len(data.classes), []
-    if method in CONFIGS:
-        callbacks = [DA3Callback(domain, classes, CONFIGS[method])]
-    module = Classifier(baseline(method, classes), LEARNING_RATES[method])
-    _fit(run, module, domain, method, data, *callbacks)
+    network = NETWORKS[method](backbone.with_head(len(data.classes)))
+    module = Classifier(network, LEARNING_RATES[method])
+    _fit(run, module, domain, method, data)
     _finish(run, method, domain, scores_of(module, data.test.tensors[0]), data)
-
-
-def baseline(method: str, num_classes: int) -> nn.Module:
-    network = build_network()
-    if method == PROBE:
-        network.eval().requires_grad_(False)
-    if method not in CONFIGS:
-        network.fc = nn.Linear(network.fc.in_features, num_classes)
-    return network
 
 
 def _fit(run: Run, module: Classifier, domain: str, method: str, data: DomainData, *callbacks: Any):
@@ -128,52 +108,41 @@ def _executed_share(module: Classifier, images: Tensor) -> float:
     return 1.0 if share is None else float(share)
 
 
-# --- measuring and pictures -----------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
-def measure(images: Tensor, labels: Tensor, rounds: int) -> dict[str, Cost]:
-    """What one step of every method costs, each in its faster memory format."""
-    steps = {}
-    for layout, memory_format in FORMATS.items():
-        for method in METHODS:
-            network = baseline(method, 10)
-            if method in CONFIGS:
-                network = with_domain(network, CONFIGS[method])
-            network.to(memory_format=memory_format)
-            batch = images.contiguous(memory_format=memory_format)
-            steps[f"{method}, {layout}"] = Step(network, batch, labels, torch.optim.AdamW)
-    measured = costs(steps, rounds)
-    return {method: measured[fastest(measured, f"{method},")] for method in METHODS}
-
-
-def picture(run: Run, model: DA3Model, data: dict[str, DomainData], cost: dict[str, Cost]) -> None:
-    before, after = cost[TUNED].saved_by_module, cost[DA3].saved_by_module
-    for logger in run.loggers:
-        log_figure(logger, "memory", plot_memory(before, after, head=model.plan.head))
-        log_plan_table(logger, model.plan, after)
-        for domain in model.domains:
-            model.eval().set_domain(domain)
-            test = data[domain].test.tensors[0]
-            images = test[:: len(test) // 4][:4].clone()
-            figure = plot_gate_maps(images, model.gate_maps(images))
-            log_figure(logger, f"gates_{domain}", figure)
+def measure(backbone: Backbone, images: Tensor, labels: Tensor, rounds: int) -> dict[str, Cost]:
+    """What one step of every method costs, as it was trained."""
+    images, steps = images.contiguous(memory_format=torch.channels_last), {}
+    for method in METHODS:
+        network = NETWORKS[method](backbone.with_head(10)).to(memory_format=torch.channels_last)
+        steps[method] = Step(network, images, labels, torch.optim.AdamW)
+    return costs(steps, rounds)
 
 
 # --- the command ----------------------------------------------------------------------------------
 
 
-def demonstrate(run: Run, *, with_costs: bool, rounds: int) -> dict[str, Cost] | None:
+def some_of(data: DomainData) -> DomainData:
+    """With fewer test images."""
+    return dataclasses.replace(data, test=TensorDataset(*data.test[:: len(data.test) // 50]))
+
+
+def demonstrate(
+    run: Run, backbone: Backbone, *, with_costs: bool, rounds: int
+) -> dict[str, Cost] | None:
     data = {domain: load_domain(domain, seed=run.settings["seed"]) for domain in DOMAINS}
-    model = learn_domains(run, data)
+    if run.settings["most_batches"]:
+        data = {domain: some_of(whole) for domain, whole in data.items()}
+    learn_domains(run, backbone, data)
     for domain in DOMAINS:
-        for method in (PROBE, TUNED, HALVED):
-            learn_alone(run, method, domain, data[domain])
+        for method in (PROBE, TUNED):
+            learn_alone(run, backbone, method, domain, data[domain])
     cost = None
     if with_costs:
         say("memory and time of a step, in turns")
         images, labels = (part[:BATCH_SIZE].clone() for part in data["digits"].train.tensors)
-        cost = measure(images, labels, rounds)
-        picture(run, model, data, cost)
+        cost = measure(backbone, images, labels, rounds)
     for logger in run.loggers:
         log_summary(logger, headline(run, cost))
     return cost
@@ -188,14 +157,9 @@ def track(arguments: argparse.Namespace, folder: Path, settings: dict[str, Any])
     return tracker
 
 
-def source_accuracy() -> float:
-    images, labels = draw_characters(TEST_FONTS, 500, seed=2**31)
-    return float((scores_of(build_network(), images).argmax(1) == labels).float().mean())
-
-
 def run_all(arguments: argparse.Namespace, runs: list[Run]) -> dict[str, Cost]:
     """Every seed; memory and time are measured with the first."""
-    say(f"source: {source_accuracy():.1%} of printed characters in unseen fonts")
+    backbone = lite0(IMAGE_SIZE)
     paid: dict[str, Cost] = {}
     for seed in range(arguments.seeds):
         folder = arguments.output / f"seed{seed}" if arguments.seeds > 1 else arguments.output
@@ -209,7 +173,7 @@ def run_all(arguments: argparse.Namespace, runs: list[Run]) -> dict[str, Cost]:
         run.resume(fresh=arguments.fresh)
         runs.append(run)
         rounds = 2 if arguments.smoke else 15
-        cost = demonstrate(run, with_costs=seed == 0, rounds=rounds)
+        cost = demonstrate(run, backbone, with_costs=seed == 0, rounds=rounds)
         paid = cost or paid
         if isinstance(run.tracker, WandbLogger):
             run.tracker.experiment.finish()
@@ -220,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=15, help="for every method and domain")
+    parser.add_argument("--epochs", type=int, default=8, help="for every method and domain")
     parser.add_argument("--seeds", type=int, default=1, help="repeat and print means")
     parser.add_argument("--logger", choices=("csv", "wandb"), default="csv")
     parser.add_argument("--output", type=Path, default=Path("outputs/learn_domains"))
@@ -231,6 +195,8 @@ def main() -> None:
     runs: list[Run] = []
     try:
         paid = run_all(arguments, runs)
+    except InputError as error:
+        raise SystemExit(f"learn_domains.py: {error}") from None
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns the first into the second
         if isinstance(stop, SystemExit) and isinstance(stop.code, str):
             raise  # a message of ours

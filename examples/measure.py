@@ -3,14 +3,16 @@
 Saved activation bytes: what autograd keeps for the backward pass. Peak: highest total of memory
 that one step allocates and holds, forward, backward and optimizer, above its start. Time: median
 of steps of contestants that take turns in one process, each in its faster memory format. Every
-network has a process of its own.
-The weights are random: neither bytes nor time depend on them.
+network has a process of its own. FLOPs: of the matrix products and convolutions of the same step,
+forward, backward and what is computed again; they do not depend on the machine, as time does.
+The weights are random: neither bytes nor FLOPs nor time depend on them.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import platform
 import statistics
 import sys
 import tempfile
@@ -24,9 +26,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_da3 import DA3Config, DA3Model, MemoryConfig, convert
 from lightning_da3.memory import SavedActivations, measure_step
+from lightning_da3.memory.kernels import flops
 
 Result = TypeVar("Result")
 
@@ -78,6 +82,7 @@ class Cost:
 
     saved_by_module: Mapping[str, int]
     peak_bytes: int
+    flops: int
     time: Time
 
     @property
@@ -89,15 +94,38 @@ class Cost:
         return self.time.wall_ms
 
 
+class Flops(TorchDispatchMode):
+    """FLOPs of the matrix products and convolutions in a `with` block, two a multiply-add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.count += flops(func, args, kwargs or {}, result)
+        return result
+
+
+def step_flops(step: Callable[[], object]) -> int:
+    """Of a training step: forward, backward with what it computes again, optimizer.
+
+    A compiled network counts as it is without the compiler, whose kernels are not seen.
+    """
+    with torch.compiler.set_stance("force_eager"), Flops() as counted:
+        step()
+    return counted.count
+
+
 def costs(steps: Mapping[str, Step], rounds: int) -> dict[str, Cost]:
-    """Measures every step's memory, then the times of all, taking turns."""
+    """Measures every step's memory and FLOPs, then the times of all, taking turns."""
     memory = {}
     for name, step in steps.items():
         peak = measure_step(step, warmup=1, repeats=0).peak_bytes
         with SavedActivations(step.network, inputs=step.images) as saved:
             loss = step.forward()
         del loss  # the graph lived until here
-        memory[name] = (saved.by_module, peak)
+        memory[name] = (saved.by_module, peak, step_flops(step))
     times = alternate(steps, rounds)
     return {name: Cost(*memory[name], times[name]) for name in steps}
 
@@ -121,6 +149,17 @@ def alternate(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[st
         name: Time(*map(statistics.median, zip(*values, strict=True)))
         for name, values in times.items()
     }
+
+
+def processor() -> str:
+    """The processor's name, and the threads that torch has of it."""
+    name = platform.processor() or platform.machine()
+    about = Path("/proc/cpuinfo")
+    if about.exists():
+        named = [x for x in about.read_text().splitlines() if x.startswith("model name")]
+        name = named[0].partition(":")[2].strip() if named else name
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}"
 
 
 def resting_bytes(network: nn.Module) -> int:
@@ -170,6 +209,7 @@ def measure(name: str, batch_size: int, image_size: int, rounds: int) -> bool:
         _row("saved activations, MiB", tuned.saved_bytes, ours.saved_bytes, asked.get("saved")),
         _row("peak of a step, MiB", tuned.peak_bytes, ours.peak_bytes, asked.get("peak")),
         _row("time of a step, ms", tuned.time_ms, ours.time_ms, asked.get("time"), unit=1),
+        _row("FLOPs of a step, 1e9", tuned.flops, ours.flops, None, unit=1e9),
         _row("saved, exact mode, MiB", tuned.saved_bytes, other["exact"].saved_bytes, None),
         _row("peak, exact mode, MiB", tuned.peak_bytes, other["exact"].peak_bytes, None),
         _row("resting model, MiB", resting_bytes(network), resting_bytes(exact), None),
@@ -242,6 +282,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=15, help="timed steps of every contestant")
     given = parser.parse_args()
     sizes = given.batch_size, given.image_size, given.steps
+    print(processor(), flush=True)
     good = [apart(measure, name, *sizes) for name in given.models]
     print("\nall figures reached" if all(good) else "\nnot all figures reached")
     return 0 if all(good) else 1

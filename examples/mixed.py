@@ -1,6 +1,6 @@
 """One batch of several domains: one pass for all, and domains that are found, not told.
 
-A network pretrained on printed characters learns digits, textures and faces. Then batches of test
+An EfficientNet-Lite0 with ImageNet weights learns digits, textures and faces. Then batches of test
 images of all three are classified in one pass, beside one pass for every domain and one for every
 image, with the domains known and with those that the backbone's features are nearest to.
 """
@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import lightning as L
 import torch
-from datasets import DOMAINS, DomainData, load_domain
+from comparison.backbones import lite0
+from datasets import DOMAINS, IMAGE_SIZE, DomainData, load_domain
 from learning import Classifier, fit, silence_lightning
-from measure import alternate
-from network import build_network
+from measure import alternate, processor, step_flops
 from torch import Tensor
 
 from lightning_da3 import DA3Callback, DA3Model
@@ -26,7 +26,7 @@ BATCH_SIZES = (3, 12, 48)
 
 def learn(data: dict[str, DomainData], epochs: int) -> DA3Model:
     """One domain after the other, and what its training images look like to the backbone."""
-    module = Classifier(build_network(), LEARNING_RATE)
+    module = Classifier(lite0(IMAGE_SIZE).make(), LEARNING_RATE)
     for domain in DOMAINS:
         L.seed_everything(0, verbose=False)
         callback = DA3Callback(domain, num_classes=len(data[domain].classes))
@@ -71,10 +71,9 @@ def by_domain(model: DA3Model, images: Tensor, domains: Sequence[str]) -> list[T
 
 @torch.no_grad()
 def compare_times(model: DA3Model, images: Tensor, domains: list[str], rounds: int) -> None:
-    print(
-        f"\n{'ms a batch (in brackets: / one pass)':40}" + "".join(f"{n:>16}" for n in BATCH_SIZES)
-    )
-    found, largest = [], 0.0
+    print(f"\n{processor()}")
+    print(f"{'ms a batch (in brackets: / one pass)':40}" + "".join(f"{n:>16}" for n in BATCH_SIZES))
+    found, counts, largest = [], [], 0.0
     for count in BATCH_SIZES:
         x, names = images[:count], domains[:count]
         ways = {
@@ -86,11 +85,13 @@ def compare_times(model: DA3Model, images: Tensor, domains: list[str], rounds: i
         for other in others:
             errors = [(a - b).abs().max() for a, b in zip(mixed, other, strict=True)]
             largest = max(largest, float(max(errors)))
+        counts.append({name: step_flops(way) for name, way in ways.items()})
         found.append(alternate(ways, rounds))
     for way in found[0]:
         times = [(t[way].wall_ms, t["one pass for all"].wall_ms) for t in found]
         cells = [f"{ms:.1f} ({ms / least:.2f}x)" for ms, least in times]
         print(f"  {way:38}" + "".join(f"{cell:>16}" for cell in cells))
+        print(f"  {'  GFLOP':38}" + "".join(f"{count[way] / 1e9:16.2f}" for count in counts))
     print(f"  largest difference of scores {largest:.1g}")
 
 

@@ -3,8 +3,8 @@
 import lightning as L
 import torch
 import torch.nn.functional as F
-from datasets import load_domain
-from network import build_network
+from comparison.backbones import lite0
+from datasets import IMAGE_SIZE, load_domain
 from torch.utils.data import DataLoader
 
 from lightning_da3 import DA3Callback
@@ -14,7 +14,7 @@ from lightning_da3.memory import saved_activation_bytes
 class Classifier(L.LightningModule):
     def __init__(self):
         super().__init__()
-        self.network = build_network()  # pretrained on printed characters; it knows no digit
+        self.network = lite0(IMAGE_SIZE).make()  # EfficientNet-Lite0 with its ImageNet weights
 
     def training_step(self, batch, _):
         return F.cross_entropy(self.network(batch[0]), batch[1])

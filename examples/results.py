@@ -11,9 +11,9 @@ from typing import Any
 from datasets import DOMAINS
 from learning import BATCH_SIZE
 from lightning.pytorch.loggers import CSVLogger, Logger
-from measure import Cost
+from measure import Cost, processor
 
-PROBE, TUNED, DA3, HALVED = METHODS = ("linear probe", "fine-tuning", "DA3", "DA3 bfloat16")
+PROBE, TUNED, DA3 = METHODS = ("linear probe", "fine-tuning", "DA3")
 
 
 @dataclass
@@ -75,9 +75,11 @@ def report(runs: Sequence[Run], cost: Mapping[str, Cost]) -> None:
     for domain in (*DOMAINS, "mean"):
         print(f"  {domain:30}" + "".join(f"{100 * mean[m][domain]:16.1f}" for m in METHODS))
     print(f"\none training step, batch of {BATCH_SIZE} (in brackets: fine-tuning / this)")
+    print(processor())
     _costs("saved activations, MiB", {m: cost[m].saved_bytes / 2**20 for m in METHODS})
     _costs("peak above the start, MiB", {m: cost[m].peak_bytes / 2**20 for m in METHODS})
     _costs("time, ms", {m: cost[m].time_ms for m in METHODS})
+    _costs("FLOPs, 1e9", {m: cost[m].flops / 1e9 for m in METHODS})
     print(f"\n{'the domains of DA3':32}" + "".join(f"{domain:>16}" for domain in DOMAINS))
     print(f"  {'file, bytes':30}" + "".join(f"{runs[0].file_bytes[d]:16,}" for d in DOMAINS))
     print(f"  {'hosts FLOPs executed, %':30}" + "".join(_executed(runs, d) for d in DOMAINS))
@@ -100,6 +102,7 @@ def headline(run: Run, cost: Mapping[str, Cost] | None) -> dict[str, float]:
         values[f"saved_activation_bytes/{method}"] = float(paid.saved_bytes)
         values[f"peak_bytes/{method}"] = float(paid.peak_bytes)
         values[f"step_ms/{method}"] = paid.time_ms
+        values[f"step_flops/{method}"] = float(paid.flops)
     return values
 
 

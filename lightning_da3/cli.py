@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--head", default="auto", help="name of the classifier; 'none': keep it")
     shared.add_argument("--weights", choices=("same", "bfloat16"), default="same")
     shared.add_argument("--min-stride", help="AdapterConfig(min_stride=...), a number or auto")
+    shared.add_argument("--min-depth", help="AdapterConfig(min_depth=...), a number or auto")
     shared.add_argument("--no-gates", action="store_true", help="hosts always run whole")
 
     about = "what training a domain will cost"
@@ -131,10 +132,10 @@ def _images(network: nn.Module, sides: Sequence[int]) -> Tensor:
 def _config(given: argparse.Namespace, **memory: Any) -> DA3Config:
     """The config that options say."""
     options: dict[str, Any] = {}
-    if given.min_stride is not None:
-        is_number = re.fullmatch("[0-9]{1,9}", given.min_stride)
-        stride = int(given.min_stride) if is_number else given.min_stride
-        options["adapter"] = AdapterConfig(min_stride=stride)
+    chosen = {name: getattr(given, name) for name in ("min_stride", "min_depth")}
+    where: dict[str, Any] = {k: _number(text) for k, text in chosen.items() if text is not None}
+    if where:
+        options["adapter"] = AdapterConfig(**where)
     if given.no_gates:
         options["gate"] = None
     return DA3Config(
@@ -142,6 +143,13 @@ def _config(given: argparse.Namespace, **memory: Any) -> DA3Config:
         head=None if given.head.lower() == "none" else str(given.head),
         **options,
     )
+
+
+def _number(text: str) -> int | float | str:
+    """The number that a text is, if it is one."""
+    if re.fullmatch("[0-9]{1,9}", text):
+        return int(text)
+    return float(text) if re.fullmatch(r"[0-9]*\.[0-9]{1,9}", text) else text
 
 
 def _plan(given: argparse.Namespace) -> tuple[str, int]:

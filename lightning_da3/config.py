@@ -14,7 +14,7 @@ import torch
 from lightning_da3.errors import ConfigError
 from lightning_da3.formatting import shown
 
-CONFIG_VERSION = 1
+CONFIG_VERSION = 2
 MOST_BYTES = 2**63
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -36,7 +36,7 @@ def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_finite(value: object) -> bool:
+def is_finite(value: object) -> TypeGuard[float]:
     """Whether a value is a number that a float can hold, and no bool."""
     try:
         return (
@@ -63,12 +63,19 @@ class AdapterConfig:
             least; nothing upstream of the first host is trained through, so a larger value starts
             the graph later. "auto": half of the network's own downsampling, but at least 8 and at
             most 16.
+        min_depth: Hosts lie no earlier in the network than this share of all places where hosts
+            could be, on the longest way through each: 0 anywhere, 0.5 in the last half, 1 the last
+            alone. What lies before the first host is neither kept, computed again nor trained
+            through: a larger value is cheaper, and learns less of domains far from the
+            pretraining. "auto": a third if most hosts are blocks of tokens, which no stride tells
+            apart and which are computed again; else 0.
     """
 
     hidden_channels: int = 16
     kernel_size: int = 3
     max_cells: int = 49
     min_stride: int | Literal["auto"] = "auto"
+    min_depth: float | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         """Check every field and report all problems at once."""
@@ -86,6 +93,13 @@ class AdapterConfig:
             if _is_int(self.min_stride)
             else _is_one_of(self.min_stride, ["auto"]),
             f'`min_stride` must be "auto" or an int of at least 1, got {shown(self.min_stride)}.',
+        )
+        _require(
+            problems,
+            0 <= self.min_depth <= 1
+            if is_finite(self.min_depth)
+            else _is_one_of(self.min_depth, ["auto"]),
+            f'`min_depth` must be "auto" or a number from 0 to 1, got {shown(self.min_depth)}.',
         )
         _require(
             problems,
@@ -303,6 +317,8 @@ class DA3Config:
                 f"Config version {version!r} cannot be read here (versions 1 to {CONFIG_VERSION} "
                 "can). Update lightning_da3."
             )
+        if version < 2 and isinstance(fields.get("adapter", {}), Mapping):
+            fields["adapter"] = {"min_depth": 0, **fields.get("adapter", {})}  # hosts were anywhere
         parts = {"adapter": AdapterConfig, "gate": GateConfig, "memory": MemoryConfig}
         for name, kind in parts.items():
             if isinstance(fields.get(name), Mapping):

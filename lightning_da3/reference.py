@@ -54,7 +54,9 @@ class PlainPyTorch:
     def __init__(self, backbone: nn.Module, model: DA3Model, *, folded: bool = False) -> None:
         self.model, self.domain = model, model.domain(str(model.active_domain))
         self.executed: list[Executed] = []
-        traced = trace(backbone)
+        traced, python = trace(backbone), dict(model.plan.python)
+        if dict(traced.python) != python:  # the comparison of a conversion left more in Python
+            traced = trace(backbone, python=python)
         self.root = traced.root
         if model.plan.head is not None and self.domain.head is not None:
             self.root.set_submodule(model.plan.head, self.domain.head)

@@ -79,6 +79,7 @@ def test_the_summary_stands_first_and_nodes_are_asked_for(mine, capsys):
     assert whole.startswith(short[: short.index("`--nodes`")])
 
 
+@pytest.mark.slow
 def test_options_reach_the_config(mine, capsys):
     arguments = (f"{mine}:net", "--image-size", "32", "--format", "json")
     plain = json.loads(run(capsys, *arguments))
@@ -88,6 +89,7 @@ def test_options_reach_the_config(mine, capsys):
     assert ungated["domain_file_bytes"] != plain["domain_file_bytes"]
     assert json.loads(run(capsys, *arguments, "--min-stride", "1"))["hosts"] >= plain["hosts"]
     assert json.loads(run(capsys, *arguments, "--min-stride", "auto")) == plain
+    assert json.loads(run(capsys, *arguments, "--min-depth", "1.0"))["hosts"] < plain["hosts"]
     run(capsys, *arguments, "--weights", "bfloat16")
     huge = ("--batch-size", "8", "--budget", "1GiB", "--split", "accumulate")
     assert json.loads(run(capsys, *arguments, *huge))["accumulated"]
@@ -134,6 +136,7 @@ def test_parameters_take_no_memory(mine, capsys):
         (["{mine}:net", "--budget", ""], "`budget` must be bytes"),
         (["{mine}:net", "--budget", "-1"], "`budget` must be bytes"),
         (["{mine}:net", "--min-stride", "x"], "`min_stride` must be"),
+        (["{mine}:net", "--min-depth", "1.5"], "`min_depth` must be"),
         (["{mine}:net", "--num-classes", "0"], "at least 1"),
         (["{mine}:net", "--num-classes", "3", "--head", "none"], "Leave `num_classes` out"),
         (["{mine}:net", "--split", "pieces"], "give `--budget`"),
@@ -154,6 +157,7 @@ def test_bad_input_ends_with_exit_code_2(arguments, message, mine, capsys):
     assert re.search(message, error), error
 
 
+@pytest.mark.slow
 def test_networks_of_torchvision_are_found(capsys):
     torchvision = pytest.importorskip("torchvision")
     said = json.loads(run(capsys, "resnet18", "--image-size", "64", "--format", "json"))

@@ -53,6 +53,18 @@ def test_min_stride_is_auto_or_an_int_of_at_least_1(value):
     assert [AdapterConfig(min_stride=s).min_stride for s in (1, "auto")] == [1, "auto"]
 
 
+@pytest.mark.parametrize("value", [-0.1, 1.5, True, "0", float("nan"), None])
+def test_min_depth_is_auto_or_a_share(value):
+    message = f'`min_depth` must be "auto" or a number from 0 to 1, got {value!r}.'
+    refused(lambda: AdapterConfig(min_depth=value), message)
+    assert [AdapterConfig(min_depth=d).min_depth for d in (0, 0.5, 1, "auto")] == [
+        0,
+        0.5,
+        1,
+        "auto",
+    ]
+
+
 @pytest.mark.parametrize("value", [0, 2, 5, 3.0, True, "3"])
 def test_kernel_size_is_1_or_3(value):
     message = f"`kernel_size` must be 1 or 3, got {value!r}."
@@ -124,6 +136,13 @@ def test_missing_fields_are_defaults():
     assert DA3Config.from_dict({}) == DA3Config()
     config = DA3Config.from_dict({"adapter": {"min_stride": 2}, "gate": None})
     assert config == DA3Config(adapter=AdapterConfig(min_stride=2), gate=None)
+
+
+def test_configs_of_before_had_hosts_at_any_depth():
+    old = {"version": 1, "adapter": {"hidden_channels": 3}}
+    assert DA3Config.from_dict(old) == DA3Config(AdapterConfig(hidden_channels=3, min_depth=0))
+    assert DA3Config.from_dict({"version": 1}).adapter.min_depth == 0
+    assert DA3Config.from_dict({"version": 1, "adapter": {"min_depth": 1}}).adapter.min_depth == 1
 
 
 def test_from_dict_leaves_its_argument_alone():

@@ -275,6 +275,7 @@ def test_compiled_convolutions_keep_no_copies():
     assert saved_activation_bytes(compiled, *x) <= 1.1 * saved_activation_bytes(model, *x)
 
 
+@pytest.mark.slow
 def test_the_predicted_peak_counts_the_copies():
     network = nn.Sequential(
         nn.Conv2d(3, 256, 3, stride=2),

@@ -66,9 +66,7 @@ EXHAUSTIVE = {
 SIZES = {**QUICK, **SLOW, **EXHAUSTIVE}
 NAMES = [
     "resnet10t",
-    *others_by_hand(
-        [name for name in SIZES if name != "resnet10t"], "vit_tiny_patch16_224", "efficientnet_b0"
-    ),
+    *others_by_hand([name for name in SIZES if name != "resnet10t"], "efficientnet_b0"),
 ]
 RATIO = {"tiny_vit_5m_224": 2}  # its blocks with attention stay Python; 5 for all others
 COSINE = 0.998  # of the gradient of every tensor
@@ -147,7 +145,7 @@ def test_family(name):
     cosines = [
         float(torch.cosine_similarity(one.flatten(), other.flatten(), dim=0))
         for one, other in zip(close, want, strict=True)
-        if other.norm() > 1e-3 * largest
+        if other.norm() > 2e-3 * largest
     ]
     together = [torch.cat([g.flatten() for g in gradients]) for gradients in (close, want)]
     least, whole = SENSITIVE.get(name, (COSINE, TOGETHER))

@@ -81,8 +81,8 @@ def compiled_is_right(name, memory, backend, tolerance, kept_ratio=1.1, layout=N
     ("name", "memory"),
     [
         pytest.param("SqueezeExcite", MemoryConfig(), marks=pytest.mark.slow),
-        pytest.param("Transposed", EXACT, marks=pytest.mark.slow),
-        pytest.param("VisionTransformer", MemoryConfig(), marks=pytest.mark.slow),
+        pytest.param("Transposed", EXACT, marks=pytest.mark.exhaustive),
+        pytest.param("VisionTransformer", MemoryConfig(), marks=pytest.mark.exhaustive),
         pytest.param("SqueezeExcite", EXACT, marks=pytest.mark.exhaustive),
         pytest.param("Transposed", MemoryConfig(), marks=pytest.mark.exhaustive),
         pytest.param("VisionTransformer", EXACT, marks=pytest.mark.exhaustive),

@@ -51,6 +51,8 @@ def trained(model):
 
 
 HEAVY = ("Windows", "VisionTransformer", "RefinesStepwise", "Recurrent", "MlpMixer")
+HEAVY += ("NormsThatAssert", "CrossAttention", "LayerScale", "FunctionsWithOwnWeights")
+HEAVY += ("StandardisedWeights", "RecurrentAlone")
 FEW = others_slow(zoo.ZOO, *(name for name in zoo.ZOO if name not in HEAVY))
 
 

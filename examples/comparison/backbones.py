@@ -18,7 +18,7 @@ from comparison.input_errors import InputError, listed
 from comparison.methods.plain import head_of
 
 LITE0 = "efficientnet_lite0"
-INSTALL = "pip install 'lightning-da3[compare]'"
+INSTALL = "pip install 'lightning-da3[examples]'"
 HALF = (0.5, 0.5, 0.5)
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 from measure import Step, alternate, costs
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from comparison.backbones import load_backbone
 from comparison.methods import METHODS
 from comparison.training import ready
-from lightning_da3.memory.kernels import flops
 
 ANY_RATE = 1e-4  # costs do not depend on it
-
-
-class Flops(TorchDispatchMode):
-    """FLOPs of the matrix products and convolutions in a `with` block, two a multiply-add."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.count += flops(func, args, kwargs or {}, result)
-        return result
-
-
-def step_flops(step: Step) -> int:
-    """Of a training step: forward, backward with what it computes again, optimizer."""
-    with Flops() as counted:
-        step()
-    return counted.count
 
 
 def measure(
@@ -74,7 +51,6 @@ def measure(
             model, images, labels, lambda _, model=model, make=make: make(model, ANY_RATE)
         )
     paid = costs(steps, rounds)
-    counts = {name: step_flops(step) for name, step in steps.items()}
     users = {name: _user(name, steps[name].network, path, images) for name, path in states.items()}
     used = alternate(users, rounds)
     return {
@@ -82,7 +58,7 @@ def measure(
             "kept_bytes": paid[name].saved_bytes,
             "peak_bytes": paid[name].peak_bytes,
             "step_ms": paid[name].time_ms,
-            "step_flops": counts[name],
+            "step_flops": paid[name].flops,
             "inference_ms": used[name].wall_ms,
         }
         for name in states
@@ -100,14 +76,3 @@ def _user(name: str, network: nn.Module, path: Path | None, images: Tensor) -> A
         return network(images)
 
     return use
-
-
-def processor() -> str:
-    """The processor's name, and the threads that torch has of it."""
-    name = platform.processor() or platform.machine()
-    about = Path("/proc/cpuinfo")
-    if about.exists():
-        named = [x for x in about.read_text().splitlines() if x.startswith("model name")]
-        name = named[0].partition(":")[2].strip() if named else name
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}"

@@ -89,7 +89,7 @@ def packaged(backbone: Backbone, image_size: int, wanted: Sequence[str] = ()) ->
 
     def normalised(data: TensorDataset) -> TensorDataset:
         images, labels = data.tensors
-        return TensorDataset((images * 0.25 + 0.5 - mean) / std, labels)
+        return TensorDataset(((images + 1) / 2 - mean) / std, labels)
 
     found = []
     for name in wanted or DOMAINS:

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import apart
+from measure import apart, processor
 from torch import Tensor, nn
 
 from comparison.backbones import Backbone
-from comparison.costs import measure, processor
+from comparison.costs import measure
 from comparison.images import Domain
 from comparison.input_errors import InputError
 from comparison.methods import METHODS
@@ -83,8 +83,11 @@ class Comparison:
 
     def rate(self, method: str, domain: str) -> float:
         """The best by the validation images; of those that are equal, the one with less loss."""
+        only, *others = self._grid(method)
+        if not others:
+            return only
         tried = {
-            rate: self.records["rate", method, domain, f"{rate:g}"] for rate in self._grid(method)
+            rate: self.records["rate", method, domain, f"{rate:g}"] for rate in (only, *others)
         }
         return max(tried, key=lambda rate: (tried[rate]["accuracy"], -tried[rate]["loss"]))
 
@@ -97,7 +100,8 @@ class Comparison:
             if METHODS[method].learns_as is not None:
                 continue
             for domain in self.domains:
-                for rate in self._grid(method):
+                grid = self._grid(method)
+                for rate in grid if len(grid) > 1 else ():  # one is taken as it is
                     key = ("rate", method, domain.name, f"{rate:g}")
                     yield key, lambda m=method, d=domain, r=rate: self._try(m, d, r)
                 for seed in range(self.seeds):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_da3.errors import DA3Error
 from lightning_da3.torch_private.fake import LOGGER, FakeCopyMode, FakeTensor, FakeTensorMode
+from lightning_da3.torch_private.trees import tree_leaves
 
 
 def fake_mode_of(network: nn.Module) -> FakeTensorMode | None:
@@ -26,6 +27,13 @@ def tensors_of(network: nn.Module) -> Iterator[Tensor]:
     yield from network.buffers()
 
 
+def left_by_forward(network: nn.Module) -> dict[int, Any]:
+    """Copies, by id, of results that a forward left in modules: PyTorch refuses to copy these."""
+    leaves = (leaf for m in network.modules() for leaf in tree_leaves(dict(vars(m))))
+    left = (t for t in leaves if isinstance(t, Tensor) and t.grad_fn is not None)
+    return {id(tensor): tensor.detach().clone() for tensor in left}
+
+
 def without_values(network: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy of a network whose tensors have shapes, types and strides, and next to no memory.
 
@@ -36,7 +44,10 @@ def without_values(network: nn.Module, mode: FakeTensorMode) -> nn.Module:
     Raises:
         DA3Error: The network cannot be copied.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {
+        key: result if isinstance(result, FakeTensor) else mode.from_tensor(result)
+        for key, result in left_by_forward(network).items()
+    }
     for tensor in tensors_of(network):
         if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
             with mode:

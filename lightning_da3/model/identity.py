@@ -15,6 +15,7 @@ from lightning_da3.files.domain_file import fingerprint
 from lightning_da3.planning.plan import Plan
 
 CONFIG_PARTS = ("adapter", "gate", "head")  # that a domain must have been learned with
+WHERE = ("min_stride", "min_depth")  # hosts are; which hosts that gives, the plan says
 
 # what, beside its kind and its weights, a layer's outputs in eval depend on. Written into files:
 # a name may be added only with care, as files that were made without it must go on loading
@@ -158,6 +159,8 @@ def _differences(about: Mapping[str, Any], model: HasIdentity) -> Iterator[str]:
         yield f"Its config cannot be read: {error}"
         return
     other = list(config_differences(theirs.to_dict(), here["config"]))
+    if not same["plan"]:
+        other += other_hosts(theirs.to_dict(), here["config"])
     yield from other
     if not other and same["backbone"] and same["architecture"] and not same["plan"]:
         yield (
@@ -175,6 +178,16 @@ def _what_differs(same_architecture: bool) -> str:
     return "The architecture differs."
 
 
+def config_in(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of the config that a state has, with what a later version added to them.
+
+    Raises:
+        ConfigError: They cannot be read.
+    """
+    config = extra.get("config", {})
+    return {key: v for key, v in DA3Config.from_dict(config).to_dict().items() if key in config}
+
+
 def computing(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of a config the outputs depend on: that there are gates, not how they are trained."""
     gate = {"gate": "GateConfig(...)"} if config.get("gate") is not None else {}
@@ -182,9 +195,12 @@ def computing(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> Iterator[str]:
-    """What a domain's config and a model's must have in common and have not, for people."""
+    """What a domain's config and a model's must have in common and have not, for people.
+
+    Where hosts are may have been said otherwise, as long as they are the same.
+    """
     for key in CONFIG_PARTS:
-        if key in theirs and theirs[key] != mine[key]:
+        if key in theirs and _anywhere(theirs[key]) != _anywhere(mine[key]):
             yield (
                 f"Its config has {key}={theirs[key]}, here it is {mine[key]}. Convert with the "
                 "config that it was learned with."
@@ -196,6 +212,33 @@ def config_differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> It
             "rounded weights are another backbone. Convert with the config that it was learned "
             "with."
         )
+
+
+def _anywhere(part: Any) -> Any:
+    """A part of a config without where hosts are."""
+    if not isinstance(part, Mapping):
+        return part
+    return {name: value for name, value in part.items() if name not in WHERE}
+
+
+def other_hosts(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
+    """What to do about a domain of other hosts, for people; nothing if they were asked for alike.
+
+    Args:
+        theirs: The config that the domain was learned with, as far as it is known.
+        mine: The config of the model here.
+    """
+    asked = [
+        {k: config["adapter"][k] for k in WHERE} for config in (theirs, mine) if "adapter" in config
+    ]
+    if len(asked) < 2 or asked[0] == asked[1]:
+        return []
+    texts = [", ".join(f"{name}={value!r}" for name, value in each.items()) for each in asked]
+    return [
+        f"It has other hosts: it was learned with AdapterConfig({texts[0]}), here it is "
+        f"AdapterConfig({texts[1]}). Convert with `DA3Config(adapter=AdapterConfig({texts[0]}))`, "
+        "and what else its config has."
+    ]
 
 
 def backbone_state(state: Mapping[str, Any], head: str | None) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_da3.errors import DA3Error
 from lightning_da3.memory import StepPredictor, without_values
+from lightning_da3.memory.fake import left_by_forward
 from lightning_da3.model.identity import uncompiled_name
 from lightning_da3.nn.convolution import FrozenConv, FrozenConvTranspose
 from lightning_da3.nn.normalization import BatchNormStatistics, FrozenAffine
@@ -74,7 +75,7 @@ class Original:
 
 def _pickled(network: nn.Module) -> bytes | None:
     """The network on the meta device; None if it cannot be pickled."""
-    memo: dict[int, Any] = {}
+    memo = left_by_forward(network)
     for tensor in (*network.parameters(), *network.buffers()):
         like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         is_parameter = isinstance(tensor, nn.Parameter)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from lightning_da3.config import DA3Config
-from lightning_da3.errors import CheckpointError, DA3Error
+from lightning_da3.errors import CheckpointError, ConfigError, DA3Error
 from lightning_da3.files.domain_file import fingerprint
 from lightning_da3.files.names import check_name
 from lightning_da3.model.domain import Bank, Domain
@@ -17,6 +17,8 @@ from lightning_da3.model.identity import (
     backbone_state,
     computing,
     config_differences,
+    config_in,
+    other_hosts,
     uncompiled_name,
 )
 from lightning_da3.model.original import Original
@@ -232,9 +234,9 @@ def _check_extra(model: HoldsDomains, extra: Mapping[str, Any]) -> None:
             "Convert the backbone that they were learned on."
         )
     try:
-        configs = [computing(c) for c in (extra.get("config", {}), model.config.to_dict())]
+        configs = [computing(c) for c in (config_in(extra), model.config.to_dict())]
         others = list(config_differences(*configs))
-    except AttributeError as error:  # a part that has no parts
+    except ConfigError as error:
         raise CheckpointError(f"The checkpoint's config cannot be read: {error}.") from error
     if others:
         raise CheckpointError(f"The checkpoint does not fit this model: {' '.join(others)}")
@@ -260,7 +262,10 @@ def _check_domains(
                 _check_classes(name, num_classes, model.domain(name).num_classes)
         check_tensors({k: v for k, v in state.items() if k.startswith(bank)}, expected)
     except DA3Error as error:
-        raise CheckpointError(f"The checkpoint does not fit this model: {error}") from error
+        problems = [*other_hosts(config_in(extra), model.config.to_dict()), str(error)]
+        raise CheckpointError(
+            f"The checkpoint does not fit this model: {' '.join(problems)}"
+        ) from error
 
 
 def _check_classes(name: str, theirs: int | None, mine: int | None) -> None:

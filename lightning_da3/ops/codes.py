@@ -3,7 +3,8 @@
 Shapes: x any, of n elements; codes uint8 (n + 8 * ceil(n / groups),): of every group its bytes,
 then its step and its lowest value, float32. Elements are taken in memory order, so that neither
 direction copies a channels_last tensor, and ``x ~ low + step * byte`` with an error of at most
-``(max - min) / 510 + 1e-8`` in its group (1e-8: far below what half precision can tell from zero).
+``(max - min) / 510`` in its group. A group that holds infinities or NaN codes these by bytes of
+their own, and the others in the rest; it is marked by a step below zero.
 Kept: one byte an element and eight a group.
 """
 
@@ -21,26 +22,31 @@ from lightning_da3.ops.bits import dense, flat, has_no_values, is_recorded, memo
 from lightning_da3.ops.exportable import is_exportable
 from lightning_da3.ops.exportable_codes import (
     EXTRA,
-    code_parts,
+    SMALL,
     decode_elements,
     decode_rows,
     encode_elements,
     encode_rows,
 )
+from lightning_da3.torch_private.autograd import transform
 from lightning_da3.torch_private.kernels import DECODE_ROWS, ENCODE_ROWS
 
 GROUP = 256  # elements that share one range
 # the most elements of a range inside one token or one channel's cells, which may lie far from the
 # next one's; and the fewest of a row, and of a token, that get ranges of their own
 ROW, LEAST_ROW, LEAST_TOKEN = 64, 48, 16
+
+_LEAST_STEP = 1e-8  # FBGEMM adds 1e-8 to a range: smaller ones than 255 of these are lost to it
+_LARGEST = 2.0**126  # numbers beyond count as infinite, or a range might be
+_MINUS_INF, _NAN, _INF = 253, 254, 255  # bytes in a marked group
 _HAS_FBGEMM = ENCODE_ROWS is not None and DECODE_ROWS is not None
 
 
 def encode(x: Tensor, groups: int = GROUP) -> Tensor:
     """Codes of `x`; a constant group is coded exactly.
 
-    A group that holds an infinity decodes to NaN. A NaN is not seen among numbers: it shows in
-    whatever the forward pass makes of it.
+    On CPU, NaN among numbers is coded as a number of its group: a search for it would take a third
+    of the time, and it shows in what the forward pass makes of it.
 
     Args:
         x: Any shape, of a floating type.
@@ -65,15 +71,43 @@ def _encode_rows(rows: Tensor) -> Tensor:
         return rows.new_empty(0, dtype=torch.uint8)
     if has_no_values(rows):
         return rows.new_empty(len(rows) * (rows.shape[1] + EXTRA), dtype=torch.uint8)
-    if _by_fbgemm(rows):  # row-wise codes of embeddings: one vectorised pass
-        return ENCODE_ROWS(rows).view(-1)  # type: ignore[no-any-return]
-    codes, step, low = code_parts(rows)
-    return torch.cat((codes, torch.cat((step, low), 1).view(torch.uint8)), 1).view(-1)
+    if not _by_fbgemm(rows):
+        return _encode_any(rows).view(-1)
+    codes: Tensor = ENCODE_ROWS(rows)  # row-wise codes of embeddings: one vectorised pass
+    steps = _ends(codes)[:, 0]
+    low, high = steps.aminmax()
+    if not (low >= _LEAST_STEP and high < math.inf):
+        odd = (steps > 0) & (steps < _LEAST_STEP) | ~steps.isfinite()
+        codes[odd] = _encode_any(rows[odd])
+    return codes.view(-1)
+
+
+def _encode_any(rows: Tensor) -> Tensor:
+    """Codes of groups of numbers, NaN and infinities, in arithmetic that a compiler fuses."""
+    strange = ~(rows.abs() < _LARGEST)
+    numbers = torch.where(strange, 0.0, rows)
+    low, high = numbers.amin(dim=1, keepdim=True), numbers.amax(dim=1, keepdim=True)
+    marked = strange.any(1, keepdim=True)
+    span, last = high - low + SMALL, torch.where(marked, _MINUS_INF - 1.0, 255.0)
+    codes = numbers.sub(low).mul_(last / span).round_()
+    others = torch.where(rows > 0, _INF, torch.where(rows < 0, _MINUS_INF, _NAN))
+    codes = torch.where(strange, others, codes.to(torch.uint8))
+    step = torch.where(marked, -span, high - low) / last
+    ends = torch.cat((step, low), 1).view(torch.uint8)
+    return torch.cat((codes.to(torch.uint8), ends), 1)
+
+
+def _ends(rows: Tensor) -> Tensor:
+    """Step and lowest value of every group, (groups, 2)."""
+    ends = rows[:, -EXTRA:].clone(memory_format=torch.contiguous_format)  # aligned
+    return ends.view(torch.float32)
 
 
 def _by_fbgemm(rows: Tensor) -> bool:
-    # compiled code fuses plain arithmetic; and PyTorch's rule for the type of the result is wrong
-    return rows.device.type == "cpu" and _HAS_FBGEMM and not is_recorded()
+    # compiled code fuses plain arithmetic; and PyTorch's rule for the type of the result is wrong;
+    # no value can be looked at inside of a functorch transform
+    plain = is_recorded() or transform() is not None
+    return rows.device.type == "cpu" and _HAS_FBGEMM and not plain
 
 
 def to_bytes(x: Tensor) -> Tensor:
@@ -116,11 +150,21 @@ def decode(
 def _decode_rows(rows: Tensor) -> Tensor:
     if not len(rows):
         return rows.new_empty(0, dtype=torch.float32)
-    if _by_fbgemm(rows):
-        return DECODE_ROWS(rows).view(-1)  # type: ignore[no-any-return]
-    step, low = rows[:, -EXTRA:].contiguous().view(torch.float32).unbind(1)
-    elements = rows[:, :-EXTRA].float()
-    return elements.mul_(step.unsqueeze(1)).add_(low.unsqueeze(1)).view(-1)
+    if not _by_fbgemm(rows):
+        return _decode_any(rows).view(-1)
+    elements: Tensor = DECODE_ROWS(rows)
+    marks = rows[:, -5]  # of a step, the byte of its sign
+    if not has_no_values(rows) and marks.amax() > 127:
+        marked = marks > 127
+        elements[marked] = _decode_any(rows[marked])
+    return elements.view(-1)
+
+
+def _decode_any(rows: Tensor) -> Tensor:
+    step, low = _ends(rows).unsqueeze(-1).unbind(1)
+    codes = rows[:, :-EXTRA].float()
+    strange = (step < 0) & (codes >= _MINUS_INF)
+    return torch.where(strange, (codes - _NAN) * math.inf, torch.addcmul(low, codes, step.abs()))
 
 
 def _largest_divisor(number: int, most: int) -> int:

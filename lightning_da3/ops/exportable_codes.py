@@ -2,7 +2,7 @@
 
 Shapes: rows (.., g) of any floating type, codes uint8 (.., g + 8): a row's bytes, its step and its
 lowest value. A program of tensors of one type each holds the three apart: whoever exports replaces
-these ops by `code_parts` and `from_parts`.
+these ops by `code_parts` and `from_parts`. A row that holds infinities or NaN decodes to NaN.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 EXTRA = 8  # bytes of a row's step and lowest value
-_SMALL = 1e-8  # added to a range before it divides, as FBGEMM does
+SMALL = 1e-36  # added to a range before it divides
 
 
 def code_parts(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,7 +21,7 @@ def code_parts(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = rows.float()
     low, high = rows.amin(dim=-1, keepdim=True), rows.amax(dim=-1, keepdim=True)
     span = high - low
-    codes = rows.sub(low).mul_(255.0 / (span + _SMALL)).round_().to(torch.uint8)
+    codes = rows.sub(low).mul_(255.0 / (span + SMALL)).round_().to(torch.uint8)
     return codes, span / 255.0, low
 
 

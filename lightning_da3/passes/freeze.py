@@ -41,10 +41,13 @@ def freeze_(part: Part, plan: PartPlan, config: DA3Config) -> None:
         "accumulate": lambda *_: Sum(),
     }
     steps = [step for step in plan.nodes if step.action in builders]
-    # all are built before the first is put in: layers that are called twice are still there
-    built = [builders[step.action](nodes[step.name], step) for step in steps]
-    for step, layer in zip(steps, built, strict=True):
-        called = module_of(gm, nodes[step.name])
+    # all are built before the first is put in: layers that are called twice, and layers inside of
+    # others, are still there
+    built = [
+        (step, module_of(gm, nodes[step.name]), builders[step.action](nodes[step.name], step))
+        for step in steps
+    ]
+    for step, called, layer in built:
         if called is not None:
             answer_as_(layer, called)
         _call(gm, nodes[step.name], step, layer)

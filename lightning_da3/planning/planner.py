@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import fx
 
-from lightning_da3.config import DA3Config
+from lightning_da3.config import AdapterConfig, DA3Config
 from lightning_da3.errors import ConversionError
 from lightning_da3.layers import CONVS
+from lightning_da3.planning.depths import Graph, depths
 from lightning_da3.planning.flow import Flow
 from lightning_da3.planning.folding import find_folds
 from lightning_da3.planning.forms import FormFinder
@@ -86,13 +87,10 @@ def make_plan(
     found = [reduction for draft in drafts for reduction, _ in draft.candidates]
     if not found and hosts_of is None:
         raise ConversionError(_nothing_message(traced))
-    least = 0.0 if every else _least_reduction(config.adapter.min_stride, found)
-    training = [
-        draft.part.path
-        for draft in drafts
-        if draft.head or any(reduction >= NEAR * least for reduction, _ in draft.candidates)
-    ]
-    parts = tuple(_plan_part(draft, least, config, training) for draft in drafts)
+    if not every:
+        _choose_(drafts, config.adapter)
+    training = [draft.part.path for draft in drafts if draft.head or draft.candidates]
+    parts = tuple(_plan_part(draft, config, training) for draft in drafts)
     python = tuple(traced.python.items())
     functions = tuple(traced.functions.items())
     return Plan(traced.network, parts, head, _input_channels(traced), python, functions)
@@ -114,6 +112,22 @@ def _count_from_the_input_(drafts: Sequence[_Draft]) -> None:
                 before[draft.part.user_name(str(node.target))] = own * reduction
 
 
+def _choose_(drafts: Sequence[_Draft], choice: AdapterConfig) -> None:
+    """Leave the candidates that lie where hosts are asked for, or as near to that as any do."""
+    graphs = [Graph(d.part, d.flow, [host for _, host in d.candidates]) for d in drafts]
+    depth = depths(graphs)
+    found = [reduction for draft in drafts for reduction, _ in draft.candidates]
+    least = NEAR * _least_reduction(choice.min_stride, found)
+    for draft in drafts:
+        draft.candidates = [(r, host) for r, host in draft.candidates if r >= least]
+    left = [(draft.part.path, host) for draft in drafts for _, host in draft.candidates]
+    most = max(depth[path, host.name] for path, host in left)
+    least = min(_least_depth(choice.min_depth, [host for _, host in left]), most)
+    for draft in drafts:
+        path = draft.part.path
+        draft.candidates = [(r, h) for r, h in draft.candidates if depth[path, h.name] >= least]
+
+
 def _least_reduction(min_stride: int | str, found: Sequence[float]) -> float:
     """Which downsampling a host's input needs, in a network whose candidates have these.
 
@@ -123,6 +137,18 @@ def _least_reduction(min_stride: int | str, found: Sequence[float]) -> float:
     if isinstance(min_stride, str):
         min_stride = math.ceil(min(16.0, max(8.0, most / 2)))
     return min(min_stride, most)
+
+
+def _least_depth(min_depth: float | str, candidates: Sequence[HostPlan]) -> float:
+    """How deep a host must lie, where these are left to choose from.
+
+    Blocks of tokens are computed again, so what is behind the first host costs twice as much.
+    """
+    if not isinstance(min_depth, str):
+        return min_depth
+    # one linear layer alone is none
+    blocks = sum(host.stride is None and host.readers != (host.last,) for host in candidates)
+    return 1 / 3 if 2 * blocks > len(candidates) else 0.0
 
 
 def _take_known_(drafts: Sequence[_Draft], plan: Plan) -> None:
@@ -176,9 +202,9 @@ def _calls_one_of(part: Part, node: fx.Node, paths: Sequence[str]) -> bool:
     return any(path == called or path.startswith(f"{called}.") for path in paths)
 
 
-def _plan_part(draft: _Draft, least: float, config: DA3Config, training: Sequence[str]) -> PartPlan:
+def _plan_part(draft: _Draft, config: DA3Config, training: Sequence[str]) -> PartPlan:
     gm, exact = draft.part.gm, config.memory.exact
-    hosts = tuple(host for reduction, host in draft.candidates if reduction >= NEAR * least)
+    hosts = tuple(host for _, host in draft.candidates)
     # what an island reads may come from one that is trained
     inputs = [n for n in draft.flow.activations if n.op == "placeholder" and draft.part.path]
     others = [path for path in training if path != draft.part.path]  # graphs that this one calls

@@ -82,3 +82,7 @@ values_of: Callable[[Tensor], Tensor] = found(
     "torch:Tensor._values", lambda x: x.coalesce().values()
 )
 """The values of a sparse COO tensor, as they lie in memory."""
+
+
+transform: Callable[[], Any] = found("torch._C._functorch:peek_interpreter_stack", lambda: None)
+"""The functorch transform (`vmap`, `jvp`) that runs; None if none does."""

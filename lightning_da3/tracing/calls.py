@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_da3.memory.fake import quiet, tensors_of
+from lightning_da3.memory.fake import left_by_forward, quiet, tensors_of
 from lightning_da3.torch_private.modules import FORWARD_HOOKS, hooks_of
 from lightning_da3.torch_private.trees import tree_leaves
 from lightning_da3.tracing.probes import UNKNOWN, Probes
@@ -64,7 +64,8 @@ _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 def _twin(network: nn.Module) -> nn.Module:
     """A copy that shares the tensors, with or without values."""
-    return copy.deepcopy(network, {id(t): t for t in tensors_of(network)})
+    own = {id(t): t for t in tensors_of(network)}
+    return copy.deepcopy(network, left_by_forward(network) | own)
 
 
 def takes(network: nn.Module, inputs: Sequence[Any], mode: AbstractContextManager[Any]) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -14,9 +13,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 from lightning_da3.errors import ConversionError
 from lightning_da3.layers import facts_of_kind
 from lightning_da3.memory import fake_mode_of
+from lightning_da3.memory.fake import left_by_forward
 from lightning_da3.torch_private.fake import FakeCopyMode
 from lightning_da3.torch_private.modules import FORWARD_HOOKS, hooks_of, original_of
-from lightning_da3.torch_private.trees import tree_leaves
 from lightning_da3.tracing.layer_calls import DERIVED
 
 
@@ -35,13 +34,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    results = [leaf for m in model.modules() for leaf in tree_leaves(dict(vars(m)))]
-    # what a forward left behind belongs to a graph, and refuses to be copied
-    memo = {
-        id(t): t.detach().clone()
-        for t in results
-        if isinstance(t, torch.Tensor) and t.grad_fn is not None
-    }
+    memo = left_by_forward(model)
     mode = fake_mode_of(model)
     try:
         with nullcontext() if mode is None else FakeCopyMode(mode):

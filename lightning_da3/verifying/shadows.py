@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from lightning_da3.memory.fake import tensors_of
+from lightning_da3.memory.fake import left_by_forward, tensors_of
 from lightning_da3.torch_private.modules import FORWARD_HOOKS, HOOKS_WITH_KWARGS, hooks_of
+from lightning_da3.tracing.graph_modules import UserGraph
 
 _KINDS = (*FORWARD_HOOKS, *HOOKS_WITH_KWARGS)
 
@@ -22,7 +22,7 @@ def shadow(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         dtype: Of the copy's parameters and buffers, where they are floating-point; None: as they
             are, and parameters share their memory with the network's.
     """
-    memo: dict[int, Any] = {}
+    memo = left_by_forward(network)
     for tensor in tensors_of(network):
         cast = dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype
         value = tensor.detach().to(dtype) if cast else tensor.detach()
@@ -30,13 +30,10 @@ def shadow(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             memo[id(tensor)] = nn.Parameter(value, requires_grad=False)
         else:
             memo[id(tensor)] = value if cast else value.clone()
-    left = (leaf for m in network.modules() for leaf in vars(m).values())
-    for value in left:  # what a forward left behind belongs to a graph, and refuses to be copied
-        if isinstance(value, Tensor) and value.grad_fn is not None:
-            memo[id(value)] = value.detach().clone()
     copied = copy.deepcopy(network, memo).eval()
     for module, twin in zip(network.modules(), copied.modules(), strict=True):
-        if isinstance(module, fx.GraphModule):  # whose copies have none of its hooks
+        bare = isinstance(module, fx.GraphModule) and not isinstance(module, UserGraph)
+        if bare:  # copies of such have none of its hooks
             for ours, theirs in zip(hooks_of(twin, _KINDS), hooks_of(module, _KINDS), strict=True):
                 ours.update(theirs)
     return copied

@@ -51,6 +51,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts):
     assert output["size"] == sizes[-1]
 
 
+@pytest.mark.slow
 def test_accumulating_keeps_one_part_and_holds_the_budget():
     model, x = converted(Plain(), split="accumulate"), images(16, 128)
     batch = (x, torch.zeros(16, dtype=torch.long))

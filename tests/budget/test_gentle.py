@@ -45,6 +45,7 @@ def test_a_large_batch_takes_microbatches_and_gradients_are_the_same():
 
 
 @pytest.mark.usefixtures("eager")
+@pytest.mark.slow
 def test_the_peak_is_lower_and_known_before():
     model, x = converted(Plain()), images(8, 128)
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers.budgets import KIB, Mlp, Net, Plain, Regions, converted, costs_of, gradients, images
 from helpers.comparing import assert_relatively_close
+from helpers.marks import others_by_hand
 from torch import nn
 
 from lightning_da3 import (
@@ -73,6 +74,7 @@ def test_a_step_stays_within_its_budget(exact, kib):
     [Microbatches(8), Microbatches(5), Microbatches(3, 2), Microbatches(1, 9), Microbatches(4, 3)],
 )
 @pytest.mark.parametrize("network", [Net, Regions])
+@pytest.mark.slow
 def test_predictions_are_those_of_a_step_in_pieces(network, split):
     model, x = converted(network()), images(16, 64)
     kwargs = {} if network is Net else {"scale": torch.ones(16)}
@@ -99,8 +101,7 @@ def test_the_least_extra_time_is_chosen():
         assert MARGIN * costs.peak(16, split).bytes <= whole * part / 100
 
 
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.slow
+@pytest.mark.parametrize("exact", others_by_hand([False, True], True))
 def test_where_a_budget_has_room_more_is_kept_and_less_computed_twice(exact):
     model, x = converted(Tokens(), exact=exact), images(16, 64)
     model(x)
@@ -121,6 +122,7 @@ def test_where_a_budget_has_room_more_is_kept_and_less_computed_twice(exact):
     assert saved_activation_bytes(model, x) == pytest.approx(kept[0], rel=2e-3)  # as before
 
 
+@pytest.mark.exhaustive
 def test_what_is_kept_comes_in_the_order_of_flops_for_a_byte():
     model, x = converted(Tokens()), images(16, 64)
     predictor = StepPredictor(model, prepare=without_budget)
@@ -135,6 +137,7 @@ def test_what_is_kept_comes_in_the_order_of_flops_for_a_byte():
         assert more[: len(fewer)] == fewer
 
 
+@pytest.mark.slow
 def test_what_is_kept_changes_no_exact_gradient():
     model = converted(Tokens(), exact=True).double()
     x = images(4, dtype=torch.float64)
@@ -181,6 +184,7 @@ def test_budgets_matter_only_while_training():
     model(images(4, 64))
 
 
+@pytest.mark.slow
 def test_copies_and_pickles_keep_the_budget():
     model = converted(Plain(), budget="500KiB")
     model(images(16, 64))
@@ -212,6 +216,7 @@ def test_budgets_are_about_machines():
     assert dataclasses.replace(budget.memory, exact=True).budget == "1.5 MiB"
 
 
+@pytest.mark.slow
 def test_a_policy_remembers_the_latest_kinds_of_batches_alone():
     model = converted(Net(), budget="1GiB")
     policy = model.budget_policy

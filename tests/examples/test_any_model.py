@@ -4,10 +4,10 @@ import importlib
 
 import pytest
 
-MODELS = "mobilenet_v3_small swin_t lraspp_mobilenet_v3_large".split()
+MODELS = "mobilenet_v3_small lraspp_mobilenet_v3_large".split()
 MORE_MODELS = (
     "resnet18 shufflenet_v2_x0_5 alexnet densenet121 mobilenet_v2 efficientnet_b0 regnet_y_400mf "
-    "squeezenet1_1 convnext_tiny vit_b_32 swin_v2_t maxvit_t r3d_18 "
+    "squeezenet1_1 convnext_tiny vit_b_32 swin_t swin_v2_t maxvit_t r3d_18 "
     "fasterrcnn_mobilenet_v3_large_320_fpn raft_small"
 ).split()
 

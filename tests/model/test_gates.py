@@ -223,6 +223,7 @@ def test_the_budget_of_a_plain_loop_is_scaled_as_its_loss(scale, split):
     torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gates_reach_their_target_though_the_samples_were_learned_long_before():
     _, share, loss = loop(scaler(2.0**16))
     assert loss < 0.2

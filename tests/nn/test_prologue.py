@@ -109,6 +109,7 @@ def test_a_fake_batch_outside_of_predictions_goes_whole(model, few):
         torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiler_gets_the_whole_batch(model, few, monkeypatch):
     x = images(5)
 
@@ -128,6 +129,7 @@ def test_a_compiler_gets_the_whole_batch(model, few, monkeypatch):
     assert convolutions() == whole(monkeypatch, convolutions) > 5
 
 
+@pytest.mark.slow
 def test_the_start_of_a_large_batch_needs_no_more_than_that_of_a_small_one(model, monkeypatch):
     largest = 16 * 32 * 32 * 4  # bytes of one sample
     monkeypatch.setattr(prologue, "LARGEST_BYTES", 4 * largest)
@@ -162,6 +164,7 @@ def test_what_is_predicted_is_what_is_measured(few, count):
     assert predicted.saved_activation_bytes == pytest.approx(kept, rel=0.02)  # and of the loss
 
 
+@pytest.mark.slow
 def test_every_batch_size_follows_from_a_few(few):
     predictor = StepPredictor(domain_of(Net().eval()))
     sizes = predictor.by_batch(torch.empty(1, 3, 64, 64))

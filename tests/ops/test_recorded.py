@@ -23,7 +23,7 @@ def network():
         (False, "real"),
         pytest.param(True, "real", marks=pytest.mark.slow),
         pytest.param(False, "fake", marks=pytest.mark.slow),
-        pytest.param(False, "symbolic", marks=pytest.mark.slow),
+        pytest.param(False, "symbolic", marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_recorded_training_step_is_right_for_another_batch(exact, mode):

@@ -15,6 +15,7 @@ from torch import nn
 from lightning_da3 import (
     AdapterConfig,
     ConfigError,
+    DA3Config,
     convert,
 )
 from lightning_da3.nn.adapter import HostInput, HostOutput
@@ -36,6 +37,7 @@ def test_plan_of_a_depthwise_block_is_one_host_between_its_narrow_ends():
     assert step["block_2"].keeps == step["block_5"].keeps == "bits"
 
 
+@pytest.mark.slow
 def test_plan_of_a_strided_depthwise_block_counts_what_runs_before_the_stride():
     plan = convert(models.family("mobilenet_v2"), choose()).plan
     host = next(host for host in plan.hosts if host.name == "features.2.conv.1.0")
@@ -176,5 +178,6 @@ class Probed(nn.Module):
 
 
 def test_one_token_that_stands_for_all_is_no_downsampling():
-    model = convert(Probed(), example_inputs=torch.randn(2, 3, 32, 32), verify=False)
+    config = DA3Config(AdapterConfig(min_depth=0))
+    model = convert(Probed(), config, torch.randn(2, 3, 32, 32), verify=False)
     assert [host.name for host in model.plan.hosts] == ["blocks.0", "blocks.1", "pool"]

@@ -51,7 +51,7 @@ def test_what_stays_python_is_named_and_its_children_are_graphs(name, python):
 def test_the_length_of_a_tensor_is_no_reason_to_stay_python():
     model = convert(zoo.network("VisionTransformer"), CONFIG)
     assert model.plan.python == ()
-    assert [host.prefix_tokens for host in model.plan.hosts] == [1, 1, 1, 1]
+    assert [host.prefix_tokens for host in model.plan.hosts] == [1] * 3
     for count in (1, 3):
         assert model(torch.randn(count, 3, 12, 12)).shape == (count, models.CLASSES)
 

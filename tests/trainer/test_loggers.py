@@ -139,6 +139,7 @@ def test_headline_numbers_are_metrics_without_wandb(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # of wandb itself
+@pytest.mark.slow
 def test_wandb_offline(tmp_path, wandb_logger, model, saved, figure, monkeypatch):
     from lightning.pytorch.loggers import WandbLogger
 

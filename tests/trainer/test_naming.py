@@ -118,6 +118,7 @@ def test_csv_and_tensorboard_have_curves_of_every_domain(tmp_path):
         assert b"dataloader_idx" not in written
 
 
+@pytest.mark.slow
 def test_wandb_has_curves_of_every_domain(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     from lightning.pytorch.loggers import WandbLogger

@@ -135,6 +135,7 @@ def test_a_sequence_keeps_what_is_outside(tmp_path):
         assert torch.equal(scores(again, name), expected[name])
 
 
+@pytest.mark.slow
 def test_a_sequence_leaves_frozen_what_is_outside(tmp_path):
     made = []
 

@@ -67,7 +67,7 @@ OFTEN = [
     "batch sampler",
     *others_by_hand(
         [way for way in WAYS if way != "batch sampler"],
-        *("every third step", "accumulated", "validated in the epoch", "stopped early", "stream"),
+        *("accumulated", "validated in the epoch", "stopped early"),
     ),
 ]
 

@@ -134,6 +134,7 @@ def test_the_bytes_of_a_step_are_those_without_pictures(tmp_path):
     assert figures(False) == figures(logger_of(tmp_path))
 
 
+@pytest.mark.slow
 def test_an_epoch_that_was_no_better_is_not_the_best(tmp_path, monkeypatch):
     class Tracker(CSVLogger):
         """Nothing is uploaded."""

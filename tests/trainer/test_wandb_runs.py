@@ -136,6 +136,7 @@ def test_every_domain_is_an_artifact(offline):
         assert "val/acc" in "".join(about["metrics"])
 
 
+@pytest.mark.slow
 def test_what_was_watched_before_the_conversion_is_watched_after_it(offline):
     run, _ = offline
     names = {name for row in run.history for name in row if name.startswith("gradients/")}

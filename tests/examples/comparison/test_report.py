@@ -176,6 +176,7 @@ def test_without_costs_there_are_no_pictures(tmp_path, rows):
     ]
 
 
+@pytest.mark.slow
 def test_weights_and_biases(tmp_path, rows, monkeypatch):
     wandb = pytest.importorskip("wandb")
     from comparison.report import log_to_wandb, write_report
