@@ -33,9 +33,11 @@ class Lowered(nn.Module):
 
 
 class _Parts(fx.Interpreter):
-    """::
+    """Runs a graph in which codes are in three parts.
 
-    decode_rows(encode_rows(x))   becomes   from_parts(*code_parts(x))
+    ::
+
+        decode_rows(encode_rows(x))   becomes   from_parts(*code_parts(x))
     """
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:

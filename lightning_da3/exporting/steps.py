@@ -13,6 +13,7 @@ from torch.func import functional_call
 from lightning_da3.exporting.program import Port
 from lightning_da3.nn.call import Executed, Noise
 from lightning_da3.nn.gate import budget_loss, executed_fraction
+from lightning_da3.planning.plan import Plan
 from lightning_da3.torch_private.fake import new_fake_mode
 from lightning_da3.torch_private.trees import tree_leaves
 
@@ -21,8 +22,10 @@ Named = Mapping[str, Tensor]
 Run = Callable[..., tuple[Any, list[tuple[str, Executed]]]]
 
 
-class Running(Protocol):
+class Model(Protocol):
     """What is used here of a DA3Model."""
+
+    plan: Plan
 
     def run_domain(self, name: str | None, noise: Noise | None, *args: Any) -> tuple[Any, Any]:
         """One pass for a domain, and how much of every host was executed."""
@@ -71,10 +74,16 @@ class Step:
         domain: The domain's name; None: the backbone alone.
         trained: The domain's tensors that are inputs, by their names in its file.
         inputs: Examples of what the network takes.
+        dynamic_batch: Their first axis may be of any size.
     """
 
     def __init__(
-        self, model: Any, domain: str | None, trained: Named, inputs: Sequence[Tensor]
+        self,
+        model: Any,
+        domain: str | None,
+        trained: Named,
+        inputs: Sequence[Tensor],
+        dynamic_batch: bool = True,
     ) -> None:
         self.run = _Pass(model, domain)
         self.domain, self.trained, self.inputs = domain, trained, list(inputs)
@@ -82,17 +91,19 @@ class Step:
         given = {f"{own}{name}" for name in trained}
         everything = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.frozen = {
-            name: tensor
+            name: tensor.detach().cpu()
             for name, tensor in everything.items()
             if name.startswith(("backbone.", own)) and name not in given
         }
         names = ["input"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
-        self.ports = [Port(n, x, True) for n, x in zip(names, self.inputs, strict=True)]
+        self.ports = [
+            Port(n, x.cpu(), dynamic_batch) for n, x in zip(names, self.inputs, strict=True)
+        ]
 
     @property
     def domain_ports(self) -> list[Port]:
         """The domain's tensors."""
-        return [Port(name, tensor.detach()) for name, tensor in self.trained.items()]
+        return [Port(name, tensor.detach().cpu()) for name, tensor in self.trained.items()]
 
     def forward(self, frozen: Named, trained: Named, given: Named, noise: Noise | None) -> Any:
         """The output, and how much of every host was executed."""
@@ -108,7 +119,7 @@ class Step:
         with mode:
             inputs = [mode.from_tensor(x) for x in self.inputs]
             output, _ = self.run(noise, *inputs)
-        return _tensors(output), noise.cells
+        return tensors_in(output), noise.cells
 
 
 def inference(step: Step) -> Callable[[Named, Named], dict[str, Tensor]]:
@@ -118,14 +129,15 @@ def inference(step: Step) -> Callable[[Named, Named], dict[str, Tensor]]:
         trained = {name: given[name] for name in step.trained}
         with torch.no_grad():
             output, _ = step.forward(frozen, trained, given, None)
-        found = _tensors(output)
+        found = tensors_in(output)
         names = ["output"] if len(found) == 1 else [f"output_{i}" for i in range(len(found))]
         return dict(zip(names, found, strict=True))
 
     return infer
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def tensors_in(output: Any) -> list[Tensor]:
+    """The tensors of an output, in order."""
     return [y for y in tree_leaves(output) if isinstance(y, Tensor)]
 
 
@@ -163,7 +175,7 @@ def training(
 
 def cross_entropy(output: Any, targets: Tensor) -> Tensor:
     """`torch.nn.functional.cross_entropy` of the first tensor of the output."""
-    return F.cross_entropy(_tensors(output)[0], targets)
+    return F.cross_entropy(tensors_in(output)[0], targets)
 
 
 # --- optimizers

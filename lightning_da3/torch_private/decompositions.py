@@ -32,7 +32,7 @@ def _convolution_backward(
     groups: int,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    del bias_sizes
+    del bias_sizes, output_padding
     axes = len(stride)
     grad_x = grad_weight = grad_bias = None
     if wanted[0] and transposed:
@@ -197,6 +197,7 @@ def _avg_pool(
     divisor_override: int | None = None,
 ) -> Any:
     """Without a divisor, which torch's exporter leaves out silently."""
+    del count_include_pad  # the divisor says it all
     if divisor_override is None or ceil_mode:
         return NotImplemented
     pool = {2: F.avg_pool2d, 3: F.avg_pool3d}[len(kernel)]

@@ -38,8 +38,7 @@ def recorded(
     mode: Any = FakeTensorMode(shape_env=_ShapeEnv(), allow_non_fake_inputs=True)
     inputs = [_fake(mode, t, b) for t, b in zip(tensors, batched, strict=True)]
     with mode, _in_python():  # kernels in Python know sizes that are symbols
-        made = _make_fx(function, dict(decompositions))(*inputs)
-    return made  # type: ignore[no-any-return]
+        return _make_fx(function, dict(decompositions))(*inputs)  # type: ignore[no-any-return]
 
 
 def _fake(mode: Any, tensor: Tensor, batched: bool) -> Tensor:
