@@ -62,7 +62,7 @@ class GivenNoise(Noise):
             self.places[host] = (self.cells, count)
             self.cells += count
         if self.values is None:
-            return p.new_zeros((len(p), count, 1))
+            return p.new_zeros((p.shape[0], count, 1))
         return self.values.narrow(1, *self.places[host]).to(p.dtype).unsqueeze(2)
 
 

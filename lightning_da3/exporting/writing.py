@@ -13,7 +13,6 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
 
 from lightning_da3.errors import CheckpointError, ConfigError, ConversionError, DA3Error
 from lightning_da3.exporting.manifest import KEY, SUFFIX
@@ -175,11 +174,15 @@ def _onnx_run(path: Path, names: Sequence[str]) -> Callable[[Tensors], Tensors]:
 def _write_pt2(
     program: Program, path: Path, manifest: dict[str, Any]
 ) -> Callable[[Tensors], Tensors]:
-    exported: ExportedProgram = program.exported()
-    with path.open("wb") as file:  # by its name, torch would want another ending
-        text = json.dumps(manifest, sort_keys=True)
-        torch.export.save(exported, cast(Any, file), extra_files={f"{KEY}{SUFFIX}": text})
-    return lambda inputs: cast(Tensors, exported.module()(*inputs))
+    text = json.dumps(manifest, sort_keys=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tensors that do not lie in the order of their axes
+        with path.open("wb") as file:  # by its name, torch would want another ending
+            name = f"{KEY}{SUFFIX}"
+            torch.export.save(program.exported(), cast(Any, file), extra_files={name: text})
+        with path.open("rb") as file:
+            run = torch.export.load(cast(Any, file)).module()
+    return lambda inputs: cast(Tensors, run(*inputs))
 
 
 WRITERS: dict[str, Write] = {"onnx": _write_onnx, "pt2": _write_pt2}

@@ -159,7 +159,7 @@ def _pack_samples(inside: Tensor) -> Tensor:
 
     Runtimes shift no bytes: a bit is a number to choose.
     """
-    rows = inside.reshape(len(inside), -1) if inside.dim() else inside.view(1, 1)
+    rows = inside.flatten(1) if inside.dim() > 1 else inside.reshape(-1, 1)
     planes = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8)).unflatten(1, (8, -1))
     bits = [_where(planes[:, k], 1 << k) for k in range(8)]
     return functools.reduce(torch.bitwise_or, bits)

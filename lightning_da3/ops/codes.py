@@ -281,7 +281,7 @@ class Rows(NamedTuple):
         x = (x.movedim(1, -1) if self.last else x).contiguous()
         if is_exportable():
             groups = math.prod(self.size[1:]) // self.group
-            return encode_rows(x.reshape(len(x), groups, self.group))
+            return encode_rows(x.reshape(x.shape[0], groups, self.group))
         return _encode_rows(x.float().view(-1, self.group))  # no group is shorter
 
     def decode(self, codes: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def encode_elements(x: Tensor, order: list[int], group: int) -> Tensor:
     """
     rows = x.permute(order)
     if _apart(x.shape, order, group):
-        return encode_rows(rows.reshape(len(x), math.prod(x.shape[1:]) // group, group))
+        return encode_rows(rows.reshape(x.shape[0], math.prod(x.shape[1:]) // group, group))
     elements = rows.reshape(-1)
     rest = -elements.numel() % group
     if rest:
