@@ -4,31 +4,43 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_da3.errors import ConfigError, ConversionError, DA3Error, InputError
 from lightning_da3.exporting.manifest import manifest_of
-from lightning_da3.exporting.program import Port, Program, program_of
-from lightning_da3.exporting.steps import Model, Step, inference, tensors_in
+from lightning_da3.exporting.program import Port, Program, Run, program_of, tensors_in
 from lightning_da3.exporting.writing import check_format, write_program
 from lightning_da3.formatting import shown
+from lightning_da3.planning.plan import Plan
 
 Format = Literal["onnx", "pt2"]
 Place = Literal["inside", "inputs"]
 PLACES = ("inside", "inputs")
 
 
+class Model(Protocol):
+    """What is used here of a DA3Model."""
+
+    plan: Plan
+    backbone: nn.Module
+
+    def run_domain(self, name: str | None, *args: Any) -> Any:
+        """The output for a domain, whichever is active."""
+
+
 def export_inference(
     model: Model,
-    domain: str | None,
+    name: str | None,
+    domain: nn.Module | None,
+    parameters: Mapping[str, Tensor],
+    about: Mapping[str, Any],
     path: str | os.PathLike[str],
     example_inputs: Any,
-    about: Mapping[str, Any],
-    parameters: Mapping[str, Tensor],
     *,
     format: Format,  # noqa: A002 - the public argument's name
     domains: Place,
@@ -37,12 +49,13 @@ def export_inference(
     """See `DA3Model.export`.
 
     Args:
-        model: A `DA3Model`.
-        domain: One of its domains; None: the backbone alone.
+        model: The model.
+        name: One of its domains; None: the backbone alone.
+        domain: What the domain owns.
+        parameters: Those of it that the network reads, by their names in its file.
+        about: What the domain's own file says of it, and of its model.
         path: The file.
         example_inputs: A tensor, or a tuple of the network's arguments.
-        about: What the domain's own file says of it, and of its model.
-        parameters: The domain's, by their names in its file.
         format: See `DA3Model.export`.
         domains: See `DA3Model.export`.
         dynamic_batch: See `DA3Model.export`.
@@ -50,51 +63,45 @@ def export_inference(
     check_format(format)
     if domains not in PLACES:
         raise ConfigError(f"`domains` must be one of {list(PLACES)}, got {shown(domains)}.")
-    check_exportable(model)
-    inputs = checked_inputs(example_inputs, dynamic_batch)
-    step = Step(model, domain, parameters if domains == "inputs" else {}, inputs, dynamic_batch)
-    given = [*step.ports, *step.domain_ports]
-    program = recorded_program(model, step, given)
-    examples = []
-    for batch in batches(inputs, dynamic_batch):
-        with torch.no_grad():
-            output, _ = model.run_domain(domain, None, *batch)
-        tensors = [*batch, *(port.example for port in step.domain_ports)]
-        examples.append(([t.cpu() for t in tensors], [y.cpu() for y in tensors_in(output)]))
-    outputs = [
-        Port(name, y, y.dim() > 0 and len(y) == len(inputs[0]))
-        for name, y in zip(program.outputs, examples[0][1], strict=True)
-    ]
-    said = manifest_of(about, "inference", given, outputs, dynamic_batch)
+    _check_graphs(model.plan)
+    inputs = _checked_inputs(example_inputs, dynamic_batch)
+    names = ["input"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
+    ports = [Port(n, x, dynamic_batch) for n, x in zip(names, inputs, strict=True)]
+    given = [Port(n, p.detach()) for n, p in parameters.items()] if domains == "inputs" else []
+    run = partial(model.run_domain, name)
+    program = _recorded(run, model, domain, ports, given)
+    own = [port.example for port in given]
+    with torch.no_grad():
+        examples = [
+            ([*batch, *own], tensors_in(run(*batch))) for batch in _batches(inputs, dynamic_batch)
+        ]
+    said = manifest_of(about, "inference", program, dynamic_batch)
     return write_program(program, path, format, said, examples)
 
 
-def check_exportable(model: Model) -> None:
-    """Refuse networks with parts that no graph holds.
-
-    Raises:
-        ConversionError: There are some.
-    """
-    if model.plan.python:
-        parts = "; ".join(f"{path or 'the network'!r}: {why}" for path, why in model.plan.python)
+def _check_graphs(plan: Plan) -> None:
+    """Refuse networks with parts that no graph holds."""
+    if plan.python:
+        parts = "; ".join(f"{path or 'the network'!r}: {why}" for path, why in plan.python)
         raise ConversionError(
-            f"{model.plan.network} cannot be exported: parts of it stay Python, which other "
-            f"runtimes do not have ({parts}). Rewrite these parts without what is named, or export "
-            "a network that does not hold them."
+            f"{plan.network} cannot be exported: parts of it stay Python, which other runtimes do "
+            f"not have ({parts}). Rewrite these parts without what is named, or export a network "
+            "that does not hold them."
         )
 
 
-def recorded_program(model: Model, step: Step, given: Sequence[Port]) -> Program:
-    """The program of one domain's inference.
-
-    Raises:
-        ConversionError: It cannot be recorded.
-    """
+def _recorded(
+    run: Run,
+    model: Model,
+    domain: nn.Module | None,
+    inputs: Sequence[Port],
+    given: Sequence[Port],
+) -> Program:
     try:
-        return program_of(inference(step), step.frozen, given)
+        return program_of(run, model.backbone, domain, inputs, given)
     except DA3Error:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever torch.export cannot follow
         raise ConversionError(
             f"{model.plan.network} cannot be exported: {type(error).__name__}: {error}. A shape or "
             "a branch that depends on values, or on the number of samples, has no place in a file: "
@@ -102,23 +109,19 @@ def recorded_program(model: Model, step: Step, given: Sequence[Port]) -> Program
         ) from error
 
 
-def checked_inputs(example_inputs: Any, dynamic_batch: bool) -> list[Tensor]:
-    """The examples as a list, of at least two samples if there may be any number.
-
-    Raises:
-        InputError: They are no tensors with one first axis.
-    """
+def _checked_inputs(example_inputs: Any, dynamic_batch: bool) -> list[Tensor]:
+    """The examples, of at least two samples if there may be any number."""
     given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     tensors = [x.detach() for x in given if isinstance(x, Tensor)]
     if not given or len(tensors) < len(given):
         kinds = ", ".join(type(x).__name__ for x in given)
         raise InputError(
-            f"`example_inputs` must be a tensor or a tuple of tensors, as the network takes them, "
+            "`example_inputs` must be a tensor or a tuple of tensors, as the network takes them, "
             f"got ({kinds})."
         )
-    counts = [len(x) if x.dim() else None for x in tensors]
     if not dynamic_batch:
         return tensors
+    counts = [len(x) if x.dim() else 0 for x in tensors]
     if len(set(counts)) > 1 or not counts[0]:
         raise InputError(
             "With dynamic_batch=True the first axis of every input is that of the samples, at "
@@ -128,8 +131,8 @@ def checked_inputs(example_inputs: Any, dynamic_batch: bool) -> list[Tensor]:
     return [torch.cat((x, x)) for x in tensors] if counts[0] == 1 else tensors
 
 
-def batches(inputs: Sequence[Tensor], dynamic_batch: bool) -> list[list[Tensor]]:
-    """What an exported program is checked with: the examples, and batches of other sizes."""
+def _batches(inputs: Sequence[Tensor], dynamic_batch: bool) -> list[list[Tensor]]:
+    """What a file is checked with: the examples, and batches of other sizes."""
     if not dynamic_batch:
         return [list(inputs)]
-    return [list(inputs), [x[:1] for x in inputs], [torch.cat((x, x[:1])) for x in inputs]]
+    return [[x[:1] for x in inputs], [torch.cat((x, x[:1])) for x in inputs]]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from lightning_da3.exporting.program import Port
+from lightning_da3.exporting.program import Port, Program
 
 VERSION = 1
 KEY = "lightning_da3"  # in the file's own metadata
@@ -17,8 +17,7 @@ SUFFIX = ".json"  # of the copy beside the file
 def manifest_of(
     about: Mapping[str, Any],
     kind: str,
-    inputs: Sequence[Port],
-    outputs: Sequence[Port],
+    program: Program,
     dynamic_batch: bool,
 ) -> dict[str, Any]:
     """What JSON holds of a program.
@@ -26,8 +25,7 @@ def manifest_of(
     Args:
         about: What the domain's own file says of it, and of its model.
         kind: What the program does.
-        inputs: What goes in, in order.
-        outputs: What comes out, in order.
+        program: What it takes and gives.
         dynamic_batch: The first axis of those with samples may be of any size.
     """
     return {
@@ -35,8 +33,8 @@ def manifest_of(
         "format_version": VERSION,
         "kind": kind,
         **about,
-        "inputs": [_described(port, dynamic_batch) for port in inputs],
-        "outputs": [_described(port, dynamic_batch) for port in outputs],
+        "inputs": [_described(port, dynamic_batch) for port in program.inputs],
+        "outputs": [_described(port, dynamic_batch) for port in program.outputs],
         "versions": {"torch": str(torch.__version__)},
     }
 

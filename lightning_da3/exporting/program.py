@@ -1,19 +1,18 @@
-"""A program: a graph of kernels, and what goes in and comes out."""
+"""A program: a graph of PyTorch's operations, and what goes in and comes out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
+from torch.func import functional_call
 
-from lightning_da3.exporting.lowering import Lowered
-from lightning_da3.ops.exportable import exportable
-from lightning_da3.torch_private.decompositions import TABLE
-from lightning_da3.torch_private.programs import recorded
+from lightning_da3.torch_private.trees import tree_leaves
+
+Run = Callable[..., Any]
 
 
 class Port(NamedTuple):
@@ -30,77 +29,93 @@ class Port(NamedTuple):
     batched: bool = False
 
 
-@dataclass(frozen=True)
-class Program:
-    """What is exported.
+class Program(NamedTuple):
+    """What is written to a file.
 
     Attributes:
-        graph: Takes `inputs` and returns a tuple of `outputs`; frozen tensors are its buffers.
+        exported: Takes `inputs` and returns a tuple of `outputs`.
         inputs: What goes in, in order.
-        outputs: Names of what comes out, in order.
+        outputs: What comes out, in order.
     """
 
-    graph: nn.Module
-    inputs: list[Port]
-    outputs: list[str]
-
-    def exported(self) -> ExportedProgram:
-        """As PyTorch's own kind of program, with a batch of any size where a port has one."""
-        batch = Dim("batch", min=1)
-        shapes = tuple({0: batch} if port.batched else None for port in self.inputs)
-        examples = tuple(port.example for port in self.inputs)
-        with torch.no_grad():
-            return export(self.graph, examples, dynamic_shapes=(shapes,))
+    exported: ExportedProgram
+    inputs: Sequence[Port]
+    outputs: Sequence[Port]
 
 
-def program_of(
-    function: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]],
-    frozen: Mapping[str, Tensor],
-    inputs: Sequence[Port],
-) -> Program:
-    """The program that computes a function.
+def tensors_in(output: Any) -> list[Tensor]:
+    """The tensors of an output, in order."""
+    return [y for y in tree_leaves(output) if isinstance(y, Tensor)]
+
+
+class _Inside(nn.Module):
+    """Runs with what it holds.
 
     Args:
-        function: Takes frozen tensors and inputs by name, and gives outputs by name.
-        frozen: Tensors that stay what they are.
-        inputs: What goes in.
+        parts: All modules with tensors that the run reads.
+        run: Takes the network's inputs.
     """
-    names: list[str] = []
 
-    def flat(*tensors: Tensor) -> list[Tensor]:
-        with exportable():
-            found = function(
-                dict(zip(frozen, tensors, strict=False)),
-                dict(zip([p.name for p in inputs], tensors[len(frozen) :], strict=True)),
-            )
-        names[:] = found
-        return list(found.values())
+    def __init__(self, parts: Mapping[str, nn.Module], run: Run) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.run = run
 
-    tensors = [t.detach() for t in frozen.values()] + [port.example for port in inputs]
-    batched = [False] * len(frozen) + [port.batched for port in inputs]
-    gm = recorded(flat, tensors, batched, TABLE)
-    _hold_(gm, frozen)
-    return Program(Lowered(gm), list(inputs), names)
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensors_in(self.run(*tensors)))
 
 
-def _hold_(gm: fx.GraphModule, frozen: Mapping[str, Tensor]) -> None:
-    """Let the graph have the frozen tensors, as its first inputs, as buffers instead."""
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    for node, (name, tensor) in zip(placeholders, frozen.items(), strict=False):
-        if node.users:
-            attribute = _buffer(gm, name, tensor)
-            with gm.graph.inserting_before(node):
-                get = gm.graph.get_attr(attribute)
-            get.meta = dict(node.meta)
-            node.replace_all_uses_with(get)
-        gm.graph.erase_node(node)
-    gm.recompile()
+class _Given(nn.Module):
+    """Runs with tensors of a domain that come last of what it takes."""
+
+    def __init__(
+        self, backbone: nn.Module, domain: nn.Module, names: Sequence[str], run: Run
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.names = [f"domain.{name}" for name in names]
+        # hidden from `torch.export`: the domain's own tensors have no place in the file
+        self.inner = (_Inside({"domain": domain}, run),)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(tensors) - len(self.names)
+        given = dict(zip(self.names, tensors[count:], strict=True))
+        return functional_call(self.inner[0], given, tensors[:count])  # type: ignore[no-any-return]
 
 
-def _buffer(gm: fx.GraphModule, name: str, tensor: Tensor) -> str:
-    """Register a buffer, and return the name it got."""
-    attribute = f"frozen_{name}".replace(".", "_")
-    while hasattr(gm, attribute):
-        attribute += "_"
-    gm.register_buffer(attribute, tensor.detach())
-    return attribute
+@torch.no_grad()
+def program_of(
+    run: Run,
+    backbone: nn.Module,
+    domain: nn.Module | None,
+    inputs: Sequence[Port],
+    given: Sequence[Port],
+) -> Program:
+    """The program of one domain.
+
+    Args:
+        run: Computes the network's output for that domain.
+        backbone: The network.
+        domain: What the domain owns; None: the backbone runs alone.
+        inputs: What the network takes.
+        given: Tensors of the domain that go in, too, by their names in it.
+    """
+    parts = {"backbone": backbone} if domain is None else {"backbone": backbone, "domain": domain}
+    graph: nn.Module = _Inside(parts, run)
+    if domain is not None and given:
+        graph = _Given(backbone, domain, [port.name for port in given], run)
+    batch, ports = Dim("batch", min=1), [*inputs, *given]
+    shapes = tuple({0: batch} if port.batched else None for port in ports)
+    exported = export(graph, tuple(port.example for port in ports), dynamic_shapes=(shapes,))
+    outputs = tensors_in(run(*(port.example for port in inputs)))
+    names = ["output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))]
+    count = len(inputs[0].example) if inputs[0].batched else None
+    return Program(
+        exported,
+        ports,
+        [
+            Port(name, y, count is not None and y.dim() > 0 and len(y) == count)
+            for name, y in zip(names, outputs, strict=True)
+        ],
+    )

@@ -90,7 +90,7 @@ def write_program(
         with replacing(target) as file, replacing(beside) as text:
             run = WRITERS[format](program, file, said)
             for inputs, expected in examples:
-                _check(run(inputs), expected, program.outputs)
+                _check(run(inputs), expected, [port.name for port in program.outputs])
             text.write_text(json.dumps(said, indent=1, sort_keys=True), encoding="utf-8")
     except OSError as error:
         raise CheckpointError(
@@ -102,7 +102,8 @@ def write_program(
 
 def _check(found: Tensors, expected: Tensors, names: Sequence[str]) -> None:
     for name, y, wanted in zip(names, found, expected, strict=True):
-        largest = wanted.detach().double().abs().nan_to_num().max() if wanted.numel() else 0.0
+        largest = wanted.double().abs().nan_to_num().max() if wanted.numel() else 0.0
+        y, wanted = y.cpu(), wanted.detach().cpu()
         same = y.shape == wanted.shape and torch.allclose(
             y.double(), wanted.double(), 0.0, TOLERANCE * float(largest) + 1e-6, equal_nan=True
         )
@@ -122,11 +123,11 @@ def _write_onnx(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's and onnxscript's own calls
         made: Any = torch.onnx.export(
-            program.exported(),
+            program.exported,
             dynamo=True,
             verbose=False,
             input_names=names,
-            output_names=program.outputs,
+            output_names=[port.name for port in program.outputs],
             opset_version=OPSET,
         )
     model: Any = made.model_proto
@@ -165,7 +166,9 @@ def _onnx_run(path: Path, names: Sequence[str]) -> Callable[[Tensors], Tensors]:
     taken = {port.name for port in session.get_inputs()}
 
     def run(inputs: Tensors) -> Tensors:
-        fed = {n: x.numpy() for n, x in zip(names, inputs, strict=True) if n in taken}
+        fed = {
+            n: x.detach().cpu().numpy() for n, x in zip(names, inputs, strict=True) if n in taken
+        }
         return [torch.from_numpy(y) for y in session.run(None, fed)]
 
     return run
@@ -179,7 +182,7 @@ def _write_pt2(
         warnings.simplefilter("ignore")  # of tensors that do not lie in the order of their axes
         with path.open("wb") as file:  # by its name, torch would want another ending
             name = f"{KEY}{SUFFIX}"
-            torch.export.save(program.exported(), cast(Any, file), extra_files={name: text})
+            torch.export.save(program.exported, cast(Any, file), extra_files={name: text})
         with path.open("rb") as file:
             run = torch.export.load(cast(Any, file)).module()
     return lambda inputs: cast(Tensors, run(*inputs))

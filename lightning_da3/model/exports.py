@@ -11,7 +11,6 @@ from lightning_da3.model.batches import check_input, laid_out
 from lightning_da3.model.identity import identity
 from lightning_da3.model.running import Running
 from lightning_da3.model.state import OUTSIDE
-from lightning_da3.nn.call import Noise
 
 
 class Exports(Running):
@@ -59,26 +58,23 @@ class Exports(Running):
         args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
         check_input(args, self.plan)
         self.refresh()
-        named = {} if domain is None else dict(self.domain(domain).named_parameters())
+        own = None if domain is None else self.domain(domain)
+        named = {} if own is None else dict(own.named_parameters())
         parameters = {n: p for n, p in named.items() if not n.startswith(OUTSIDE)}
         return export_inference(
-            *(self, domain, path, example_inputs, about, parameters),
+            *(self, domain, own, parameters, about, path, example_inputs),
             format=format,
             domains=domains,
             dynamic_batch=dynamic_batch,
         )
 
-    def run_domain(self, name: str | None, noise: Noise | None, *args: Any) -> tuple[Any, Any]:
-        """One pass for a domain, whichever is active.
+    def run_domain(self, name: str | None, *args: Any) -> Any:
+        """The output for a domain, whichever is active, without noise or loss.
 
         Args:
             name: One of `domains`; None: the backbone alone.
-            noise: On its gates, or None.
             args: As `forward` takes them.
-
-        Returns:
-            The output, and how much of every host was executed, with the host's name.
         """
         call = self._slots.call(None if name is None else self.domain(name))
-        output, ledger = self._run(call.with_noise(noise), *args)
-        return laid_out(output, (args, {})), ledger
+        output, _ = self._run(call, *args)
+        return laid_out(output, (args, {}))

@@ -25,7 +25,7 @@ SMALL = DA3Config(AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1), 
 
 
 class Smooth(nn.Sequential):
-    """Codes, an excitation, tokens, and pools that no other runtime has."""
+    """Smooth activations, a pool of cells that overlap, tokens."""
 
     def __init__(self):
         super().__init__(
@@ -33,7 +33,7 @@ class Smooth(nn.Sequential):
             nn.Hardswish(),
             nn.Conv2d(8, 8, 3, 1, 1),
             nn.SiLU(),
-            nn.AvgPool2d(2, divisor_override=3),
+            nn.AvgPool2d(2),
             nn.Conv2d(8, 8, 3, 1, 1),
             nn.GELU(),
             nn.AdaptiveAvgPool2d(3),
