@@ -175,3 +175,14 @@ def test_what_stays_python_is_named(tmp_path):
     with refused(ConversionError, "stay Python", "'the network'", "Rewrite"):
         model.export("a", tmp_path / "a.pt2", images(2), format="pt2")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_file_that_would_compute_something_else_is_refused(tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    rest = (nn.AvgPool2d(2, divisor_override=3), nn.Flatten(), nn.Linear(4 * 49, 3))
+    model = learned(nn.Sequential(nn.Conv2d(3, 4, 3), *rest))
+    with refused(ConversionError, "computes another 'output'"):
+        model.export(None, tmp_path / "a.onnx", images(2))
+    assert not list(tmp_path.iterdir())
