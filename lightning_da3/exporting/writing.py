@@ -21,6 +21,7 @@ from lightning_da3.files.writing import replacing
 from lightning_da3.formatting import shown
 
 OPSET = 20
+MOST_ONNX_BYTES = 2**31 - 2**20  # of weights: the graph needs some, too
 TOLERANCE = 1e-3  # of the largest value; codes and float32 leave far less
 _EXTRA = ("onnx", "onnxscript", "onnxruntime")
 
@@ -120,23 +121,40 @@ def _write_onnx(
 ) -> Callable[[Tensors], Tensors]:
     onnx: Any = importlib.import_module("onnx")
     names = [port.name for port in program.inputs]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's and onnxscript's own calls
-        made: Any = torch.onnx.export(
-            program.exported,
-            dynamo=True,
-            verbose=False,
-            input_names=names,
-            output_names=[port.name for port in program.outputs],
-            opset_version=OPSET,
-        )
-    model: Any = made.model_proto
+    model = _as_onnx(program, names)
     _check_standard(model)
     manifest["opset"] = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     manifest["versions"] = {**manifest["versions"], "onnx": onnx.__version__}
     onnx.helper.set_model_props(model, {KEY: json.dumps(manifest, sort_keys=True)})
     onnx.save_model(model, str(path))
     return _onnx_run(path, names)
+
+
+def _as_onnx(program: Program, names: Sequence[str]) -> Any:
+    """The program as a `ModelProto`."""
+    held = sum(t.numel() * t.itemsize for t in program.exported.state_dict.values())
+    if held >= MOST_ONNX_BYTES:
+        raise ConversionError(
+            f"ONNX files hold 2 GiB at most, and the network has {held / 2**30:.1f} GiB. Write "
+            "format='pt2'."
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's and onnxscript's own calls
+        try:
+            made: Any = torch.onnx.export(
+                program.exported,
+                dynamo=True,
+                verbose=False,
+                input_names=names,
+                output_names=[port.name for port in program.outputs],
+                opset_version=OPSET,
+            )
+        except Exception as error:  # of many kinds
+            raise ConversionError(
+                f"torch.onnx cannot translate the network: {error}. Write format='pt2', or replace "
+                "the layers that it names."
+            ) from error
+    return made.model_proto
 
 
 def _check_standard(model: Any) -> None:

@@ -54,7 +54,8 @@ class Exports(Running):
             CheckpointError: The file cannot be written; one that was there stays.
             DA3Error: The extra is missing.
         """
-        about: dict[str, Any] = identity(self) if domain is None else self._about(domain, {})
+        none: dict[str, Any] = {"domain": None, **identity(self)}
+        about = none if domain is None else self._about(domain, {})
         args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
         check_input(args, self.plan)
         self.refresh()
