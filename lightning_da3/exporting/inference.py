@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_da3.errors import ConfigError, ConversionError, DA3Error, InputError
 from lightning_da3.exporting.manifest import manifest_of
 from lightning_da3.exporting.program import Port, Program, Run, program_of, tensors_in
-from lightning_da3.exporting.writing import check_format, write_program
+from lightning_da3.exporting.writing import check_format, check_target, write_program
 from lightning_da3.formatting import shown
 from lightning_da3.planning.plan import Plan
 
@@ -61,6 +61,7 @@ def export_inference(
         dynamic_batch: See `DA3Model.export`.
     """
     check_format(format)
+    check_target(path)
     if domains not in PLACES:
         raise ConfigError(f"`domains` must be one of {list(PLACES)}, got {shown(domains)}.")
     _check_graphs(model.plan)

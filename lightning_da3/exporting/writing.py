@@ -50,6 +50,20 @@ def check_format(format: str) -> None:  # noqa: A002 - the public argument's nam
         _needed_packages()
 
 
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Refuse what can be no file, before there is work to lose.
+
+    Raises:
+        CheckpointError: It is a folder, or lies in none.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir() or not target.parent.is_dir():
+        why = "it is a folder" if target.is_dir() else f"there is no folder {str(target.parent)!r}"
+        raise CheckpointError(
+            f"Cannot write {str(path)!r}: {why}. Choose a path in a folder that exists."
+        )
+
+
 def _needed_packages() -> None:
     absent = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if absent:
@@ -86,8 +100,6 @@ def write_program(
     beside = target.with_name(target.name + SUFFIX)
     said = dict(manifest)
     try:
-        if target.is_dir():
-            raise IsADirectoryError(f"{str(target)!r} is a folder")
         with replacing(target) as file, replacing(beside) as text:
             run = WRITERS[format](program, file, said)
             for inputs, expected in examples:
