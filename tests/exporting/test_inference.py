@@ -114,14 +114,10 @@ def test_onnx(network, exact, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_file_serves_all_domains(tmp_path):
+def test_the_backbone_alone(tmp_path):
     pytest.importorskip("onnxscript")
-    model, x = learned(Residual(), "a", "b"), images(2)
-    path = model.export("a", tmp_path / "any.onnx", x, domains="inputs", dynamic_batch=False)
-    for name in ("a", "b"):
-        own = dict(model.domain(name).state_dict())
-        close(ran(path, input=x, **own), output(model, name, x))
-    alone = model.export(None, tmp_path / "alone.onnx", x)
+    model, x = learned(Residual(), "a"), images(2)
+    alone = model.export(None, tmp_path / "alone.onnx", x, dynamic_batch=False)
     close(ran(alone, input=x), output(model, None, x))
 
 
@@ -135,8 +131,6 @@ def test_bad_input(tmp_path, monkeypatch):
         export("c")
     with refused(ConfigError, "`format` must be one of ['onnx', 'pt2']", "'tflite'"):
         export(format="tflite")
-    with refused(ConfigError, "`domains` must be one of ['inside', 'inputs']"):
-        export(domains="outside")
     with refused(InputError, "a tuple of tensors"):
         export(inputs=(x, 3))
     with refused(InputError, "dynamic_batch=False"):
