@@ -12,7 +12,8 @@ PACKAGE = ROOT / "lightning_da3"
 # a file or folder may import what stands before it, and nothing behind it
 ORDER = (
     "errors formatting torch_private config ops memory nn layers tracing planning passes eager "
-    "files budget model reference verifying converting costs plotting metrics trainer cli __main__"
+    "files budget exporting model reference verifying converting costs plotting metrics trainer "
+    "cli __main__"
 ).split()
 # the only ones that may import these
 DOORS = {

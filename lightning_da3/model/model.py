@@ -15,6 +15,7 @@ from lightning_da3.config import is_finite
 from lightning_da3.errors import ConfigError, InputError
 from lightning_da3.formatting import shown
 from lightning_da3.model.batches import check_input
+from lightning_da3.model.exports import Exports
 from lightning_da3.model.mixed import NEAREST, Domains, by_sample, check_domains, check_outside
 from lightning_da3.model.modes import set_mode_
 from lightning_da3.model.nearest import (
@@ -24,7 +25,6 @@ from lightning_da3.model.nearest import (
     new_statistics,
     read_hosts,
 )
-from lightning_da3.model.running import Running
 from lightning_da3.model.status import Status, StepFigures, percentage
 from lightning_da3.model.views import has_name, view_of
 from lightning_da3.nn.call import Call
@@ -32,7 +32,7 @@ from lightning_da3.nn.head import class_axis, classes_of
 from lightning_da3.torch_private.trees import tree_map_only
 
 
-class DA3Model(Running):
+class DA3Model(Exports):
     """A network whose backbone is frozen and held in eval, with domains to switch between.
 
     Made by `lightning_da3.convert`. Calls like the network it was made from. With no domain active

@@ -1,0 +1,1 @@
+"""Inference and training steps as files for runtimes without Python."""

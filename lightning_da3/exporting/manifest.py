@@ -1,0 +1,46 @@
+"""What an exported file says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lightning_da3.exporting.program import Port, Program
+
+VERSION = 1
+KEY = "lightning_da3"  # in the file's own metadata
+SUFFIX = ".json"  # of the copy beside the file
+
+
+def manifest_of(
+    about: Mapping[str, Any],
+    kind: str,
+    program: Program,
+    dynamic_batch: bool,
+) -> dict[str, Any]:
+    """What JSON holds of a program.
+
+    Args:
+        about: What the domain's own file says of it, and of its model.
+        kind: What the program does.
+        program: What it takes and gives.
+        dynamic_batch: The first axis of those with samples may be of any size.
+    """
+    return {
+        "format": KEY,
+        "format_version": VERSION,
+        "kind": kind,
+        **about,
+        "inputs": [_described(port, dynamic_batch) for port in program.inputs],
+        "outputs": [_described(port, dynamic_batch) for port in program.outputs],
+        "versions": {"torch": str(torch.__version__)},
+    }
+
+
+def _described(port: Port, dynamic_batch: bool) -> dict[str, Any]:
+    shape: list[int | str] = list(port.example.shape)
+    if port.batched and dynamic_batch:
+        shape[0] = "batch"
+    return {"name": port.name, "shape": shape, "dtype": str(port.example.dtype).split(".")[-1]}

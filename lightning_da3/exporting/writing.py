@@ -1,0 +1,222 @@
+"""Programs as files, each checked before it takes its place."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from lightning_da3.errors import CheckpointError, ConfigError, ConversionError, DA3Error
+from lightning_da3.exporting.manifest import KEY, SUFFIX
+from lightning_da3.exporting.program import Program
+from lightning_da3.files.writing import replacing
+from lightning_da3.formatting import shown
+
+OPSET = 20
+MOST_ONNX_BYTES = 2**31 - 2**20  # of weights: the graph needs some, too
+TOLERANCE = 1e-3  # of the largest value; codes and float32 leave far less
+_EXTRA = ("onnx", "onnxscript", "onnxruntime")
+
+Tensors = Sequence[Tensor]
+
+
+class Write(Protocol):
+    """Writes a program and its manifest, and gives back what runs the file."""
+
+    def __call__(
+        self, program: Program, path: Path, manifest: dict[str, Any]
+    ) -> Callable[[Tensors], Tensors]:
+        """See the class."""
+
+
+def check_format(format: str) -> None:  # noqa: A002 - the public argument's name
+    """Refuse what is no format, and one whose packages are missing.
+
+    Raises:
+        ConfigError: There is no such format.
+        DA3Error: A package is missing.
+    """
+    if not isinstance(format, str) or format not in WRITERS:
+        raise ConfigError(f"`format` must be one of {list(WRITERS)}, got {shown(format)}.")
+    if format == "onnx":
+        _needed_packages()
+
+
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Refuse what can be no file, before there is work to lose.
+
+    Raises:
+        CheckpointError: It is a folder, or lies in none.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir() or not target.parent.is_dir():
+        why = "it is a folder" if target.is_dir() else f"there is no folder {str(target.parent)!r}"
+        raise CheckpointError(
+            f"Cannot write {str(path)!r}: {why}. Choose a path in a folder that exists."
+        )
+
+
+def _needed_packages() -> None:
+    absent = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+    if absent:
+        raise DA3Error(
+            f"format='onnx' needs the packages {absent}. Install the extra: "
+            "`pip install 'lightning-da3[export]'`; or write format='pt2', which needs torch alone."
+        )
+
+
+def write_program(
+    program: Program,
+    path: str | os.PathLike[str],
+    format: str,  # noqa: A002 - the public argument's name
+    manifest: Mapping[str, Any],
+    examples: Sequence[tuple[Tensors, Tensors]],
+) -> Path:
+    """Write a program and its manifest beside it, both or neither.
+
+    Args:
+        program: What to write.
+        path: The file; its folder must exist.
+        format: One of `WRITERS`.
+        manifest: What the file says of itself; JSON.
+        examples: Inputs, and what must come out for them.
+
+    Returns:
+        The file.
+
+    Raises:
+        CheckpointError: The files cannot be written.
+        ConversionError: The file computes something else, or cannot be run.
+    """
+    target = Path(os.path.realpath(path))  # of a link, what it points to is replaced
+    beside = target.with_name(target.name + SUFFIX)
+    said = dict(manifest)
+    try:
+        with replacing(target) as file, replacing(beside) as text:
+            run = WRITERS[format](program, file, said)
+            for inputs, expected in examples:
+                _check(run(inputs), expected, [port.name for port in program.outputs])
+            text.write_text(json.dumps(said, indent=1, sort_keys=True), encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot write {str(path)!r}: {error}. Choose a path in a folder that exists and can "
+            "be written to."
+        ) from error
+    return Path(path)
+
+
+def _check(found: Tensors, expected: Tensors, names: Sequence[str]) -> None:
+    for name, y, wanted in zip(names, found, expected, strict=True):
+        largest = wanted.double().abs().nan_to_num().max() if wanted.numel() else 0.0
+        y, wanted = y.cpu(), wanted.detach().cpu()
+        same = y.shape == wanted.shape and torch.allclose(
+            y.double(), wanted.double(), 0.0, TOLERANCE * float(largest) + 1e-6, equal_nan=True
+        )
+        if not same:
+            raise ConversionError(
+                f"The exported program computes another {name!r} than the model does, and was not "
+                "written. Please report the network; until that is mended, leave out the layers "
+                "that are not standard."
+            )
+
+
+def _write_onnx(
+    program: Program, path: Path, manifest: dict[str, Any]
+) -> Callable[[Tensors], Tensors]:
+    onnx: Any = importlib.import_module("onnx")
+    names = [port.name for port in program.inputs]
+    model = _as_onnx(program, names)
+    _check_standard(model)
+    manifest["opset"] = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    manifest["versions"] = {**manifest["versions"], "onnx": onnx.__version__}
+    onnx.helper.set_model_props(model, {KEY: json.dumps(manifest, sort_keys=True)})
+    onnx.save_model(model, str(path))
+    return _onnx_run(path, names)
+
+
+def _as_onnx(program: Program, names: Sequence[str]) -> Any:
+    """The program as a `ModelProto`."""
+    held = sum(t.numel() * t.itemsize for t in program.exported.state_dict.values())
+    if held >= MOST_ONNX_BYTES:
+        raise ConversionError(
+            f"ONNX files hold 2 GiB at most, and the network has {held / 2**30:.1f} GiB. Write "
+            "format='pt2'."
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's and onnxscript's own calls
+        try:
+            made: Any = torch.onnx.export(
+                program.exported,
+                dynamo=True,
+                verbose=False,
+                input_names=names,
+                output_names=[port.name for port in program.outputs],
+                opset_version=OPSET,
+            )
+        except Exception as error:  # of many kinds
+            raise ConversionError(
+                f"torch.onnx cannot translate the network: {error}. Write format='pt2', or replace "
+                "the layers that it names."
+            ) from error
+    return made.model_proto
+
+
+def _check_standard(model: Any) -> None:
+    """Every runtime has the operations of ONNX itself, and no others."""
+    others = sorted({f"{n.domain}::{n.op_type}" for n in model.graph.node if n.domain})
+    others += [f"{f.domain}::{f.name}" for f in model.functions]
+    if others:
+        raise ConversionError(
+            f"ONNX has no operations {others}: the network cannot be exported to it. Write "
+            "format='pt2', or replace the layers that use them."
+        )
+
+
+def _onnx_run(path: Path, names: Sequence[str]) -> Callable[[Tensors], Tensors]:
+    runtime: Any = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = runtime.InferenceSession(
+            path.read_bytes(), options, providers=["CPUExecutionProvider"]
+        )
+    except RuntimeError as error:
+        raise ConversionError(
+            f"onnxruntime cannot run the exported network: {error}. Convert it in float32, or "
+            "write format='pt2'."
+        ) from error
+    taken = {port.name for port in session.get_inputs()}
+
+    def run(inputs: Tensors) -> Tensors:
+        fed = {
+            n: x.detach().cpu().numpy() for n, x in zip(names, inputs, strict=True) if n in taken
+        }
+        return [torch.from_numpy(y) for y in session.run(None, fed)]
+
+    return run
+
+
+def _write_pt2(
+    program: Program, path: Path, manifest: dict[str, Any]
+) -> Callable[[Tensors], Tensors]:
+    text = json.dumps(manifest, sort_keys=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tensors that do not lie in the order of their axes
+        with path.open("wb") as file:  # by its name, torch would want another ending
+            name = f"{KEY}{SUFFIX}"
+            torch.export.save(program.exported, cast(Any, file), extra_files={name: text})
+        with path.open("rb") as file:
+            run = torch.export.load(cast(Any, file)).module()
+    return lambda inputs: cast(Tensors, run(*inputs))
+
+
+WRITERS: dict[str, Write] = {"onnx": _write_onnx, "pt2": _write_pt2}
+"""How every format is written."""
