@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
-
-import torch
 
 from lightning_da3.exporting.program import Port, Program
 
@@ -35,7 +34,7 @@ def manifest_of(
         **about,
         "inputs": [_described(port, dynamic_batch) for port in program.inputs],
         "outputs": [_described(port, dynamic_batch) for port in program.outputs],
-        "versions": {"torch": str(torch.__version__)},
+        "versions": {"torch": version("torch")},
     }
 
 
