@@ -231,9 +231,12 @@ def disk(scale: Scale, work: Path) -> bool:
 
 def full_file_system(model: DA3Model, work: Path) -> int | None:
     """The exit code of a save onto a file system too small for it; None if none can be mounted."""
-    small = work / "small"
+    small, file = work / "small", work / "a.safetensors"
     small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(small)]
+    model.save_domain("a", file)
+    pages = 2 * -(-file.stat().st_size // resource.getpagesize()) - 1  # one too few for two files
+    size = pages * resource.getpagesize()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(small)]
     try:
         if subprocess.run(mount, capture_output=True, check=False).returncode:
             return None
@@ -243,7 +246,7 @@ def full_file_system(model: DA3Model, work: Path) -> int | None:
         path = small / "a.safetensors"
         model.save_domain("a", path)
         good = path.read_bytes()
-        code = wait(fork(lambda: model.save_domain("a", path, note="x" * 8192)))
+        code = wait(fork(lambda: model.save_domain("a", path)))
         kept = path.read_bytes() == good and list(small.iterdir()) == [path]
         return code if kept else 1
     finally:
