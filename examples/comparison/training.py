@@ -64,6 +64,8 @@ def learn(
     """A fresh pretrained network with a fresh head learns a domain."""
     L.seed_everything(seed, verbose=False)
     network = method.build(backbone.with_head(len(domain.classes)))
+    if isinstance(network, DA3Model):
+        network.start_head(DOMAIN, DataLoader(domain.train, TEST_BATCH))
     return learn_on(method, network, domain, rate, schedule)
 
 

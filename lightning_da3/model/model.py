@@ -25,6 +25,7 @@ from lightning_da3.model.nearest import (
     new_statistics,
     read_hosts,
 )
+from lightning_da3.model.starting import StartsHeads
 from lightning_da3.model.status import Status, StepFigures, percentage
 from lightning_da3.model.views import has_name, view_of
 from lightning_da3.nn.call import Call
@@ -32,7 +33,7 @@ from lightning_da3.nn.head import class_axis, classes_of
 from lightning_da3.torch_private.trees import tree_map_only
 
 
-class DA3Model(Exports):
+class DA3Model(Exports, StartsHeads):
     """A network whose backbone is frozen and held in eval, with domains to switch between.
 
     Made by `lightning_da3.convert`. Calls like the network it was made from. With no domain active

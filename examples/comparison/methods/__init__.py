@@ -87,7 +87,12 @@ METHODS: dict[str, Method] = {
     ),
     "TinyTL": Method(tinytl, MIDDLE, adam),
     "LoRA": Method(lora, MIDDLE, merge=merged, package="peft"),
-    DA3: Method(da3.default, MIDDLE, callbacks=partial(da3.callbacks, da3.DEFAULT)),
-    UNGATED: Method(da3.without_gates, MIDDLE, callbacks=partial(da3.callbacks, da3.WITHOUT_GATES)),
-    EXACT: Method(da3.exact, MIDDLE, callbacks=partial(da3.callbacks, da3.EXACT)),
+    **{
+        name: Method(build, MIDDLE, da3.optimizer, partial(da3.callbacks, config))
+        for name, build, config in (
+            (DA3, da3.default, da3.DEFAULT),
+            (UNGATED, da3.without_gates, da3.WITHOUT_GATES),
+            (EXACT, da3.exact, da3.EXACT),
+        )
+    },
 }
