@@ -280,7 +280,8 @@ class RegionFinder:
         if any(names & set(self.readers.get(name, ())) for name in names):
             return None  # a host begins inside
         read = {i: None for node in inside for i in node.all_input_nodes if i not in inside}
-        if any(i in self.trained and i not in sources for i in read):
+        sources = [source for source in sources if source in read]  # others lead to these alone
+        if not sources or any(i in self.trained and i not in sources for i in read):
             return None
         if self.exact and any(self.writers.get(i, set()) - inside.keys() for i in sources):
             return None  # it is kept as it is, and overwritten behind the region

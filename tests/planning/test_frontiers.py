@@ -47,6 +47,30 @@ class MixFfn(nn.Module):
         return self.head(x.mean((1, 2)))
 
 
+class DrawnAttention(nn.Module):
+    """Attention that draws: its scores and its values are both computed again from one another."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16)
+        self.qkv, self.project, self.head = nn.Linear(16, 48), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.wide, self.narrow = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def attend(self, x):
+        n, t, d = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(n, t, 3, 2, d // 2)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        scores = q @ k.transpose(-2, -1)
+        scores = scores.softmax(-1) * torch.empty_like(scores).bernoulli_(0.7)
+        return x + self.project((scores @ v).transpose(1, 2).reshape(x.shape))
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        x = self.attend(x)
+        x = x + self.narrow(F.gelu(self.wide(self.norm(x))))
+        return self.head(self.attend(x).mean(1))
+
+
 ADAPTER = AdapterConfig(hidden_channels=4, max_cells=16, min_stride=4, min_depth=0.0)
 
 
@@ -117,3 +141,17 @@ def test_frozen_features_that_a_region_reads_are_kept_as_codes():
     assert kept(model, x).bytes < 2.5 * features
     expected = gradients(learned(Skip, exact=True), x)
     assert_relatively_close(gradients(model, x), expected, 0.02)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_value_that_only_leads_to_others_is_no_source(exact):
+    x = torch.randn(2, 3, 16, 16, requires_grad=True)
+    torch.manual_seed(0)
+    network = DrawnAttention().eval()
+    model = convert(network, DA3Config(memory=MemoryConfig(exact=exact)))
+
+    def gradient(of):
+        torch.manual_seed(1)
+        return torch.autograd.grad(of(x).square().sum(), x)[0]
+
+    assert_relatively_close(gradient(model), gradient(network), 1e-5 if exact else 0.02)
