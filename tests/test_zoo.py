@@ -97,7 +97,7 @@ def test_gradients_are_those_of_plain_pytorch(name, gate):
     assert_relatively_close(outputs, expected, 1e-9)
     for one, other in zip(torch.autograd.grad(score(outputs), trained(coded)), want, strict=False):
         if other.norm() > 1e-3 * largest:  # else the direction is of rounding
-            assert torch.cosine_similarity(one.flatten(), other.flatten(), dim=0) >= 0.999
+            assert torch.cosine_similarity(one.flatten(), other.flatten(), dim=0) >= 0.995
 
 
 def test_a_buffer_that_changes_in_forward_changes():

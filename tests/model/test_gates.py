@@ -226,7 +226,7 @@ def test_the_budget_of_a_plain_loop_is_scaled_as_its_loss(scale, split):
 @pytest.mark.slow
 def test_gates_reach_their_target_though_the_samples_were_learned_long_before():
     _, share, loss = loop(scaler(2.0**16))
-    assert loss < 0.3
+    assert loss < 0.35
     assert share == pytest.approx(0.5, abs=0.1)
 
 

@@ -131,6 +131,7 @@ def test_where_little_is_saved_it_says_what_keeps_it(tmp_path):
 def test_where_much_is_saved_or_little_kept_it_says_nothing(tmp_path):
     plain = nn.Sequential(
         nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
         nn.Conv2d(32, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5),
     )  # fmt: skip
