@@ -105,9 +105,8 @@ def adapt(
     Returns:
         The addend (N, O, *grid) and the gate (N, 1, *grid), zeros and ones, or None.
     """
-    needed = p.requires_grad or any(weight.requires_grad for weight in weights)
-    if not (torch.is_grad_enabled() and needed):
+    kept = keep(p, weights, options) if kept is None else kept
+    if kept is None:
         return respond(p, noise, weights, options, lowered(p, weights.squeeze.dtype))[:2]
-    kept = KeptInput.of(p, options.exact) if kept is None else kept
     result: tuple[Tensor, Tensor | None] = _Adapt.apply(p, noise, kept, options, *weights)
     return result
