@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch._dynamo
 from helpers import zoo
-from helpers.comparing import add, assert_relatively_close, leaves, mix_gates_, score
+from helpers.comparing import (
+    add,
+    assert_gradients_close,
+    assert_relatively_close,
+    leaves,
+    mix_gates_,
+    score,
+)
 from helpers.lit import CONFIG as LIT_CONFIG
 from helpers.lit import data, lit, trainer
 from torch import nn
@@ -256,9 +263,7 @@ def test_autocast(name):
         score([leaf.float() for leaf in outputs]),
         [p for p in model.parameters() if p.requires_grad],
     )
-    largest = max(g.norm() for g in want)
-    for one, other in zip(got, want, strict=True):
-        assert (one - other).norm() <= 0.2 * max(other.norm(), 0.1 * largest)
+    assert_gradients_close(got, want, 0.2)
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler about itself

@@ -70,11 +70,11 @@ NAMES = [
 ]
 # whose attention stays Python, in whole blocks or in windows; 5 for all others
 RATIO = {"tiny_vit_5m_224": 2, "twins_svt_small": 4.5}
-COSINE = 0.99  # of the gradient of every tensor
-TOGETHER = 0.9998  # of all gradients as one
+COSINE = 0.998  # of the gradient of every tensor
+TOGETHER = 0.9999  # of all gradients as one
 SENSITIVE = {  # both of these
-    "coat_lite_tiny": (0.98, TOGETHER),
-    "efficientvit_b0": (0.98, 0.999),  # divides by sums of what it codes
+    "coat_lite_tiny": (0.995, TOGETHER),
+    "efficientvit_b0": (0.995, 0.9995),  # divides by sums of what it codes
 }
 EXACT = 1e-7  # PyTorch's own derivative of Hardsigmoid has its 1/6 in float32
 SINGLE = {"efficientvit_b0": 1e-5}  # attention in float32, whatever comes

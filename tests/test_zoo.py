@@ -5,6 +5,7 @@ import torch
 from helpers import zoo
 from helpers.comparing import (
     add,
+    assert_gradients_close,
     assert_relatively_close,
     leaves,
     mix_gates_,
@@ -97,7 +98,7 @@ def test_gradients_are_those_of_plain_pytorch(name, gate):
     assert_relatively_close(outputs, expected, 1e-9)
     for one, other in zip(torch.autograd.grad(score(outputs), trained(coded)), want, strict=False):
         if other.norm() > 1e-3 * largest:  # else the direction is of rounding
-            assert torch.cosine_similarity(one.flatten(), other.flatten(), dim=0) >= 0.995
+            assert torch.cosine_similarity(one.flatten(), other.flatten(), dim=0) >= 0.9975
 
 
 def test_a_buffer_that_changes_in_forward_changes():
@@ -141,9 +142,7 @@ def test_channels_last(name):
     assert_relatively_close(model(last), model(x), 1e-4)
     got = torch.autograd.grad(score(model(last)), trained(model))
     want = torch.autograd.grad(score(model(x)), trained(model))
-    largest = max(other.norm() for other in want)
-    for one, other in zip(got, want, strict=True):
-        assert (one - other).norm() <= 0.02 * max(other.norm(), 0.05 * largest)
+    assert_gradients_close(got, want, 0.02)
 
 
 def test_gates_of_a_network_that_returns_a_dataclass_learn():

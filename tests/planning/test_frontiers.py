@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.comparing import add, assert_relatively_close, score
+from helpers.comparing import add, assert_gradients_close, assert_relatively_close, score
 from torch import nn
 
 from lightning_da3 import AdapterConfig, DA3Config, MemoryConfig, convert
@@ -99,9 +99,7 @@ def test_gradients_are_as_near_as_codes_of_the_sources_allow(kind):
     x = torch.randn(2, 3, 32, 32)
     expected = gradients(learned(kind, exact=True).double(), x.double())
     found = gradients(learned(kind), x)
-    largest = max(g.norm() for g in expected)
-    for one, other in zip(found, expected, strict=True):
-        assert (one - other).norm() <= 0.03 * max(other.norm(), 0.05 * largest)
+    assert_gradients_close(found, expected, 0.03)
 
 
 def test_the_classifier_of_positions_keeps_nothing_of_its_own():
