@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -51,14 +52,22 @@ class PlainPyTorch:
         folded: Fold batch norms into the convolutions before them, with the weights of `model`,
             and give every convolution the value that it has in `model`. Rounding then decides no
             ReLU, gate or matched box differently.
+        example_inputs: The arguments that `model` was converted with, if any.
     """
 
-    def __init__(self, backbone: nn.Module, model: DA3Model, *, folded: bool = False) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        model: DA3Model,
+        *,
+        folded: bool = False,
+        example_inputs: Sequence[Any] | None = None,
+    ) -> None:
         self.model, self.domain = model, model.domain(str(model.active_domain))
         self.executed: list[Executed] = []
-        traced, python = trace(backbone), dict(model.plan.python)
+        traced, python = trace(backbone, example_inputs), dict(model.plan.python)
         if dict(traced.python) != python:  # the comparison of a conversion left more in Python
-            traced = trace(backbone, python=python)
+            traced = trace(backbone, example_inputs, python)
         self.root = traced.root
         if model.plan.head is not None and self.domain.head is not None:
             self.root.set_submodule(model.plan.head, self.domain.head)

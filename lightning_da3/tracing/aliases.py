@@ -6,6 +6,7 @@ whose layers are replaced by others that do not write, x would be what it was.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import fx, nn
@@ -44,13 +45,13 @@ class Aliases:
         twin._of_storage = dict(self._of_storage)
         return twin
 
-    def add(self, node: fx.Node, root: nn.Module, changed: bool) -> str:
+    def add(self, node: fx.Node, root: nn.Module, changed: Iterable[fx.Node] = ()) -> str:
         """Take a new node.
 
         Args:
             node: The node.
             root: The module that is traced.
-            changed: On the probes, the call wrote into its arguments.
+            changed: The arguments that the call wrote into, on the probes.
 
         Returns:
             What a graph cannot hold; "" if it is fine.
@@ -64,11 +65,10 @@ class Aliases:
         target = written(node, root)
         if target is not None:
             return self._write(node, target)
-        if changed:
-            for i in node.all_input_nodes:
-                problem = self._touch(node, i)
-                if problem:
-                    return problem
+        for i in changed:
+            problem = self._touch(node, i)
+            if problem:
+                return problem
         return ""
 
     def _join(self, node: fx.Node, root: nn.Module) -> None:
@@ -99,7 +99,7 @@ class Aliases:
         return ""
 
     def _touch(self, node: fx.Node, argument: fx.Node) -> str:
-        """A call wrote into what shares memory with one of its arguments, maybe this one."""
+        """A call wrote into what shares memory with one of its arguments."""
         for member in self._group:
             if self._group[member] == self._group[argument] and member is not node:
                 if member.op == "get_attr":

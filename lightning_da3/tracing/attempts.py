@@ -15,7 +15,7 @@ from lightning_da3.torch_private.fake import FakeTensorMode, new_fake_mode
 from lightning_da3.tracing.calls import ModuleCall, calls_of, takes
 from lightning_da3.tracing.guards import must_be_default
 from lightning_da3.tracing.guessing import first_guesses
-from lightning_da3.tracing.probes import ProbeFailed, Probes, probe_inputs
+from lightning_da3.tracing.probes import ProbeFailed, Probes, SizeDecides, probe_inputs
 from lightning_da3.tracing.refusals import NewLeaf
 from lightning_da3.tracing.signatures import options_of, takes_one
 from lightning_da3.tracing.tracer import Tracer
@@ -113,13 +113,15 @@ def _attempt(
         for pair in probe_inputs(inputs):
             probes = Probes(pair, mode)
             found = _try(module, defaults, probes, session, path)
+            if isinstance(found, SizeDecides):
+                continue
             refused = isinstance(found, Exception) and not takes(module, probes.inputs[1], mode)
             if not (refused or isinstance(found, ProbeFailed)):
                 return found
             if isinstance(found, ProbeFailed) and found.number == 0:
                 break  # and not only the larger one
     found = _try(module, defaults, None, session, path)
-    assert not isinstance(found, ProbeFailed)
+    assert not isinstance(found, BaseException) or isinstance(found, Exception)
     return found
 
 
@@ -129,10 +131,10 @@ def _try(
     probes: Probes | None,
     session: Session,
     path: str,
-) -> Graph | Exception | ProbeFailed:
+) -> Graph | Exception | ProbeFailed | SizeDecides:
     try:
         return _traced(module, defaults, probes, session, path)
-    except (Exception, ProbeFailed) as error:  # noqa: BLE001  # the user's own forward: anything can come
+    except (Exception, ProbeFailed, SizeDecides) as error:  # noqa: BLE001  # the user's own forward: anything can come
         return error
 
 
@@ -176,8 +178,8 @@ def _traced(
     prefix = f"{path}." if path else ""
     while True:
         known = {p[len(prefix) :]: why for p, why in session.python.items() if p.startswith(prefix)}
-        probes, sized = probes and probes.afresh(), session.inputs is not None
-        tracer = Tracer(defaults, probes, session.leaves, known, whole=not path, sized=sized)
+        probes = probes and probes.afresh()
+        tracer = Tracer(defaults, probes, session.leaves, known, whole=not path)
         try:
             graph = tracer.trace(module)
         except BaseException as error:

@@ -53,21 +53,20 @@ def must_be(value: Any, decided: Any, place: str) -> None:
         )
 
 
-def may_check(node: fx.Node, varies: str, module: nn.Module | None, sized: bool) -> bool:
+def may_check(node: fx.Node, varies: str, module: nn.Module | None, alike: bool) -> bool:
     """Whether a decision is one that is checked in every call, rather than made in Python.
 
-    That is what is decided alike on inputs of other sizes, where much would stay Python; where the
-    sizes are guessed, other ones may well come, and that is the whole network alone.
+    That is one on sizes, where much would stay Python, and one on what does not change on the way.
 
     Args:
         node: What is decided on.
         varies: What that depends on, as `lightning_da3.tracing.probes` says.
         module: The one whose forward decides; None: the whole network.
-        sized: The user gave the inputs.
+        alike: The probes are of one size: whatever depends on sizes is checked.
     """
     if varies != "size":
-        return _asks_inputs(node)
-    return module is None or (sized and _holds_layers(module))
+        return _asks_inputs(node) or _asks_device(node)
+    return alike or module is None or _holds_layers(module)
 
 
 def _asks_inputs(node: fx.Node) -> bool:
@@ -81,6 +80,21 @@ def _asks_inputs(node: fx.Node) -> bool:
         if not (tensor or each.target in (getattr, operator.eq, operator.ne)):
             return False
         waiting += each.all_input_nodes
+    return True
+
+
+_DEVICES = ("device", "is_cuda", "is_cpu", "is_mps")
+
+
+def _asks_device(node: fx.Node) -> bool:
+    """Whether a value says something of the device of a tensor, which is the network's."""
+    asked = [node]
+    for each in asked:
+        if each.target is getattr and each.args[1] in _DEVICES:
+            continue
+        if each.target not in (getattr, operator.eq, operator.ne) or not each.all_input_nodes:
+            return False
+        asked += each.all_input_nodes
     return True
 
 

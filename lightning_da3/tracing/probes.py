@@ -50,16 +50,25 @@ class ProbeFailed(BaseException):  # no error of a user's forward
         self.number = number
 
 
+class SizeDecides(BaseException):  # no error of a user's forward
+    """A forward does something else on the larger probe, which could be checked in every call."""
+
+
 class Probes:
     """Runs nodes on inputs without values.
 
     Args:
         inputs: By probe, the arguments of the network, without values.
         mode: The mode of fake tensors.
+
+    Attributes:
+        alike: Whether they differ in how many samples there are alone: then nobody knows which
+            numbers are others for larger ones.
     """
 
     def __init__(self, inputs: Sequence[Sequence[Any]], mode: AbstractContextManager[Any]) -> None:
         self.mode = mode
+        self.alike = _sizes_of_one(inputs[0]) == _sizes_of_one(inputs[-1])
         with mode:
             self.inputs = [[_without_values(x) for x in probe] for probe in inputs]
         self.at_work = False
@@ -86,7 +95,7 @@ class Probes:
         except UNKNOWN:
             return
         node.meta[PROBED] = tuple(results)
-        node.meta[VARIES] = _varies(node, results)
+        node.meta[VARIES] = _varies(node, results, self.alike)
 
     def _take(self, node: fx.Node) -> None:
         if str(node.target).startswith("*"):
@@ -173,22 +182,23 @@ def _gives_queries(layer: nn.MultiheadAttention, args: Sequence[Any], kwargs: An
     )
 
 
-def _varies(node: fx.Node, results: Sequence[Any]) -> str:
+def _varies(node: fx.Node, results: Sequence[Any], alike: bool) -> str:
     """What a value that is no tensor depends on."""
     if _hold_tensors(results):
         return ""
+    same = "" if _same(results) and not alike else SIZE
     name = node.args[1] if node.target is getattr else node.target
     source = node.args[0] if node.args else None
     if isinstance(source, fx.Node) and isinstance(source.meta[PROBED][0], Tensor):
         if name in _STATES:
             return STATE
         if facts_of_call(node).gives_number or node.target is getattr:
-            return "" if _same(results) else SIZE
+            return same
     sized = isinstance(source, fx.Node) and isinstance(source.meta[PROBED][0], torch.Size)
     if sized and getattr(node.target, "__name__", "") in ("getitem", "len"):
-        return "" if _same(results) else SIZE
+        return same
     kinds: list[str] = [i.meta.get(VARIES, "") for i in node.all_input_nodes]
-    return max([*kinds, "" if _same(results) else SIZE], key=len)
+    return max([*kinds, same], key=len)
 
 
 def _hold_tensors(values: Sequence[Any]) -> bool:
@@ -263,6 +273,10 @@ def probe_inputs(inputs: Sequence[Any]) -> Iterator[list[list[Any]]]:
             tried.append(second)
             yield [first, second]
     yield [first, first]
+
+
+def _sizes_of_one(inputs: Sequence[Any]) -> list[Any]:
+    return [x.shape[1:] for x in inputs if isinstance(x, Tensor)]
 
 
 def _sizes(inputs: Sequence[Any]) -> list[Any]:

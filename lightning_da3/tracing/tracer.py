@@ -25,7 +25,7 @@ from lightning_da3.tracing.functions import PythonFunctions
 from lightning_da3.tracing.guards import may_check, must_be, must_be_default
 from lightning_da3.tracing.interception import FACTORIES, intercepted
 from lightning_da3.tracing.one_thread import OneThread
-from lightning_da3.tracing.probes import PROBED, VARIES, Probes, versions
+from lightning_da3.tracing.probes import PROBED, VARIES, Probes, SizeDecides, versions
 from lightning_da3.tracing.refusals import CannotTrace, NewLeaf, first_line
 from lightning_da3.tracing.signatures import call_of
 from lightning_da3.tracing.values import Value, built_from, holds, structured
@@ -43,7 +43,6 @@ class Tracer(OneThread):
         leaves: Why a function is one node, by its code.
         python: Why a module stays Python, by its path.
         whole: The module is the whole network: what is written into its inputs, nobody else reads.
-        sized: The probes are of the user's sizes, and not guessed.
 
     Attributes:
         opaque: Modules that are one node and no layers, by their paths.
@@ -58,10 +57,9 @@ class Tracer(OneThread):
         python: dict[str, str] | None = None,
         *,
         whole: bool = True,
-        sized: bool = False,
     ) -> None:
         super().__init__()
-        self.defaults, self.probes, self.whole, self.sized = defaults or {}, probes, whole, sized
+        self.defaults, self.probes, self.whole = defaults or {}, probes, whole
         self.leaves = {} if leaves is None else leaves
         self.python = {} if python is None else python
         self.opaque: dict[str, nn.Module] = {}
@@ -106,7 +104,7 @@ class Tracer(OneThread):
         if node.op == "get_attr":  # created for arguments, too
             if self.probes is not None:
                 self.probes.run(node, self.root)
-            self.aliases.add(node, self.root, changed=False)
+            self.aliases.add(node, self.root)
         return node
 
     def create_proxy(
@@ -136,12 +134,13 @@ class Tracer(OneThread):
 
     def _examine(self, node: fx.Node) -> None:
         """See what a new node gives, and whether it reads what was written to."""
-        before = self._versions(node)
+        before = {i: self._versions(i) for i in node.all_input_nodes}
         if self.probes is not None:
             self.probes.run(node, self.root)
             if node.op == "call_module":  # what its Python leaves behind are no values
                 self._snapshot.restore(self.root.get_submodule(str(node.target)))
-        problem = self.aliases.add(node, self.root, before != self._versions(node))
+        changed = [i for i, was in before.items() if self._versions(i) != was]
+        problem = self.aliases.add(node, self.root, changed)
         if problem:
             self.cannot(problem)
 
@@ -289,14 +288,18 @@ class Tracer(OneThread):
         if PROBED not in node.meta:
             self.cannot("it decides on a value that is not known")
         first, *others = node.meta[PROBED]
-        if isinstance(first, Tensor) or any(other != first for other in others):
-            what = "values of a tensor" if isinstance(first, Tensor) else "size of its input"
-            self.cannot(f"it decides on the {what}")
+        if isinstance(first, Tensor):
+            self.cannot("it decides on the values of a tensor")
         if node.meta[VARIES]:
             leaf = frames.leafable(self._frames(), self.leaves, self._forwards)
             path = next(reversed(self.module_stack), "")
             here = self.root.get_submodule(path) if path or not self.whole else None
-            if leaf or not may_check(node, node.meta[VARIES], here, self.sized):
+            alike = self.probes is not None and self.probes.alike
+            may = leaf is None and may_check(node, node.meta[VARIES], here, alike)
+            differs = any(other != first for other in others)
+            if may and differs and self.whole and not alike:
+                raise SizeDecides
+            if differs or not may:
                 self.cannot(f"it decides on the {node.meta[VARIES]} of its input")
         if not isinstance(first, (int, float, str, type(None))) and not node.meta[VARIES]:
             return first  # a dtype, say, that does not vary
@@ -347,4 +350,4 @@ class Tracer(OneThread):
         return self.probes is not None and self.probes.at_work
 
     def _versions(self, node: fx.Node) -> list[int]:
-        return [v for i in node.all_input_nodes for v in versions(i.meta.get(PROBED, ()))]
+        return versions(node.meta.get(PROBED, ()))
