@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Container, Iterable
 from functools import cached_property
 
 from torch import fx
@@ -46,6 +47,23 @@ class Flow:
     def readers(self, node: fx.Node) -> list[fx.Node]:
         """Activations that read `node`."""
         return [user for user in node.users if user in self.activations]
+
+    def tensors_in(self, values: Iterable[fx.Node], tensors: Container[fx.Node]) -> list[fx.Node]:
+        """The values, or what is taken out of those that are lists, in order.
+
+        Args:
+            values: Nodes.
+            tensors: Nodes whose value is one tensor; empty if nothing is known.
+        """
+        waiting, found = list(values), []
+        for node in waiting:
+            readers = self.readers(node)
+            listed = tensors and node not in tensors and readers
+            if listed and all(user.target is operator.getitem for user in readers):
+                waiting += readers
+            else:
+                found.append(node)
+        return sorted(found, key=self.position.__getitem__)
 
     @cached_property
     def before(self) -> dict[fx.Node, fx.Node | None]:

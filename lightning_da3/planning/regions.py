@@ -82,7 +82,7 @@ class RegionFinder:
         self.gm, self.flow, self.size, self.head, self.exact = gm, flow, size, head, exact
         read = [node for node in flow.nodes if node.op == "placeholder" and node.users]
         island = any(node.op == "placeholder" for node in inputs)
-        self.doors = read if island else []  # what an island reads
+        self.doors = flow.tensors_in(read, shapes) if island else []  # what an island reads
         self.shapes = shapes
         self.tensors = shapes or {node for node in flow.nodes if self._gives_one_tensor(node)}
         self.plan = {node.name: node for node in nodes}

@@ -124,3 +124,44 @@ def test_attention_behind_a_host_is_computed_again_from_its_operands():
         found[exact] = saved.bytes, torch.cat(gradients)
     assert found[False][0] < 0.6 * found[True][0]
     assert (found[False][1] - found[True][1]).norm() < 0.03 * found[True][1].norm()
+
+
+class OnEveryLevel(nn.Module):
+    """A head that takes the maps of a pyramid as a list, as those of detectors do."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU()]
+        self.conv = nn.Sequential(*layers, nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8))
+        self.score = nn.Conv2d(8, 4, 1)
+
+    def forward(self, maps):
+        return torch.cat([self.score(self.conv(x)).flatten(2) for x in maps], 2)
+
+
+class Detector(nn.Module):
+    """Python around graphs."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.calls = nn.Conv2d(3, 8, 3, 2, 1), OnEveryLevel(), 0
+
+    def forward(self, x):
+        self.calls += 1
+        x = self.body(x)
+        return self.head([x, F.max_pool2d(x, 2)])
+
+
+def test_what_reads_a_list_of_maps_is_computed_again_from_the_maps():
+    network, x = Detector().eval(), torch.randn(2, 3, 32, 32)
+    config = DA3Config(adapter=AdapterConfig(hidden_channels=4, min_stride=2), head=None)
+    model = convert(network, config, x)
+    region = next(r for part in model.plan.parts if part.path == "head" for r in part.regions)
+    assert [region.source, *region.also] == ["getitem", "getitem_1"]
+    model = add(model, "a")
+    model.set_domain("a")
+    with SavedActivations(model, inputs=(x,)) as found:
+        kept = model(x)
+    assert kept.requires_grad
+    maps = 2 * (16 * 16 + 8 * 8) * 8
+    assert maps < found.bytes < 4 * maps  # a norm alone would keep eight times as much
