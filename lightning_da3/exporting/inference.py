@@ -11,13 +11,16 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_da3.errors import ConversionError, DA3Error, InputError
+from lightning_da3.errors import ConfigError, ConversionError, DA3Error, InputError
 from lightning_da3.exporting.manifest import manifest_of
 from lightning_da3.exporting.program import Port, Program, Run, program_of, tensors_in
 from lightning_da3.exporting.writing import check_format, check_target, write_program
+from lightning_da3.formatting import shown
 from lightning_da3.planning.plan import Plan
 
 Format = Literal["onnx", "pt2"]
+Place = Literal["inside", "inputs"]
+PLACES = ("inside", "inputs")
 
 
 class Model(Protocol):
@@ -34,11 +37,13 @@ def export_inference(
     model: Model,
     name: str | None,
     domain: nn.Module | None,
+    parameters: Mapping[str, Tensor],
     about: Mapping[str, Any],
     path: str | os.PathLike[str],
     example_inputs: Any,
     *,
     format: Format,  # noqa: A002 - the public argument's name
+    domains: Place,
     dynamic_batch: bool,
 ) -> Path:
     """See `DA3Model.export`.
@@ -47,24 +52,41 @@ def export_inference(
         model: The model.
         name: One of its domains; None: the backbone alone.
         domain: What the domain owns.
+        parameters: Those of it that the network reads, by their names in its file.
         about: What the domain's own file says of it, and of its model.
         path: The file.
         example_inputs: A tensor, or a tuple of the network's arguments.
         format: See `DA3Model.export`.
+        domains: See `DA3Model.export`.
         dynamic_batch: See `DA3Model.export`.
     """
     check_format(format)
     check_target(path)
+    _check_place(domains, name)
     _check_graphs(model.plan)
     inputs = _checked_inputs(example_inputs, dynamic_batch)
     names = ["input"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
     ports = [Port(n, x, dynamic_batch) for n, x in zip(names, inputs, strict=True)]
+    given = [Port(n, p.detach()) for n, p in parameters.items()] if domains == "inputs" else []
     run = partial(model.run_domain, name)
-    program = _recorded(run, model, domain, ports)
+    program = _recorded(run, model, domain, ports, given)
+    own = [port.example for port in given]
     with torch.no_grad():
-        examples = [(b, tensors_in(run(*b))) for b in _batches(inputs, dynamic_batch)]
+        examples = [
+            ([*batch, *own], tensors_in(run(*batch))) for batch in _batches(inputs, dynamic_batch)
+        ]
     said = manifest_of(about, "inference", program, dynamic_batch)
     return write_program(program, path, format, said, examples)
+
+
+def _check_place(domains: object, name: str | None) -> None:
+    if not isinstance(domains, str) or domains not in PLACES:
+        raise ConfigError(f"`domains` must be one of {list(PLACES)}, got {shown(domains)}.")
+    if domains == "inputs" and name is None:
+        raise ConfigError(
+            "domains='inputs' needs a domain, whose tensors become inputs, got domain=None. Name "
+            "one of `domains`: all with as many classes can then be fed."
+        )
 
 
 def _check_graphs(plan: Plan) -> None:
@@ -83,9 +105,10 @@ def _recorded(
     model: Model,
     domain: nn.Module | None,
     inputs: Sequence[Port],
+    given: Sequence[Port],
 ) -> Program:
     try:
-        return program_of(run, model.backbone, domain, inputs)
+        return program_of(run, model.backbone, domain, inputs, given)
     except DA3Error:
         raise
     except Exception as error:  # whatever torch.export cannot follow

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
+from torch.func import functional_call
 
 from lightning_da3.torch_private.trees import tree_leaves
 
@@ -47,7 +48,7 @@ def tensors_in(output: Any) -> list[Tensor]:
     return [y for y in tree_leaves(output) if isinstance(y, Tensor)]
 
 
-class _Held(nn.Module):
+class _Inside(nn.Module):
     """Runs with what it holds.
 
     Args:
@@ -65,12 +66,31 @@ class _Held(nn.Module):
         return tuple(tensors_in(self.run(*tensors)))
 
 
+class _Given(nn.Module):
+    """Runs with tensors of a domain that come last of what it takes."""
+
+    def __init__(
+        self, backbone: nn.Module, domain: nn.Module, names: Sequence[str], run: Run
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.names = [f"domain.{name}" for name in names]
+        # hidden from `torch.export`: the domain's own tensors have no place in the file
+        self.inner = (_Inside({"domain": domain}, run),)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(tensors) - len(self.names)
+        given = dict(zip(self.names, tensors[count:], strict=True))
+        return functional_call(self.inner[0], given, tensors[:count])  # type: ignore[no-any-return]
+
+
 @torch.no_grad()
 def program_of(
     run: Run,
     backbone: nn.Module,
     domain: nn.Module | None,
     inputs: Sequence[Port],
+    given: Sequence[Port],
 ) -> Program:
     """The program of one domain.
 
@@ -79,18 +99,21 @@ def program_of(
         backbone: The network.
         domain: What the domain owns; None: the backbone runs alone.
         inputs: What the network takes.
+        given: Tensors of the domain that go in, too, by their names in it.
     """
     parts = {"backbone": backbone} if domain is None else {"backbone": backbone, "domain": domain}
-    batch = Dim("batch", min=1)
-    shapes = tuple({0: batch} if port.batched else None for port in inputs)
-    examples = tuple(port.example for port in inputs)
-    exported = export(_Held(parts, run), examples, dynamic_shapes=(shapes,))
-    outputs = tensors_in(run(*examples))
+    graph: nn.Module = _Inside(parts, run)
+    if domain is not None and given:
+        graph = _Given(backbone, domain, [port.name for port in given], run)
+    batch, ports = Dim("batch", min=1), [*inputs, *given]
+    shapes = tuple({0: batch} if port.batched else None for port in ports)
+    exported = export(graph, tuple(port.example for port in ports), dynamic_shapes=(shapes,))
+    outputs = tensors_in(run(*(port.example for port in inputs)))
     names = ["output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))]
     count = len(inputs[0].example) if inputs[0].batched else None
     return Program(
         exported,
-        inputs,
+        ports,
         [
             Port(name, y, count is not None and y.dim() > 0 and len(y) == count)
             for name, y in zip(names, outputs, strict=True)

@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lightning_da3.exporting.inference import Format, export_inference
+from lightning_da3.exporting.inference import Format, Place, export_inference
 from lightning_da3.model.batches import check_input, laid_out
 from lightning_da3.model.identity import identity
 from lightning_da3.model.running import Running
+from lightning_da3.model.state import OUTSIDE
 
 
 class Exports(Running):
@@ -22,6 +23,7 @@ class Exports(Running):
         example_inputs: Any,
         *,
         format: Format = "onnx",  # noqa: A002 - as in `torch.export` and others
+        domains: Place = "inside",
         dynamic_batch: bool = True,
     ) -> Path:
         """Write the inference of a domain as one file, for runtimes that need no Python.
@@ -35,6 +37,9 @@ class Exports(Running):
             path: The file; its folder must exist.
             example_inputs: A tensor, or a tuple of the tensors that the network takes.
             format: "onnx", which needs the extra `export`; or "pt2", of `torch.export`.
+            domains: "inside": the domain's tensors are constants of the file. "inputs": they are
+                inputs, by their names in the domain's own file; so one file serves all domains
+                with as many classes.
             dynamic_batch: The first axis of every input may be of any size.
 
         Returns:
@@ -42,7 +47,7 @@ class Exports(Running):
 
         Raises:
             DomainError: There is no such domain.
-            ConfigError: `format` is none of these.
+            ConfigError: `format` or `domains` is none of these, or `domains` needs a domain.
             InputError: The examples do not fit the network.
             ConversionError: The network has parts that stay Python or that the format lacks, or
                 the file would compute something else.
@@ -55,9 +60,12 @@ class Exports(Running):
         check_input(args, self.plan)
         self.refresh()
         own = None if domain is None else self.domain(domain)
+        named = {} if own is None else dict(own.named_parameters())
+        parameters = {n: p for n, p in named.items() if not n.startswith(OUTSIDE)}
         return export_inference(
-            *(self, domain, own, about, path, example_inputs),
+            *(self, domain, own, parameters, about, path, example_inputs),
             format=format,
+            domains=domains,
             dynamic_batch=dynamic_batch,
         )
 

@@ -114,6 +114,26 @@ def test_onnx(network, exact, tmp_path):
 
 
 @pytest.mark.slow
+def test_one_file_serves_all_domains(tmp_path):
+    pytest.importorskip("onnxscript")
+    model, x = learned(Residual(), "a", "b"), images(2)
+    path = model.export("a", tmp_path / "any.onnx", x, domains="inputs")
+    for name, count in (("a", 1), ("b", 3)):
+        own, x = dict(model.domain(name).state_dict()), images(count, 1)
+        close(ran(path, input=x, **own), output(model, name, x))
+    ports = json.loads((tmp_path / "any.onnx.json").read_text())["inputs"]
+    assert [port["name"] for port in ports] == ["input", *own]
+
+
+@pytest.mark.slow
+def test_a_program_of_torch_takes_any_domain(tmp_path):
+    model, x = learned(Residual(), "a", "b"), images(3, 1)
+    path = model.export("a", tmp_path / "a.pt2", x, format="pt2", domains="inputs")
+    own = model.domain("b").state_dict()
+    close(torch.export.load(path).module()(x, *own.values())[0], output(model, "b", x))
+
+
+@pytest.mark.slow
 def test_the_backbone_alone(tmp_path):
     pytest.importorskip("onnxscript")
     model, x = learned(Residual(), "a"), images(2)
@@ -131,6 +151,10 @@ def test_bad_input(tmp_path, monkeypatch):
         export("c")
     with refused(ConfigError, "`format` must be one of ['onnx', 'pt2']", "'tflite'"):
         export(format="tflite")
+    with refused(ConfigError, "`domains` must be one of ['inside', 'inputs']"):
+        export(domains="outside")
+    with refused(ConfigError, "domains='inputs' needs a domain"):
+        export(None, domains="inputs")
     with refused(InputError, "a tuple of tensors"):
         export(inputs=(x, 3))
     with refused(InputError, "dynamic_batch=False"):
