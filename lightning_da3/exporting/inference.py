@@ -63,9 +63,9 @@ def export_inference(
     check_format(format)
     check_target(path)
     _check_place(domains, name)
-    _check_graphs(model.plan)
-    inputs = _checked_inputs(example_inputs, dynamic_batch)
-    names = ["input"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
+    check_graphs(model.plan)
+    inputs = checked_inputs(example_inputs, dynamic_batch)
+    names = input_names(len(inputs))
     ports = [Port(n, x, dynamic_batch) for n, x in zip(names, inputs, strict=True)]
     given = [Port(n, p.detach()) for n, p in parameters.items()] if domains == "inputs" else []
     run = partial(model.run_domain, name)
@@ -89,7 +89,7 @@ def _check_place(domains: object, name: str | None) -> None:
         )
 
 
-def _check_graphs(plan: Plan) -> None:
+def check_graphs(plan: Plan) -> None:
     """Refuse networks with parts that no graph holds."""
     if plan.python:
         parts = "; ".join(f"{path or 'the network'!r}: {why}" for path, why in plan.python)
@@ -119,7 +119,7 @@ def _recorded(
         ) from error
 
 
-def _checked_inputs(example_inputs: Any, dynamic_batch: bool) -> list[Tensor]:
+def checked_inputs(example_inputs: Any, dynamic_batch: bool) -> list[Tensor]:
     """The examples, of at least two samples if there may be any number."""
     given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     tensors = [x.detach() for x in given if isinstance(x, Tensor)]
@@ -139,6 +139,11 @@ def _checked_inputs(example_inputs: Any, dynamic_batch: bool) -> list[Tensor]:
             "or say dynamic_batch=False."
         )
     return [torch.cat((x, x)) for x in tensors] if counts[0] == 1 else tensors
+
+
+def input_names(count: int) -> list[str]:
+    """What the network's arguments are called in a file."""
+    return ["input"] if count == 1 else [f"input_{i}" for i in range(count)]
 
 
 def _batches(inputs: Sequence[Tensor], dynamic_batch: bool) -> list[list[Tensor]]:

@@ -48,7 +48,7 @@ def tensors_in(output: Any) -> list[Tensor]:
     return [y for y in tree_leaves(output) if isinstance(y, Tensor)]
 
 
-class _Inside(nn.Module):
+class Held(nn.Module):
     """Runs with what it holds.
 
     Args:
@@ -62,8 +62,9 @@ class _Inside(nn.Module):
             self.add_module(name, part)
         self.run = run
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensors_in(self.run(*tensors)))
+    def forward(self, *args: Any) -> Any:
+        """What the run returns."""
+        return self.run(*args)
 
 
 class _Given(nn.Module):
@@ -76,12 +77,19 @@ class _Given(nn.Module):
         self.backbone = backbone
         self.names = [f"domain.{name}" for name in names]
         # hidden from `torch.export`: the domain's own tensors have no place in the file
-        self.inner = (_Inside({"domain": domain}, run),)
+        self.inner = (Held({"domain": domain}, run),)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         count = len(tensors) - len(self.names)
         given = dict(zip(self.names, tensors[count:], strict=True))
         return functional_call(self.inner[0], given, tensors[:count])  # type: ignore[no-any-return]
+
+
+def exported_of(graph: nn.Module, ports: Sequence[Port]) -> ExportedProgram:
+    """A graph as PyTorch's own kind of program, for any batch where a port has one."""
+    batch = Dim("batch", min=1)
+    shapes = tuple({0: batch} if port.batched else None for port in ports)
+    return export(graph, tuple(port.example for port in ports), dynamic_shapes=(shapes,))
 
 
 @torch.no_grad()
@@ -102,17 +110,19 @@ def program_of(
         given: Tensors of the domain that go in, too, by their names in it.
     """
     parts = {"backbone": backbone} if domain is None else {"backbone": backbone, "domain": domain}
-    graph: nn.Module = _Inside(parts, run)
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensors_in(run(*tensors)))
+
+    graph: nn.Module = Held(parts, flat)
     if domain is not None and given:
-        graph = _Given(backbone, domain, [port.name for port in given], run)
-    batch, ports = Dim("batch", min=1), [*inputs, *given]
-    shapes = tuple({0: batch} if port.batched else None for port in ports)
-    exported = export(graph, tuple(port.example for port in ports), dynamic_shapes=(shapes,))
-    outputs = tensors_in(run(*(port.example for port in inputs)))
+        graph = _Given(backbone, domain, [port.name for port in given], flat)
+    ports = [*inputs, *given]
+    outputs = flat(*(port.example for port in inputs))
     names = ["output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))]
     count = len(inputs[0].example) if inputs[0].batched else None
     return Program(
-        exported,
+        exported_of(graph, ports),
         ports,
         [
             Port(name, y, count is not None and y.dim() > 0 and len(y) == count)

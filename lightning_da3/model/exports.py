@@ -6,11 +6,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from lightning_da3.errors import ConversionError
 from lightning_da3.exporting.inference import Format, Place, export_inference
+from lightning_da3.exporting.steps import Loss
+from lightning_da3.exporting.training import export_training
 from lightning_da3.model.batches import check_input, laid_out
 from lightning_da3.model.identity import identity
 from lightning_da3.model.running import Running
 from lightning_da3.model.state import OUTSIDE
+from lightning_da3.nn.call import Executed, Noise
 
 
 class Exports(Running):
@@ -69,6 +75,71 @@ class Exports(Running):
             dynamic_batch=dynamic_batch,
         )
 
+    def export_training(
+        self,
+        domain: str,
+        path: str | os.PathLike[str],
+        example_inputs: Any,
+        *,
+        loss: str | Loss = "cross_entropy",
+        optimizer: str = "sgd",
+        format: Format = "onnx",  # noqa: A002 - as in `torch.export` and others
+        dynamic_batch: bool = True,
+        example_targets: Tensor | None = None,
+    ) -> Path:
+        """Write one training step of a domain as a file, for runtimes that need no Python.
+
+        To a runtime it is a network as any other: what the network takes, targets, the learning
+        rate and the domain's tensors go in, the loss and the new tensors come out. See
+        docs/export.md for all names. Before it takes its place its results are compared with the
+        model's, for a batch of one, too.
+
+        Args:
+            domain: One of `domains`, active or not.
+            path: The file; its folder must exist.
+            example_inputs: A tensor, or a tuple of the tensors that the network takes.
+            loss: "cross_entropy", of scores (N, classes, *in) and classes (N, *in); or a callable
+                that takes the network's one output and the targets and gives a number.
+            optimizer: "sgd", without momentum; or "adam", as `torch.optim.Adam` by default.
+            format: "onnx", which needs the extra `export`; or "pt2", of `torch.export`.
+            dynamic_batch: The first axis of inputs and targets may be of any size.
+            example_targets: Targets, if they are no classes.
+
+        Returns:
+            The path.
+
+        Raises:
+            DomainError: There is no such domain.
+            ConfigError: `loss`, `optimizer` or `format` is none of these.
+            InputError: The examples do not fit the network.
+            ConversionError: The network has parts that stay Python or that the format lacks, gives
+                several tensors, or its domain learns outside of it; or the loss cannot be traced;
+                or the file would compute something else.
+            CheckpointError: The file cannot be written; one that was there stays.
+            DA3Error: The extra is missing.
+        """
+        about = self._about(domain, {})
+        args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+        check_input(args, self.plan)
+        self.refresh()
+        own = self.domain(domain)
+        named = dict(own.named_parameters())
+        outside = [n for n in named if n.startswith(OUTSIDE)]
+        if outside:
+            raise ConversionError(
+                f"{domain!r} also learns outside of the network ({', '.join(outside[:4])}), which "
+                "the training step of the network does not hold. Export a model that was made by "
+                "`convert` of the whole module."
+            )
+        return export_training(
+            *(self, domain, own, named, about, path, example_inputs),
+            loss=loss,
+            optimizer=optimizer,
+            format=format,
+            dynamic_batch=dynamic_batch,
+            example_targets=example_targets,
+        )
+
     def run_domain(self, name: str | None, *args: Any) -> Any:
         """The output for a domain, whichever is active, without noise or loss.
 
@@ -76,6 +147,18 @@ class Exports(Running):
             name: One of `domains`; None: the backbone alone.
             args: As `forward` takes them.
         """
+        return self.run_noisy(name, None, *args)[0]
+
+    def run_noisy(
+        self, name: str | None, noise: Noise | None, *args: Any
+    ) -> tuple[Any, list[tuple[str, Executed]]]:
+        """The output for a domain, and how much of every host was executed, with its name.
+
+        Args:
+            name: One of `domains`; None: the backbone alone.
+            noise: On its gates, or None.
+            args: As `forward` takes them.
+        """
         call = self._slots.call(None if name is None else self.domain(name))
-        output, _ = self._run(call, *args)
-        return laid_out(output, (args, {}))
+        output, ledger = self._run(call if noise is None else call.with_noise(noise), *args)
+        return laid_out(output, (args, {})), ledger

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_da3.memory import Microbatched
 from lightning_da3.ops.bits import dense, has_no_values
+from lightning_da3.ops.exportable import is_exportable
 
 # no map is larger, unless one sample's is: caches hold it, and memory above 32 MiB goes back
 # to the system whenever it is freed (glibc), so that every step would wait for new pages
@@ -23,7 +24,7 @@ LARGEST_BYTES = 12 * 2**20
 class Prologue(Microbatched):
     """Runs the prologue on as many samples at once as its largest map allows.
 
-    The whole batch runs at once where a graph is built, off the CPU, and under compilers.
+    The whole batch runs at once where a graph is built, off the CPU, under compilers and in files.
 
     Args:
         piece: Maps samples (N, ..) and constants to a tuple of (N, ..), every sample by itself.
@@ -58,7 +59,7 @@ class Prologue(Microbatched):
     def _samples(self, x: Any) -> int | None:
         """The number of samples that may go through at once; None: all."""
         traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        if torch.compiler.is_compiling() or traced:
+        if torch.compiler.is_compiling() or traced or is_exportable():
             return None
         if not isinstance(x, Tensor) or x.dim() != self.axes or not x.is_cpu or len(x) < 2:
             return None

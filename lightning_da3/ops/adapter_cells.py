@@ -90,7 +90,7 @@ def respond(
         if not options.gated:
             return addend, None, kept
         if noise is not None:
-            logits = logits + noise.view(-1, 1)
+            logits = logits + noise.reshape(-1, 1)
         return addend, _maps(logits.gt_(0), hidden.shape), kept
 
 
@@ -150,7 +150,7 @@ def gradients(
             grad_logits = sigmoid_backward((grad_cells * cells).sum(1, keepdim=True), soft)
             grad_cells.mul_(soft)
         if grad_gate is not None:  # straight through: as if it were the sigmoid
-            chance = soft if noise is None else torch.sigmoid(logits + noise.view(-1, 1))
+            chance = soft if noise is None else torch.sigmoid(logits + noise.reshape(-1, 1))
             grad_logits = grad_logits + sigmoid_backward(_rows(grad_gate).to(soft.dtype), chance)
         grads[3], grads[4] = torch.mm(grad_logits.t(), cells), grad_logits.sum(0)
         grad_cells.addmm_(grad_logits, w.attend).mul_(positive)

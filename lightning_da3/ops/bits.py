@@ -7,6 +7,7 @@ arithmetic does the same with eight bit planes.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_da3.ops.exportable import is_exportable
 from lightning_da3.torch_private.fake import is_fake, proxy_mode
 
 _NUMPY_DTYPES = (torch.float32, torch.float64, torch.float16)
@@ -59,10 +61,11 @@ def has_no_values(x: Tensor) -> bool:
 
 def is_recorded() -> bool:
     """Whether operations become a program, for other values: only PyTorch's own will do then."""
-    return torch.compiler.is_compiling() or proxy_mode() is not None
+    return torch.compiler.is_compiling() or proxy_mode() is not None or is_exportable()
 
 
-def _memory_order(stride: Sequence[int]) -> list[int]:
+def memory_order(stride: Sequence[int]) -> list[int]:
+    """Axes as they lie in memory, the slowest first."""
     return sorted(range(len(stride)), key=lambda axis: -stride[axis])
 
 
@@ -71,7 +74,7 @@ def flat(x: Tensor) -> Tensor:
     if x.is_contiguous():
         return x.view(-1)
     if torch.compiler.is_compiling():
-        return x.permute(_memory_order(x.stride())).reshape(-1)  # dense: a view, no copy
+        return x.permute(memory_order(x.stride())).reshape(-1)  # dense: a view, no copy
     return x.as_strided((x.numel(),), (1,))
 
 
@@ -91,7 +94,9 @@ def pack_between(x: Tensor, low: float, high: float) -> Tensor:
     if _use_numpy(x):
         return _pack_numpy(x, low, high)
     inside = x > low if math.isinf(high) else (x > low) & (x < high)
-    flat = inside.permute(_memory_order(x.stride())).reshape(-1)
+    if is_exportable():
+        return _pack_samples(inside)
+    flat = inside.permute(memory_order(x.stride())).reshape(-1)
     flat = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).view(8, -1)
     bits = flat[0].clone()
     for plane in range(1, 8):
@@ -108,8 +113,10 @@ def unpack(bits: Tensor, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
         stride: Strides of the packed tensor.
 
     Returns:
-        uint8 of shape `size`, in the same memory order.
+        uint8, or bool if exportable, of shape `size`, in the same memory order.
     """
+    if is_exportable():
+        return _unpack_samples(bits, size)
     count = math.prod(size)
     if has_no_values(bits):
         flat = bits.new_empty(count)
@@ -120,7 +127,7 @@ def unpack(bits: Tensor, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
         flat = ((bits >> planes) & 1).view(-1)[:count]
     if not torch.compiler.is_compiling():
         return flat.as_strided(size, stride)
-    order = _memory_order(stride)
+    order = memory_order(stride)
     places = [order.index(axis) for axis in range(len(order))]
     return flat.view([size[axis] for axis in order]).permute(places)
 
@@ -147,6 +154,30 @@ def _pack_numpy(x: Tensor, low: float, high: float) -> Tensor:
     return bits
 
 
+def _pack_samples(inside: Tensor) -> Tensor:
+    """Bits of a condition (N, ..), sample by sample, so that N may be any number: (N, bytes).
+
+    Runtimes shift no bytes: a bit is a number to choose.
+    """
+    rows = inside.flatten(1) if inside.dim() > 1 else inside.reshape(-1, 1)
+    planes = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8)).unflatten(1, (8, -1))
+    bits = [_where(planes[:, k], 1 << k) for k in range(8)]
+    return functools.reduce(torch.bitwise_or, bits)
+
+
+def _where(condition: Tensor, number: int) -> Tensor:
+    numbers = [torch.tensor(n, dtype=torch.uint8, device=condition.device) for n in (number, 0)]
+    return torch.where(condition, *numbers)
+
+
+def _unpack_samples(bits: Tensor, size: torch.Size) -> Tensor:
+    """The mask that `_pack_samples` packed, as bool: another conversion would be another pass."""
+    numbers = torch.tensor([1 << k for k in range(8)], dtype=torch.uint8, device=bits.device)
+    planes = (bits.unsqueeze(1) & numbers.view(1, 8, 1)).ne(0)
+    rows = planes.flatten(1)[:, : math.prod(size[1:])]
+    return rows.reshape(size)
+
+
 def _pack_fake(x: Tensor) -> Tensor:
     return x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
 
@@ -160,6 +191,8 @@ def pack_pairs(codes: Tensor) -> Tensor:
     Returns:
         uint8 of ``ceil(codes.numel() / 2)`` bytes, in the memory order of `codes`.
     """
+    if is_exportable():
+        return codes
     elements = flat(codes)
     half = (elements.numel() + 1) // 2
     pairs = elements[:half].clone()
@@ -169,4 +202,6 @@ def pack_pairs(codes: Tensor) -> Tensor:
 
 def unpack_pairs(pairs: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
     """The codes that `pack_pairs` packed, of shape `size` with these dense strides."""
+    if is_exportable():
+        return pairs
     return torch.cat((pairs & 15, pairs >> 4)).as_strided(size, stride)

@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_da3.ops.backward import once_differentiable
 from lightning_da3.ops.bits import layout_of
 from lightning_da3.ops.codes import Rows
+from lightning_da3.ops.exportable import is_exportable
 from lightning_da3.torch_private.kernels import (
     ADAPTIVE_AVG_POOL_BACKWARD,
     UPSAMPLE_NEAREST_BACKWARD,
@@ -249,7 +250,7 @@ def write_(f: Tensor, addend: Tensor, gate: Tensor | None) -> Tensor:
         gate = None if gate is None else upsample(gate, size)
     if gate is None:
         cells.add_(addend)
-    elif torch.compiler.is_compiling():  # fuses the two, and takes no `out` that has gaps
+    elif torch.compiler.is_compiling() or is_exportable():  # fuses them; `out` may have no gaps
         cells.mul_(gate).add_(addend)
     else:
         torch.addcmul(addend, cells, gate, out=cells)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_da3.ops.backward import once_differentiable
+from lightning_da3.ops.exportable import is_exportable
 from lightning_da3.torch_private.kernels import LINEAR_POINTWISE
 
 _HAS_ONEDNN: bool = (
@@ -28,6 +29,7 @@ def is_fast(x: Tensor, matrix: Tensor) -> bool:
         and x.dtype == matrix.dtype == torch.float32
         and x.device.type == "cpu"
         and not torch.compiler.is_compiling()
+        and not is_exportable()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.enabled
         and x.numel() > 0

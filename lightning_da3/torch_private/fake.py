@@ -63,13 +63,14 @@ class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
         return False
 
 
-def new_fake_mode(*, allow_non_fake_inputs: bool = False) -> FakeTensorMode:
+def new_fake_mode(*, allow_non_fake_inputs: bool = False, shape_env: Any = None) -> FakeTensorMode:
     """A mode in which tensors have no values.
 
     Args:
         allow_non_fake_inputs: Tensors that have values may be used beside.
+        shape_env: What knows sizes that are symbols; None: all are numbers.
     """
-    return _Mode(allow_non_fake_inputs=allow_non_fake_inputs)
+    return _Mode(allow_non_fake_inputs=allow_non_fake_inputs, shape_env=shape_env)
 
 
 def _is_instance(x: Any) -> bool:

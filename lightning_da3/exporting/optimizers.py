@@ -1,0 +1,70 @@
+"""Optimizers as functions of named tensors, for programs of one training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_da3.exporting.program import Port
+
+Named = Mapping[str, Tensor]
+
+BETA_1, BETA_2, EPS = 0.9, 0.999, 1e-8
+MOMENTS = ("moment1", "moment2")
+
+
+class Optimizer(NamedTuple):
+    """One kind of optimizer.
+
+    Attributes:
+        moments: What it keeps of every parameter, zeros before the first step.
+        settings: Its numbers, for the manifest.
+        update: Takes parameters, gradients and inputs by name; gives outputs by name.
+    """
+
+    moments: tuple[str, ...]
+    settings: dict[str, Any]
+    update: Callable[[Named, Named, Named], dict[str, Tensor]]
+
+    def ports(self, trained: Named) -> list[Port]:
+        """What goes in beside the parameters."""
+        rate = Port("learning_rate", torch.tensor(0.1))
+        if not self.moments:
+            return [rate]
+        kept = [
+            Port(f"{moment}.{n}", torch.zeros_like(p))
+            for moment in self.moments
+            for n, p in trained.items()
+        ]
+        return [rate, Port("step", torch.tensor(1.0)), *kept]
+
+
+def _sgd(trained: Named, grads: Named, given: Named) -> dict[str, Tensor]:
+    """``p - lr g``."""
+    rate = given["learning_rate"]
+    return {f"new.{n}": p - rate.to(p.dtype) * grads[n] for n, p in trained.items()}
+
+
+def _adam(trained: Named, grads: Named, given: Named) -> dict[str, Tensor]:
+    """`torch.optim.Adam`; what it divides by is close to 0 at first, so it is in float64."""
+    rate, step = given["learning_rate"], given["step"].double()
+    first_share = (1.0 - torch.pow(torch.full_like(step, BETA_1), step)).float()
+    second_share = (1.0 - torch.pow(torch.full_like(step, BETA_2), step)).sqrt().float()
+    found, moments = {}, {}
+    for n, p in trained.items():
+        first = BETA_1 * given[f"moment1.{n}"] + (1.0 - BETA_1) * grads[n]
+        second = BETA_2 * given[f"moment2.{n}"] + (1.0 - BETA_2) * grads[n].square()
+        spread = second.sqrt() / second_share.to(p.dtype) + EPS
+        found[f"new.{n}"] = p - (rate / first_share).to(p.dtype) * first / spread
+        moments[f"new.moment1.{n}"], moments[f"new.moment2.{n}"] = first, second
+    return found | moments
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "sgd": Optimizer((), {}, _sgd),
+    "adam": Optimizer(MOMENTS, {"betas": [BETA_1, BETA_2], "eps": EPS}, _adam),
+}
+"""By the names that `export_training` takes."""
