@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_da3.exporting.lowering import Lowered
 from lightning_da3.exporting.program import Port
@@ -41,7 +42,7 @@ def record(function: Function, frozen: Named, inputs: Sequence[Port]) -> Recorde
 
     def flat(*tensors: Tensor) -> list[Tensor]:
         own, given = tensors[: len(frozen)], tensors[len(frozen) :]
-        with exportable():
+        with exportable(), sdpa_kernel(SDPBackend.MATH):  # of attention, in plain products
             found = function(
                 dict(zip(frozen, own, strict=True)),
                 dict(zip([port.name for port in inputs], given, strict=True)),

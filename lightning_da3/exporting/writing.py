@@ -160,6 +160,7 @@ def _as_onnx(program: Program, names: Sequence[str]) -> Any:
                 input_names=names,
                 output_names=[port.name for port in program.outputs],
                 opset_version=OPSET,
+                optimize=False,  # to it, constants below 1e-8 are 0: they keep divisions safe
             )
         except Exception as error:  # of many kinds
             raise ConversionError(
