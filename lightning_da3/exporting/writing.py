@@ -167,7 +167,21 @@ def _as_onnx(program: Program, names: Sequence[str]) -> Any:
                 f"torch.onnx cannot translate the network: {error}. Write format='pt2', or replace "
                 "the layers that it names."
             ) from error
+    _simplify_(made.model)
     return made.model_proto
+
+
+def _simplify_(model: Any) -> None:
+    """What torch's own optimizer of graphs does to an ir model, without what changes results.
+
+    Torch also leaves in every node the files and lines that it came from.
+    """
+    optimizer: Any = importlib.import_module("onnxscript.optimizer")
+    passes: Any = importlib.import_module("onnx_ir.passes.common")
+    optimizer.inline(model)
+    optimizer.fold_constants(model)
+    for name in ("RemoveUnusedNodes", "RemoveUnusedFunctions", "ClearMetadataAndDocString"):
+        getattr(passes, f"{name}Pass")()(model)
 
 
 def _check_standard(model: Any) -> None:

@@ -22,6 +22,7 @@ from lightning_da3.ops.bits import dense, flat, has_no_values, is_recorded, memo
 from lightning_da3.ops.exportable import is_exportable
 from lightning_da3.ops.exportable_codes import (
     EXTRA,
+    FBGEMM_SMALL,
     SMALL,
     decode_elements,
     decode_rows,
@@ -36,7 +37,7 @@ GROUP = 256  # elements that share one range
 # next one's; and the fewest of a row, and of a token, that get ranges of their own
 ROW, LEAST_ROW, LEAST_TOKEN = 64, 48, 16
 
-_LEAST_STEP = 1e-8  # FBGEMM adds 1e-8 to a range: smaller ones than 255 of these are lost to it
+_LEAST_STEP = FBGEMM_SMALL  # smaller ranges than 255 of these are lost to it
 _LARGEST = 2.0**126  # numbers beyond count as infinite, or a range might be
 _MINUS_INF, _NAN, _INF = 253, 254, 255  # bytes in a marked group
 _HAS_FBGEMM = ENCODE_ROWS is not None and DECODE_ROWS is not None

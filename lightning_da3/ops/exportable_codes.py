@@ -14,6 +14,7 @@ from torch import Tensor
 
 EXTRA = 8  # bytes of a row's step and lowest value
 SMALL = 1e-36  # added to a range before it divides
+FBGEMM_SMALL = 1e-8  # what FBGEMM adds; its results are used where a step is no smaller
 
 
 def code_parts(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,7 +22,10 @@ def code_parts(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = rows.float()
     low, high = rows.amin(dim=-1, keepdim=True), rows.amax(dim=-1, keepdim=True)
     span = high - low
-    codes = rows.sub(low).mul_(255.0 / (span + SMALL)).round_().to(torch.uint8)
+    added = torch.where(
+        span < 255 * FBGEMM_SMALL, SMALL, FBGEMM_SMALL
+    )  # to round as eager mode does
+    codes = rows.sub(low).mul_(255.0 / (span + added)).round_().to(torch.uint8)
     return codes, span / 255.0, low
 
 
