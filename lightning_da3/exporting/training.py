@@ -24,6 +24,7 @@ from lightning_da3.nn.call import Executed, Noise
 from lightning_da3.planning.plan import Plan
 
 Named = Mapping[str, Tensor]
+TOLERANCE = 1e-2  # of the largest value: float32 moves single values to the next 8-bit code
 LOSSES: dict[str, Loss] = {"cross_entropy": F.cross_entropy}
 
 
@@ -99,12 +100,13 @@ def export_training(
     )
     own = {n: p.detach() for n, p in trained.items()}
     ports = _ports(step, inputs, targets, own, noise.columns, dynamic_batch)
-    program, frozen = _recorded(model, step, ports)
+    frozen = step.frozen
     examples = [_example(step, frozen, batch) for batch in _batches(ports)]
+    program = _recorded(model.plan.network, step, frozen, ports)
     said = manifest_of(about, "training", program, dynamic_batch)
     said["loss"] = loss if isinstance(loss, str) else getattr(loss, "__qualname__", str(loss))
     said["optimizer"] = {"name": optimizer, **step.optimizer.settings}
-    return write_program(program, path, format, said, examples)
+    return write_program(program, path, format, said, examples, TOLERANCE)
 
 
 def _loss(loss: object) -> Loss:
@@ -155,8 +157,7 @@ def _ports(
     return ports + step.optimizer.ports(trained)
 
 
-def _recorded(model: Model, step: Step, ports: Sequence[Port]) -> tuple[Program, Named]:
-    frozen = step.frozen
+def _recorded(network: str, step: Step, frozen: Named, ports: Sequence[Port]) -> Program:
     try:
         graph, names = record(step, frozen, ports)
         with torch.no_grad():
@@ -166,12 +167,12 @@ def _recorded(model: Model, step: Step, ports: Sequence[Port]) -> tuple[Program,
         raise
     except Exception as error:  # whatever cannot be followed
         raise ConversionError(
-            f"The training step of {model.plan.network} cannot be exported: "
+            f"The training step of {network} cannot be exported: "
             f"{type(error).__name__}: {error}. A shape or a branch that depends on values, or on "
             "the number of samples, has no place in a file, in the loss neither: try "
             "dynamic_batch=False, or rewrite that part."
         ) from error
-    return Program(exported, ports, [*map(Port, names, outputs)]), frozen
+    return Program(exported, ports, [*map(Port, names, outputs)])
 
 
 def _batches(ports: Sequence[Port]) -> list[dict[str, Tensor]]:

@@ -22,7 +22,7 @@ from lightning_da3.formatting import shown
 
 OPSET = 20
 MOST_ONNX_BYTES = 2**31 - 2**20  # of weights: the graph needs some, too
-TOLERANCE = 1e-3  # of the largest value; codes and float32 leave far less
+TOLERANCE = 1e-3  # of the largest value; float32 leaves far less
 _EXTRA = ("onnx", "onnxscript", "onnxruntime")
 
 Tensors = Sequence[Tensor]
@@ -79,6 +79,7 @@ def write_program(
     format: str,  # noqa: A002 - the public argument's name
     manifest: Mapping[str, Any],
     examples: Sequence[tuple[Tensors, Tensors]],
+    tolerance: float = TOLERANCE,
 ) -> Path:
     """Write a program and its manifest beside it, both or neither.
 
@@ -88,6 +89,7 @@ def write_program(
         format: One of `WRITERS`.
         manifest: What the file says of itself; JSON.
         examples: Inputs, and what must come out for them.
+        tolerance: How far off that may be, for its largest value.
 
     Returns:
         The file.
@@ -103,7 +105,7 @@ def write_program(
         with replacing(target) as file, replacing(beside) as text:
             run = WRITERS[format](program, file, said)
             for inputs, expected in examples:
-                _check(run(inputs), expected, [port.name for port in program.outputs])
+                _check(run(inputs), expected, program, tolerance)
             text.write_text(json.dumps(said, indent=1, sort_keys=True), encoding="utf-8")
     except OSError as error:
         raise CheckpointError(
@@ -113,12 +115,12 @@ def write_program(
     return Path(path)
 
 
-def _check(found: Tensors, expected: Tensors, names: Sequence[str]) -> None:
-    for name, y, wanted in zip(names, found, expected, strict=True):
+def _check(found: Tensors, expected: Tensors, program: Program, tolerance: float) -> None:
+    for (name, *_), y, wanted in zip(program.outputs, found, expected, strict=True):
         largest = wanted.double().abs().nan_to_num().max() if wanted.numel() else 0.0
         y, wanted = y.cpu(), wanted.detach().cpu()
         same = y.shape == wanted.shape and torch.allclose(
-            y.double(), wanted.double(), 0.0, TOLERANCE * float(largest) + 1e-6, equal_nan=True
+            y.double(), wanted.double(), 0.0, tolerance * float(largest) + 1e-6, equal_nan=True
         )
         if not same:
             raise ConversionError(
