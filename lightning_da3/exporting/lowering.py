@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import operator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from lightning_da3.ops.exportable_codes import code_parts, from_parts
+from lightning_da3.torch_private.decompositions import VIEWS
 
 _aten = torch.ops.aten
 _ENCODE = torch.ops.lightning_da3.encode_rows.default
-_VIEWS = (_aten.view.default, _aten._unsafe_view.default)
 _DECODE = torch.ops.lightning_da3.decode_rows.default
 
 
@@ -46,7 +46,7 @@ class _Parts(fx.Interpreter):
             return code_parts(*args)
         if target is _DECODE:
             return from_parts(*args[0])
-        if target in _VIEWS:  # other strides may lie behind it when another batch runs
+        if target in VIEWS:  # other strides may lie behind it when another batch runs
             return args[0].reshape(args[1])
         if args and isinstance(args[0], tuple) and target is not operator.getitem:
             return args[0]  # codes that were detached, or only named again
@@ -58,7 +58,7 @@ def _fold_flips_(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if node.target is not _aten.flip.default or node.args[0].op != "get_attr":
             continue
-        turned = cast(Tensor, gm.get_buffer(node.args[0].target)).flip(node.args[1])
+        turned = gm.get_buffer(node.args[0].target).flip(node.args[1])
         name = f"{node.args[0].target}_turned"
         gm.register_buffer(name, turned)
         with gm.graph.inserting_before(node):

@@ -87,7 +87,7 @@ class Step(NamedTuple):
         everything = {**dict(held.named_parameters()), **dict(held.named_buffers())}
         return {n: t.detach() for n, t in everything.items() if n not in learned}
 
-    def __call__(self, frozen: Named, given: Named) -> dict[str, Tensor]:
+    def outputs(self, frozen: Named, given: Named) -> dict[str, Tensor]:
         """Outputs by name.
 
         Args:

@@ -159,7 +159,7 @@ def _ports(
 
 def _recorded(network: str, step: Step, frozen: Named, ports: Sequence[Port]) -> Program:
     try:
-        graph, names = record(step, frozen, ports)
+        graph, names = record(step.outputs, frozen, ports)
         with torch.no_grad():
             exported = exported_of(graph, ports)
             outputs = graph(*(port.example for port in ports))
@@ -203,4 +203,4 @@ _SAID = {"learning_rate": 1.0, "step": 3.0, "gate_target": 0.5}
 
 def _example(step: Step, frozen: Named, given: Named) -> tuple[list[Tensor], list[Tensor]]:
     """Inputs of the program, and what the model itself gives for them."""
-    return list(given.values()), list(step(frozen, given).values())
+    return list(given.values()), list(step.outputs(frozen, given).values())

@@ -160,14 +160,15 @@ def _pack_samples(inside: Tensor) -> Tensor:
     Runtimes shift no bytes: a bit is a number to choose.
     """
     rows = inside.flatten(1) if inside.dim() > 1 else inside.reshape(-1, 1)
-    planes = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8)).unflatten(1, (8, -1))
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8))
+    planes = padded.reshape(rows.shape[0], 8, padded.shape[1] // 8)
     bits = [_where(planes[:, k], 1 << k) for k in range(8)]
     return functools.reduce(torch.bitwise_or, bits)
 
 
 def _where(condition: Tensor, number: int) -> Tensor:
-    numbers = [torch.tensor(n, dtype=torch.uint8, device=condition.device) for n in (number, 0)]
-    return torch.where(condition, *numbers)
+    zero = torch.tensor(0, dtype=torch.uint8, device=condition.device)
+    return torch.where(condition, zero + number, zero)
 
 
 def _unpack_samples(bits: Tensor, size: torch.Size) -> Tensor:

@@ -8,6 +8,7 @@ these ops by `code_parts` and `from_parts`. A row that holds infinities or NaN d
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -44,12 +45,8 @@ def _encode_fake(rows: Tensor) -> Tensor:
 
 
 def _decode(codes: Tensor) -> Tensor:
-    step, low = (
-        codes[..., -EXTRA:]
-        .clone(memory_format=torch.contiguous_format)
-        .view(torch.float32)
-        .split(1, -1)
-    )
+    ends = codes[..., -EXTRA:].clone(memory_format=torch.contiguous_format)  # aligned
+    step, low = ends.view(torch.float32).unsqueeze(-1).unbind(-2)
     return from_parts(codes[..., :-EXTRA], step, low)
 
 
@@ -57,10 +54,12 @@ def _decode_fake(codes: Tensor) -> Tensor:
     return codes.new_empty((*codes.shape[:-1], codes.shape[-1] - EXTRA), dtype=torch.float32)
 
 
-encode_rows = torch.library.custom_op("lightning_da3::encode_rows", _encode, mutates_args=())
-encode_rows.register_fake(_encode_fake)
-decode_rows = torch.library.custom_op("lightning_da3::decode_rows", _decode, mutates_args=())
-decode_rows.register_fake(_decode_fake)
+_encode_op = torch.library.custom_op("lightning_da3::encode_rows", _encode, mutates_args=())
+_encode_op.register_fake(_encode_fake)
+_decode_op = torch.library.custom_op("lightning_da3::decode_rows", _decode, mutates_args=())
+_decode_op.register_fake(_decode_fake)
+encode_rows: Callable[[Tensor], Tensor] = _encode_op
+decode_rows: Callable[[Tensor], Tensor] = _decode_op
 
 
 def encode_elements(x: Tensor, order: list[int], group: int) -> Tensor:
@@ -81,7 +80,7 @@ def encode_elements(x: Tensor, order: list[int], group: int) -> Tensor:
         return encode_rows(rows.reshape(x.shape[0], math.prod(x.shape[1:]) // group, group))
     elements = rows.reshape(-1)
     rest = -elements.numel() % group
-    if rest:
+    if rest or not isinstance(rest, int):  # of another batch it may be none, or some
         elements = torch.cat((elements, elements[-1:].expand(rest)))
     return encode_rows(elements.view(-1, group))
 
@@ -91,7 +90,7 @@ def decode_elements(codes: Tensor, size: torch.Size, order: list[int], group: in
     sizes = [size[axis] for axis in order]
     rows = decode_rows(codes)
     if not _apart(size, order, group):
-        rows = rows.view(-1)[: math.prod(size)]
+        rows = rows.reshape(-1)[: math.prod(size)]
     return rows.reshape(sizes).permute([order.index(axis) for axis in range(len(order))])
 
 

@@ -218,6 +218,9 @@ def _max_pool_backward(grad: Tensor, x: Tensor, kernel: Sequence[int], *how: Any
 
 _KNOWN: dict[Any, Callable[..., Any]] = found("torch._decomp:decomposition_table", {})
 
+VIEWS = (_aten.view.default, _aten._unsafe_view.default)
+"""Kernels whose result lies where their input does, if that is possible."""
+
 _LACKING = re.compile("backward|nll_loss")
 
 TABLE: dict[Any, Callable[..., Any]] = {
