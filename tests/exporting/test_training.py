@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.domains import refused, shake_
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from lightning_da3 import AdapterConfig, DA3Config, GateConfig, MemoryConfig, convert
@@ -168,6 +170,18 @@ def test_thirty_steps_agree_with_eager_training(name, exact, tmp_path):
         assert (now - array).norm() <= 1e-4 * now.norm()
         moved = max(moved, float((now - before[key]).norm() / now.norm()))
     assert moved > 0.02
+    check_that_it_loads(model, device.state, tmp_path / "a.safetensors")
+
+
+def check_that_it_loads(model, state, path):
+    model.save_domain("a", path)
+    with safe_open(path, "np") as file:
+        about = file.metadata()
+    tensors = {name: array for name, array in state.items() if not name.startswith("moment")}
+    save_file({**load_file(path), **tensors}, path, about)
+    model.load_domain(path, "from the device")
+    for name, tensor in model.domain("from the device").state_dict().items():
+        assert np.array_equal(tensor.numpy(), state[name])
 
 
 def check_file(file, manifest, own):
