@@ -134,12 +134,12 @@ class Tracer(OneThread):
 
     def _examine(self, node: fx.Node) -> None:
         """See what a new node gives, and whether it reads what was written to."""
-        before = {i: self._versions(i) for i in node.all_input_nodes}
+        before = {i: versions(i.meta.get(PROBED, ())) for i in node.all_input_nodes}
         if self.probes is not None:
             self.probes.run(node, self.root)
             if node.op == "call_module":  # what its Python leaves behind are no values
                 self._snapshot.restore(self.root.get_submodule(str(node.target)))
-        changed = [i for i, was in before.items() if self._versions(i) != was]
+        changed = [i for i, was in before.items() if versions(i.meta.get(PROBED, ())) != was]
         if changed and is_written(node):  # others that changed lie in the same memory
             node.meta[WRITES] = True
         problem = self.aliases.add(node, self.root, changed)
@@ -252,8 +252,7 @@ class Tracer(OneThread):
             self.cannot(f"{type(m).__name__} draws random numbers of Python or NumPy")
 
     def _check_unchanged(self, m: nn.Module) -> None:
-        changed = self._snapshot.changed(m)
-        if changed:
+        if changed := self._snapshot.changed(m):
             raise CannotTrace(f"its forward changes the attributes {changed}")
 
     def _check_gone(self) -> None:
@@ -268,8 +267,7 @@ class Tracer(OneThread):
     def _refine(self, error: Exception) -> None:
         """Look for a function, inside of what failed, that may be the node."""
         inner = frames.innermost_module(frames.frames_of(error), self.look_into.__func__.__code__)  # type: ignore[attr-defined]
-        code = frames.leafable(inner, self.leaves, self._forwards)
-        if code is not None:
+        if code := frames.leafable(inner, self.leaves, self._forwards):
             raise NewLeaf(code, f"function {code.co_name}: {first_line(error)}") from error
 
     def _frames(self) -> list[Any]:
@@ -350,6 +348,3 @@ class Tracer(OneThread):
     @property
     def _probing(self) -> bool:
         return self.probes is not None and self.probes.at_work
-
-    def _versions(self, node: fx.Node) -> list[int]:
-        return versions(node.meta.get(PROBED, ()))
