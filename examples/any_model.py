@@ -96,7 +96,7 @@ def batch_for(name: str, size: int, count: int) -> tuple[Any, ...]:
         return (torch.randn(1, 3, 16, side, side),)
     if name.startswith("raft"):
         return torch.randn(count, 3, 128, 128), torch.randn(count, 3, 128, 128)
-    if kind is DENSE and not name.startswith(("deeplab", "fcn", "lraspp")):
+    if kind in (DENSE, PYTHON) and not name.startswith(("deeplab", "fcn", "lraspp")):
         return [torch.rand(3, size, size) for _ in range(count)], _targets(size, count)
     return (torch.randn(count, 3, size, size),)
 

@@ -5,6 +5,7 @@ from lightning_da3.layers.facts import Facts, Replacement, register
 from lightning_da3.layers.functions import as_pytorch, convolution_of, facts_of_function, layer_of
 from lightning_da3.layers.modules import ADAPTIVE_POOLS, BATCH_NORMS, CONVS, TRANSPOSED
 from lightning_da3.layers.queries import (
+    WRITES,
     attribute_is_number,
     copying_name,
     facts_of,
@@ -28,6 +29,7 @@ __all__ = [
     "BATCH_NORMS",
     "CONVS",
     "TRANSPOSED",
+    "WRITES",
     "Facts",
     "Replacement",
     "as_pytorch",

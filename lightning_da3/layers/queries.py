@@ -100,8 +100,13 @@ def writes(function: Callable[..., Any] | str) -> bool:
     return name.endswith("_") or name == "setitem" or TABLE.get(name, UNKNOWN).in_place
 
 
+WRITES = "writes"  # key of a node's meta: it writes its result into its first argument
+
+
 def is_in_place(node: fx.Node) -> bool:
-    """Whether `node` calls such a function or method."""
+    """Whether `node` calls such a function or method, or was seen to write as they do."""
+    if node.meta.get(WRITES):
+        return True
     return node.op in ("call_function", "call_method") and (
         facts_of_call(node).in_place or writes(node.target)
     )

@@ -19,6 +19,7 @@ from lightning_da3.layers import (
     may_share,
 )
 from lightning_da3.tracing.graphs import module_in
+from lightning_da3.tracing.items import puts_back, with_item
 from lightning_da3.tracing.probes import PROBED, storages
 
 # whose results share memory with what they are made of, and not with one another
@@ -58,13 +59,16 @@ class Aliases:
         """
         if not _asks_for_number(node):
             for i in node.all_input_nodes:
-                if i in self._stale:
+                if i in self._stale and not puts_back(node, self._stale[i]):
                     by = self._stale[i].name
                     return f"it reads {i.name} after {by} wrote to it through another name"
         self._join(node, root)
         target = written(node, root)
         if target is not None:
-            return self._write(node, target)
+            problem = self._write(node, target)
+            if problem:
+                return problem
+            changed = [i for i in changed if self._group[i] != self._group[target]]
         for i in changed:
             problem = self._touch(node, i)
             if problem:
@@ -95,7 +99,8 @@ class Aliases:
             return "it writes into its input"
         for member in members:
             if member not in (node, target) and not _apart(member, target):
-                self._stale[member] = node
+                self._stale.setdefault(member, node)
+        self._stale.pop(target, None)
         return ""
 
     def _touch(self, node: fx.Node, argument: fx.Node) -> str:
@@ -104,7 +109,7 @@ class Aliases:
             if self._group[member] == self._group[argument] and member is not node:
                 if member.op == "get_attr":
                     return f"{node.name} writes into {member.target}"
-                self._stale[member] = node
+                self._stale.setdefault(member, node)
         return ""
 
 
@@ -112,12 +117,12 @@ def written(node: fx.Node, root: nn.Module) -> fx.Node | None:
     """The value that a node writes its result into."""
     x = node.args[0] if node.args else None
     if node.op == "call_module":
-        writes = bool(getattr(module_in(root, node), "inplace", False))
+        writes = bool(getattr(module_in(root, node), "inplace", False)) or is_in_place(node)
     elif node.op in ("call_function", "call_method"):
         x = node.kwargs.get("out", x)
         made = layer_of(node.target, node.args[1:], dict(node.kwargs))
         writes = is_in_place(node) or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
-        writes = writes or bool(getattr(made, "inplace", False))
+        writes = writes or bool(getattr(made, "inplace", False)) or node.target is with_item
     else:
         return None
     return x if writes and isinstance(x, fx.Node) else None

@@ -12,6 +12,7 @@ from lightning_da3.layers import facts_of, facts_of_call
 from lightning_da3.torch_private.modules import ASSERTION
 from lightning_da3.tracing.aliases import written
 from lightning_da3.tracing.guards import must_be
+from lightning_da3.tracing.items import puts_back
 from lightning_da3.tracing.layer_calls import call_layers_
 from lightning_da3.tracing.values import IN_PLACE
 
@@ -106,7 +107,12 @@ def _name_what_was_overwritten_(graph: fx.Graph, module: nn.Module) -> None:
             x = x.args[0]
             if not isinstance(x, fx.Node):
                 break
-            if any(position[user] > position[node] for user in x.users):
+            later = sorted(
+                (u for u in x.users if position[u] > position[node]), key=lambda u: position[u]
+            )
+            if later and puts_back(later[0], node):
+                break  # the others read what that gives
+            if later:
                 raise ConversionError(f"it changes a part of {x.name}, which it reads afterwards")
 
 

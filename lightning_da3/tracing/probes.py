@@ -216,6 +216,15 @@ def _same(results: Sequence[Any]) -> bool:
         return False
 
 
+def is_written(node: fx.Node) -> bool:
+    """Whether a call gave its first argument, into which it wrote, and not what reads it."""
+    first = node.args[0] if node.args else None
+    if not isinstance(first, fx.Node):
+        return False
+    pairs = zip(node.meta[PROBED], first.meta[PROBED], strict=True)
+    return all(result is argument for result, argument in pairs)
+
+
 def storages(value: Any) -> Iterator[int]:
     """Keys of the memory that a value without values would lie in."""
     if is_fake(value):

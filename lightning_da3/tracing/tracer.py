@@ -18,14 +18,14 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from lightning_da3.layers import as_pytorch, has_hooks, is_registered
+from lightning_da3.layers import WRITES, as_pytorch, has_hooks, is_registered
 from lightning_da3.tracing import frames
 from lightning_da3.tracing.aliases import Aliases
 from lightning_da3.tracing.functions import PythonFunctions
 from lightning_da3.tracing.guards import may_check, must_be, must_be_default
 from lightning_da3.tracing.interception import FACTORIES, intercepted
 from lightning_da3.tracing.one_thread import OneThread
-from lightning_da3.tracing.probes import PROBED, VARIES, Probes, SizeDecides, versions
+from lightning_da3.tracing.probes import PROBED, VARIES, Probes, SizeDecides, is_written, versions
 from lightning_da3.tracing.refusals import CannotTrace, NewLeaf, first_line
 from lightning_da3.tracing.signatures import call_of
 from lightning_da3.tracing.values import Value, built_from, holds, structured
@@ -116,7 +116,7 @@ class Tracer(OneThread):
             self._examine(proxy.node)
         if kind != "placeholder" or target not in self.defaults or target.startswith("*"):
             return proxy
-        self._noted(must_be_default, (proxy, target, self.defaults[target]))
+        self.noted(must_be_default, (proxy, target, self.defaults[target]))
         return self.defaults[target]
 
     def create_args_for_root(
@@ -127,19 +127,21 @@ class Tracer(OneThread):
         function, args = super().create_args_for_root(own, is_module, concrete_args)
         rest = self.defaults and inspect.getfullargspec(own).varkw
         if rest and f"**{rest}" in self.defaults:
-            self._noted(must_be_default, (args[-1], rest, self.defaults[f"**{rest}"]))
+            self.noted(must_be_default, (args[-1], rest, self.defaults[f"**{rest}"]))
         elif own is root_fn:
             return function, args
         return call_of(root_fn, args, self.defaults), args
 
     def _examine(self, node: fx.Node) -> None:
         """See what a new node gives, and whether it reads what was written to."""
-        before = {i: self._versions(i) for i in node.all_input_nodes}
+        before = {i: versions(i.meta.get(PROBED, ())) for i in node.all_input_nodes}
         if self.probes is not None:
             self.probes.run(node, self.root)
             if node.op == "call_module":  # what its Python leaves behind are no values
                 self._snapshot.restore(self.root.get_submodule(str(node.target)))
-        changed = [i for i, was in before.items() if self._versions(i) != was]
+        changed = [i for i, was in before.items() if versions(i.meta.get(PROBED, ())) != was]
+        if changed and is_written(node):  # others that changed lie in the same memory
+            node.meta[WRITES] = True
         problem = self.aliases.add(node, self.root, changed)
         if problem:
             self.cannot(problem)
@@ -250,8 +252,7 @@ class Tracer(OneThread):
             self.cannot(f"{type(m).__name__} draws random numbers of Python or NumPy")
 
     def _check_unchanged(self, m: nn.Module) -> None:
-        changed = self._snapshot.changed(m)
-        if changed:
+        if changed := self._snapshot.changed(m):
             raise CannotTrace(f"its forward changes the attributes {changed}")
 
     def _check_gone(self) -> None:
@@ -266,8 +267,7 @@ class Tracer(OneThread):
     def _refine(self, error: Exception) -> None:
         """Look for a function, inside of what failed, that may be the node."""
         inner = frames.innermost_module(frames.frames_of(error), self.look_into.__func__.__code__)  # type: ignore[attr-defined]
-        code = frames.leafable(inner, self.leaves, self._forwards)
-        if code is not None:
+        if code := frames.leafable(inner, self.leaves, self._forwards):
             raise NewLeaf(code, f"function {code.co_name}: {first_line(error)}") from error
 
     def _frames(self) -> list[Any]:
@@ -303,14 +303,14 @@ class Tracer(OneThread):
                 self.cannot(f"it decides on the {node.meta[VARIES]} of its input")
         if not isinstance(first, (int, float, str, type(None))) and not node.meta[VARIES]:
             return first  # a dtype, say, that does not vary
-        self._noted(must_be, (value, first, frames.place(self._frames())))
+        self.noted(must_be, (value, first, frames.place(self._frames())))
         return first
 
     def length(self, value: Value) -> int:
         """How many items a value has, now and later."""
-        return int(self.decided(self._noted(len, (value,))))
+        return int(self.decided(self.noted(len, (value,))))
 
-    def _noted(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def noted(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """A call of what only copies know how to trace if they are told (`torch.fx.wrap`)."""
         proxy = self.create_proxy("call_function", function, args, {})
         proxy.node.meta["is_wrapped"] = True
@@ -325,7 +325,7 @@ class Tracer(OneThread):
     def _as_node(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """What is called for a function that is a node."""
         if function is len:
-            return lambda x: self._noted(len, (x,)) if isinstance(x, fx.Proxy) else len(x)
+            return lambda x: self.noted(len, (x,)) if isinstance(x, fx.Proxy) else len(x)
         factory = getattr(function, "__name__", "") in FACTORIES
         known = function if factory else as_pytorch(function)
 
@@ -348,6 +348,3 @@ class Tracer(OneThread):
     @property
     def _probing(self) -> bool:
         return self.probes is not None and self.probes.at_work
-
-    def _versions(self, node: fx.Node) -> list[int]:
-        return versions(node.meta.get(PROBED, ()))

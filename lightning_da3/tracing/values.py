@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from lightning_da3.torch_private.fake import is_fake
 from lightning_da3.tracing.frames import in_checkpoint
+from lightning_da3.tracing.items import may_be_written, with_item
 from lightning_da3.tracing.probes import PROBED, SIZE, VARIES
 
 
@@ -63,7 +64,10 @@ class Value(fx.Proxy):
         return round(self.tracer.decided(self), digits)
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.cannot("it writes into a part of a tensor")
+        probed = self.node.meta.get(PROBED)
+        if probed is None or not isinstance(probed[0], Tensor) or not may_be_written(index):
+            self.tracer.cannot("it writes into a part of a tensor")
+        self.tracer.noted(with_item, (self, index, value))
 
 
 class Field(Value):

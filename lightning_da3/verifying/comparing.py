@@ -53,6 +53,7 @@ class Comparison:
         tolerance: The largest difference of networks that are the same.
         note: What differs, if no number says it.
         refused: The converted network says that it does not take such inputs.
+        decided: Whole numbers differ, as where a rounding decides which of two is larger.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Comparison:
     tolerance: float
     note: str = ""
     refused: bool = False
+    decided: bool = False
 
     @property
     def ok(self) -> bool:
@@ -120,7 +122,8 @@ def _compared(
     whole = [_share_of_others(x, y) for x, y in pairs if not _has_norm(x)]
     worst = max((_difference(x, y) for x, y in pairs if _has_norm(x)), default=0.0)
     if max(whole, default=0.0) > _INDICES:
-        return Comparison(name, torch.inf, tolerance, f"{max(whole):.0%} of whole numbers differ")
+        note = f"{max(whole):.0%} of whole numbers differ"
+        return Comparison(name, torch.inf, tolerance, note, decided=True)
     return Comparison(name, worst, tolerance)
 
 

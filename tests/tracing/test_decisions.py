@@ -1,6 +1,5 @@
 """What a forward asks of its values is answered once, and checked."""
 
-import copy
 import dataclasses
 import pickle
 import warnings
@@ -212,104 +211,6 @@ def test_a_module_that_cannot_be_a_graph_is_a_node_of_its_parent():
         torch.testing.assert_close(model(x), network(x), rtol=1e-4, atol=1e-5)
         got, want = input_gradient(model, x), input_gradient(network, x)
         assert (got - want).norm() / want.norm() < 0.05
-
-
-class Windows(nn.Module):
-    """It pads to whole windows, and asks whether that was needed; small maps it leaves alone."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 5, 5)
-
-    def forward(self, x):
-        x = self.first(x)
-        more = -x.shape[-1] % 5
-        if more > 0:
-            x = F.pad(x, (0, more, 0, more))
-        if x.shape[-1] > 20:
-            x = x * 2
-        return self.second(x)
-
-
-def test_a_module_of_several_layers_may_decide_on_sizes():
-    network = Around(Windows()).eval()
-    model = convert(network, CONFIG, torch.randn(2, 3, 16, 16), verify=False)
-    assert not model.plan.python
-    assert "function.second" in {host.name for host in model.plan.hosts}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # as many samples as one likes
-        for count in (1, 3, 4):
-            x = torch.randn(count, 3, 16, 16)
-            torch.testing.assert_close(model(x), network(x), rtol=1e-4, atol=1e-5)
-    for side in (18, 20, 50, 60):  # each of what it decides, the other way, and both
-        x = torch.randn(2, 3, side, side)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConversionWarning)
-            torch.testing.assert_close(model(x), network(x), rtol=1e-4, atol=1e-5)
-
-
-class OnSamples(nn.Module):
-    """What it does depends on how many samples there are."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1))
-
-    def forward(self, x):
-        return self.layers(x) * (2 if x.shape[0] % 2 else 1)
-
-
-def test_a_module_that_decides_on_the_number_of_samples_stays_python():
-    network = Around(OnSamples()).eval()
-    model = convert(network, CONFIG, torch.randn(2, 3, 16, 16), verify=False)
-    assert [path for path, _ in model.plan.python] == ["function"]
-    for count in (1, 2, 3):
-        x = torch.randn(count, 3, 16, 16)
-        torch.testing.assert_close(model(x), network(x), rtol=1e-4, atol=1e-5)
-
-
-class OnDevice(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
-
-    def forward(self, x):
-        y = self.layers(x)
-        return y if y.device.type != "meta" and not y.is_cuda else y * 2
-
-
-def test_a_module_may_decide_on_the_device():
-    model = assert_same(Around(OnDevice()), torch.randn(2, 3, 16, 16))
-    with (
-        pytest.warns(ConversionWarning, match="traced once more"),
-        pytest.raises(InputError, match=r"`return y if y.device.type != "),
-    ):
-        copy.deepcopy(model).to("meta")(torch.empty(2, 3, 16, 16, device="meta"))
-
-
-def writes_first(x, y):
-    """A function that stays Python, and writes into one of its arguments."""
-    if x.sum() > 1e9:
-        raise OverflowError
-    x[:, :4] += y
-    return x
-
-
-class Writes(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer, self.bias = nn.Conv2d(8, 8, 1), nn.Parameter(torch.randn(4, 1, 1))
-
-    def forward(self, x):
-        return self.layer(writes_first(self.layer(x), self.bias))
-
-
-def test_a_function_that_writes_into_one_argument_leaves_the_others_as_they_are():
-    network, x = Around(Writes()), torch.randn(2, 3, 16, 16)
-    model = assert_same(network, x)
-    assert [node for node, _ in model.plan.functions] == ["writes_first"]
-    got, want = input_gradient(model, x), input_gradient(network, x)
-    assert (got - want).norm() / want.norm() < 0.05
 
 
 class Packs(nn.Module):
