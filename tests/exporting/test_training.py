@@ -178,7 +178,7 @@ def check_that_it_loads(model, state, path):
     domain = model.domain("a")
     domain.load_state_dict({**domain.state_dict(), **load_file(path)})
     model.save_domain("a", path)
-    name = model.load_domain(path, "from the device")
+    name = model.load_domain(path, "from-the-device")
     for key, tensor in model.domain(name).state_dict().items():
         assert np.array_equal(tensor.numpy(), state[key])
 
