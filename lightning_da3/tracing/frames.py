@@ -9,12 +9,14 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.utils.rnn
 import torch.utils.checkpoint
 from torch import nn
 
 _TORCH = str(Path(inspect.getfile(torch)).parent)
+_NUMPY = str(Path(inspect.getfile(np)).parent)
 _CHECKPOINT = inspect.getfile(torch.utils.checkpoint)
 _PACKING = inspect.getfile(torch.nn.utils.rnn)
 _HERE = str(Path(__file__).parents[1])
@@ -78,10 +80,10 @@ def leafable(
 
 
 def is_user(frame: FrameType) -> bool:
-    """Whether a frame runs a function that is neither PyTorch's nor ours."""
+    """Whether a frame runs a function that is neither PyTorch's, NumPy's nor ours."""
     code = frame.f_code
     hidden = code.co_name.startswith("<") and code.co_name != "<lambda>"  # comprehensions
-    return not hidden and not code.co_filename.startswith((_TORCH, _HERE, "<frozen"))
+    return not hidden and not code.co_filename.startswith((_TORCH, _NUMPY, _HERE, "<frozen"))
 
 
 def _takes_module(frame: FrameType) -> bool:

@@ -55,6 +55,9 @@ class Value(fx.Proxy):
         return operator.index(self.tracer.decided(self))
 
     def __len__(self) -> int:
+        probed = self.node.meta.get(PROBED)
+        if probed is not None and not hasattr(probed[0], "__len__"):  # NumPy asks all for it
+            raise TypeError(f"object of type {type(probed[0]).__name__!r} has no len()")
         return int(self.tracer.length(self))
 
     def __contains__(self, item: Any) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,32 @@ def test_a_module_of_several_layers_may_decide_on_sizes():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConversionWarning)
             torch.testing.assert_close(model(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+class Even(nn.Module):
+    """It refuses odd sizes, which it asks NumPy for."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1))
+
+    def forward(self, x):
+        if (np.array(x.shape[2:]) % 2).any():
+            raise ValueError("odd sizes")
+        return self.layers(x)
+
+
+def test_a_module_may_ask_numpy_of_sizes():
+    network = Around(Even()).eval()
+    model = convert(network, CONFIG, torch.randn(2, 3, 16, 16), verify=False)
+    for side in (16, 20):
+        x = torch.randn(2, 3, side, side)
+        torch.testing.assert_close(model(x), network(x), rtol=1e-4, atol=1e-5)
+    with (
+        pytest.warns(ConversionWarning, match=r"traced once more, .*\(`if \(np.array"),
+        pytest.raises(ValueError, match="odd sizes"),
+    ):
+        model(torch.randn(2, 3, 18, 18))
 
 
 class OnSamples(nn.Module):
