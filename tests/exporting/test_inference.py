@@ -141,6 +141,26 @@ def test_the_backbone_alone(tmp_path):
     close(ran(alone, input=x), output(model, None, x))
 
 
+class Normed(nn.Module):
+    """Divides by what is zero for black images, but for a tiny constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, bias=False), nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        x = self.conv(x).mean((2, 3))
+        return self.fc(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-12))
+
+
+@pytest.mark.slow
+def test_tiny_constants_stay(tmp_path):
+    pytest.importorskip("onnxscript")
+    model, black = learned(Normed()), torch.zeros(2, 3, SIZE, SIZE)
+    path = model.export(None, tmp_path / "alone.onnx", images(2))
+    close(ran(path, input=black), output(model, None, black))
+
+
 def test_bad_input(tmp_path, monkeypatch):
     model, x = learned(Residual(), "a"), images(2)
 
