@@ -207,7 +207,8 @@ class Norm(NamedTuple):
         normal, mean, rstd = torch.native_group_norm(
             x, None, None, n, m, x.shape[2:].numel(), 1, eps
         )
-        return cls(x, _rows(normal), mean, rstd)
+        # bits are packed as values lie in memory, which may be another order in the backward
+        return cls(x, _rows(normal).contiguous(), mean, rstd)
 
     def backward(self, grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of x, scale and shift, from that of the result, (N * G, m)."""

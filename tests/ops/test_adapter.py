@@ -174,3 +174,24 @@ def test_the_adapter_without_a_trained_convolution():
     got = torch.autograd.grad(adapt(p, None, weights, how)[0].sum(), p)
     want = torch.autograd.grad(plain_adapter(p, None, weights)[0].sum(), p)
     assert (got[0] - want[0]).norm() <= 0.01 * want[0].norm()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("strides", [(6, 1, 1, 1), (6, 1, 6, 6)], ids=str)
+def test_hidden_values_lie_in_the_backward_as_they_lay_in_the_forward(strides, last, count):
+    torch.manual_seed(1)
+    sizes = [(4, 6, 1, 1), (4,), (4,), (1, 4), (1,), (5, 4), (5,)]
+    tensors = [torch.randn(size) for size in sizes]
+    weights = Weights(*[leaf(t) for t in (tensors[0].as_strided(sizes[0], strides), *tensors[1:])])
+    layout = torch.channels_last if last else torch.contiguous_format
+    p = leaf(torch.randn(count, 6, 4, 3).contiguous(memory_format=layout))
+    coded, exact = (
+        torch.autograd.grad(
+            adapt(p, None, weights, AdapterOptions(1e-5, gated=False, exact=exact))[0].sum(),
+            [p, *weights],
+        )
+        for exact in (False, True)
+    )
+    for one, other in zip(coded, exact, strict=True):
+        assert (one - other).norm() <= 0.03 * other.norm()
