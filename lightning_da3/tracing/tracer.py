@@ -28,7 +28,7 @@ from lightning_da3.tracing.one_thread import OneThread
 from lightning_da3.tracing.probes import PROBED, VARIES, Probes, SizeDecides, is_written, versions
 from lightning_da3.tracing.refusals import CannotTrace, NewLeaf, first_line
 from lightning_da3.tracing.signatures import call_of
-from lightning_da3.tracing.values import Value, built_from, holds, structured
+from lightning_da3.tracing.values import Value, built_from, holds, is_of_weights, structured
 from lightning_da3.tracing.watching import Draws, Modes, Snapshot, plain_modes, random_states
 
 
@@ -252,7 +252,7 @@ class Tracer(OneThread):
             self.cannot(f"{type(m).__name__} draws random numbers of Python or NumPy")
 
     def _check_unchanged(self, m: nn.Module) -> None:
-        if changed := self._snapshot.changed(m):
+        if changed := self._snapshot.changed(m, is_of_weights):
             raise CannotTrace(f"its forward changes the attributes {changed}")
 
     def _check_gone(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from lightning_da3.layers import may_draw
 from lightning_da3.torch_private.fake import is_fake
 from lightning_da3.tracing.frames import in_checkpoint
 from lightning_da3.tracing.items import may_be_written, with_item
@@ -48,6 +49,12 @@ class Value(fx.Proxy):
 
     def __float__(self) -> float:
         return float(self.tracer.decided(self))
+
+    def __str__(self) -> str:
+        probed = self.node.meta.get(PROBED)
+        if probed is not None and isinstance(probed[0], torch.device):  # the key of many a cache
+            return str(self.tracer.decided(self))
+        return super().__str__()
 
     def __index__(self) -> int:
         if self.node.meta.get(VARIES, SIZE):  # PyTorch asks all that may be a size, and goes on
@@ -126,6 +133,20 @@ def built_from(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         fields = {f.name: getattr(kept, f.name) for f in dataclasses.fields(kept)}
         return (), {name: field for name, field in fields.items() if field is not None}
     return (dict(value),), {}
+
+
+def is_of_weights(value: Any) -> bool:
+    """Whether a value is computed from parameters and buffers alone, and without chance."""
+    if not isinstance(value, fx.Proxy):
+        return False
+    waiting = [value.node]
+    for node in waiting:
+        if node.op == "placeholder" or may_draw(node.target, node.args, node.kwargs):
+            return False
+        if node.op == "call_module":
+            return False
+        waiting += node.all_input_nodes
+    return True
 
 
 def holds(args: Any, kwargs: Any, kind: type) -> bool:

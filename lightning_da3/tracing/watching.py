@@ -35,12 +35,21 @@ class Snapshot:
         self._versions = {id(b): version_of(b) for b in root.buffers()}
         self._contents: dict[int, Tensor] = {id(b): b.detach().clone() for b in root.buffers()}
 
-    def changed(self, module: nn.Module) -> list[str]:
-        """Which attributes and buffers of a module are not what they were."""
+    def changed(self, module: nn.Module, is_again: Callable[[Any], bool]) -> list[str]:
+        """Which attributes and buffers of a module are not what they were.
+
+        Args:
+            module: One of those inside.
+            is_again: Whether a value is the same in every call, so that a dictionary that gained it
+                is a cache: it is emptied of it, and nothing has changed.
+        """
         if module not in self._attributes:
             return []
         before, now = self._attributes[module], _attributes(module)
         names = {name for name in {**before, **now} if _differ(before, now, name)}
+        for name in names:
+            _empty_cache(before.get(name), now.get(name), is_again)
+        names = {name for name in names if _differ(before, _attributes(module), name)}
         buffers = self._buffers[module]
         for name, buffer in {**buffers, **module._buffers}.items():
             if module._buffers.get(name) is not buffers.get(name) or (
@@ -92,6 +101,17 @@ def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
         for name, value in vars(module).items()
         if name not in _MODULE_STATE and not name.endswith("_hooks") and "_constant" not in name
     }
+
+
+def _empty_cache(before: Any, now: Any, is_again: Callable[[Any], bool]) -> None:
+    """Take out of a dictionary what it gained, if all of that is the same in every call."""
+    if before is None or now is None or before[0] is not now[0] or type(before[0]) is not dict:
+        return
+    cache, items = before
+    gained = {key: value for key, value in cache.items() if key not in items}
+    if all(cache.get(key) is items[key] for key in items) and all(map(is_again, gained.values())):
+        for key in gained:
+            del cache[key]
 
 
 def _hooks(module: nn.Module) -> list[dict[int, Any]]:

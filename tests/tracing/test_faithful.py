@@ -212,6 +212,31 @@ class BuffersMove(nn.Module):
         return x - self.mean[:, None, None]
 
 
+class OfWeights(nn.Module):
+    """It caches what follows from its weights, by device, or from its input."""
+
+    def __init__(self, *, of_input):
+        super().__init__()
+        self.layer, self.bias = nn.Conv2d(8, 8, 1), nn.Parameter(torch.randn(8))
+        self.cache, self.of_input = {}, of_input
+
+    def forward(self, x):
+        if str(x.device) not in self.cache:
+            table = self.bias.sin()
+            self.cache[str(x.device)] = table * x.mean() if self.of_input else table
+        return self.layer(x) + self.cache[str(x.device)][:, None, None]
+
+
+@pytest.mark.parametrize("of_input", [False, True])
+def test_a_cache_of_what_follows_from_weights_is_a_graph(of_input):
+    network, x = Around(OfWeights(of_input=of_input)).eval(), torch.randn(2, 3, 16, 16)
+    model = convert(network, CONFIG, verify=False)
+    assert [path for path, _ in model.plan.python] == (["function"] if of_input else [])
+    assert not network.function.cache
+    for _ in range(2):
+        torch.testing.assert_close(model(x), network(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [Counts, Remembers, Caches, BuffersMove])
 def test_what_changes_from_call_to_call_changes(kind):
     network, x = Around(kind()).eval(), torch.randn(2, 3, 16, 16)
