@@ -103,8 +103,8 @@ def _plan_node(
     replacement = replacement_for(layer, exact) if layer is not None else None
     if replacement is None:
         return step("leave", _keeps(node, called, trained))
-    if replacement.build is None:
-        return step("remove")
+    if replacement.build is None:  # what is called with a list, as nn.Identity may be, gives that
+        return step("remove" if isinstance(node.args[0], fx.Node) else "leave", "nothing")
     inplace = _overwrites(replacement, free)
     return step("replace", replacement.keeps, inplace)
 

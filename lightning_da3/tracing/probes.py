@@ -23,7 +23,7 @@ from lightning_da3.torch_private.fake import (
     DynamicOutputShapeException,
     is_fake,
 )
-from lightning_da3.torch_private.trees import tree_leaves
+from lightning_da3.torch_private.trees import tree_leaves, tree_map_only
 
 PROBED = "probed"  # key of a node's meta: its values on the probes
 VARIES = "varies"  # key of a node's meta: what a number depends on: "", SIZE or STATE
@@ -70,7 +70,9 @@ class Probes:
         self.mode = mode
         self.alike = _sizes_of_one(inputs[0]) == _sizes_of_one(inputs[-1])
         with mode:
-            self.inputs = [[_without_values(x) for x in probe] for probe in inputs]
+            self.inputs = [
+                [tree_map_only(Tensor, _without_values, x) for x in probe] for probe in inputs
+            ]
         self.at_work = False
         self._next = 0
 
@@ -127,8 +129,13 @@ class Probes:
             self.at_work = False
 
 
-def _without_values(x: Any) -> Any:
-    if not isinstance(x, Tensor) or is_fake(x):
+def own_lists(values: Sequence[Any]) -> list[Any]:
+    """The same tensors in lists and dictionaries of their own, which a forward may write into."""
+    return list(tree_map_only(Tensor, lambda x: x, list(values)))
+
+
+def _without_values(x: Tensor) -> Tensor:
+    if is_fake(x):
         return x
     place = "cpu" if x.device.type == "meta" else x.device
     return torch.empty(x.shape, dtype=x.dtype, device=place)

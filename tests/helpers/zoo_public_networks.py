@@ -132,11 +132,11 @@ def slow_and_fast(library: Any, small: bool) -> nn.Module:
     return made
 
 
-def video(kind: str, small: tuple[int, ...] = (1, 3, 8, 32, 32)) -> Entry:
+def video(kind: str, small: tuple[int, ...] = (1, 3, 8, 32, 32), side: int = 112) -> Entry:
     def make(models: Any) -> nn.Module:
         return getattr(models, kind)(weights=None, num_classes=CLASSES)  # type: ignore[no-any-return]
 
-    return plain("torchvision.models.video", (1, 3, 16, 112, 112), small, make)
+    return plain("torchvision.models.video", (1, 3, 16, side, side), small, make)
 
 
 def segmentation(kind: str) -> Entry:
@@ -280,7 +280,7 @@ ZOO: dict[str, Entry] = {
     ),
     "r3d_18": video("r3d_18"),
     "mc3_18": video("mc3_18"),
-    "mvit_v2": video("mvit_v2_s", (1, 3, 16, 224, 224)),
+    "mvit_v2": video("mvit_v2_s", (1, 3, 16, 224, 224), 224),
     "deeplabv3": segmentation("deeplabv3_mobilenet_v3_large"),
     "fcn": segmentation("fcn_resnet50"),
     "lraspp": segmentation("lraspp_mobilenet_v3_large"),

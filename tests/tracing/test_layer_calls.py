@@ -113,3 +113,26 @@ def test_a_function_of_weights_that_depend_on_the_input_stays():
     model(x).square().sum().backward()
     net(y).square().sum().backward()
     assert_relatively_close(x.grad, y.grad, 1e-9)
+
+
+class Pathways(nn.Module):
+    """It takes a list, and writes into it, as networks of several pathways do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.ModuleList(nn.Conv2d(3, 8, 3, padding=1) for _ in range(2))
+        self.same, self.head = nn.Identity(), nn.Linear(8, 5)
+
+    def forward(self, maps):
+        for i, layer in enumerate(self.first):
+            maps[i] = layer(maps[i])
+        return self.head(sum(x.mean((2, 3)) for x in self.same(maps)))
+
+
+def test_a_list_that_a_network_writes_into_stays_the_users():
+    network = Pathways().eval()
+    maps = [torch.randn(2, 3, 8, 8) for _ in range(2)]
+    given = list(maps)
+    model = convert(network, example_inputs=(given,), verify=False)
+    assert all(x is y for x, y in zip(given, maps, strict=True))
+    torch.testing.assert_close(model(list(maps)), network(list(maps)), rtol=1e-4, atol=1e-5)
