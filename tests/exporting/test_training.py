@@ -196,7 +196,7 @@ def check_file(file, manifest, own):
     assert outputs[: len(own) + 1] == ["loss", *[f"new.{name}" for name in own]]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_step_as_a_program_of_torch_with_a_loss_of_ones_own(tmp_path):
     model, loss = learned(convolutions), nn.BCEWithLogitsLoss()
     own = dict(model.domain("a").named_parameters())
