@@ -39,8 +39,9 @@ def build(name: str, small: bool) -> tuple[nn.Module, Any]:
 
 
 def arguments(batch: Any) -> tuple[Any, ...]:
-    """What a network is called with."""
-    return batch if isinstance(batch, tuple) else (batch,)
+    """What a network is called with; a list of its own, into which some write."""
+    several = batch if isinstance(batch, tuple) else (batch,)
+    return tuple(list(x) if isinstance(x, list) else x for x in several)
 
 
 def tensors(output: Any) -> Iterator[Tensor]:
