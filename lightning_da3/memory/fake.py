@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -85,11 +84,10 @@ def resized(x: Tensor, count: int) -> Tensor:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """In the block PyTorch does not tell what cannot run without values; errors say it."""
+    """In the block PyTorch does not log what cannot run without values; errors say it."""
     log = logging.getLogger(LOGGER)
     before, log.disabled = log.disabled, True
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # where graphs print what failed in them
-            yield
+        yield
     finally:
         log.disabled = before

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from lightning_da3.layers import CONVS
 from lightning_da3.memory import fake_mode_of
 from lightning_da3.memory.fake import quiet
+from lightning_da3.memory.names import mutable
 from lightning_da3.torch_private.fake import new_fake_mode
 from lightning_da3.torch_private.trees import tree_leaves
 from lightning_da3.tracing.graph_modules import LAYER
 from lightning_da3.tracing.guessing import first_guesses, first_sample
-from lightning_da3.tracing.probes import own_lists
 from lightning_da3.tracing.watching import unchanged
 
 # backward nodes of activations between layers, by the start of their names
@@ -37,7 +37,7 @@ def head_by_running(root: nn.Module, examples: Sequence[Any] | None) -> str | No
         for mode in (fake, contextlib.nullcontext()):  # one that decides on values needs some
             # the user's own forward on a guess: anything can go wrong, and then nothing is known
             with quiet(), contextlib.suppress(Exception), mode, unchanged(root):
-                return _run(root, own_lists([_input(i) for i in inputs]))
+                return _run(root, mutable([_input(i) for i in inputs]))
     return None
 
 

@@ -21,7 +21,7 @@ from lightning_da3.torch_private.fake import new_fake_mode
 from lightning_da3.tracing.graphs import Traced, module_of
 from lightning_da3.tracing.guards import must_be, must_be_default
 from lightning_da3.tracing.guessing import first_sample, guesses
-from lightning_da3.tracing.probes import UNKNOWN, call_layer, own_lists
+from lightning_da3.tracing.probes import UNKNOWN, call_layer
 from lightning_da3.tracing.watching import unchanged
 
 Shapes = dict[fx.Node, tuple[int, ...]]
@@ -90,7 +90,7 @@ def find_shapes(
         with quiet(), contextlib.suppress(Exception), mode, unchanged(gm):
             recorder = _Recorder(gm)
             with torch.no_grad():
-                recorder.run(*own_lists([_without_values(i) for i in inputs]))
+                recorder.run(*mutable([_without_values(i) for i in inputs]))
             return recorder.shapes
     return {}
 

@@ -121,7 +121,7 @@ def _attempt(
             if isinstance(found, ProbeFailed) and found.number == 0:
                 break  # and not only the larger one
     found = _try(module, defaults, None, session, path)
-    assert not isinstance(found, BaseException) or isinstance(found, Exception)
+    assert not isinstance(found, (ProbeFailed, SizeDecides))
     return found
 
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_da3.memory.fake import left_by_forward, quiet, tensors_of
+from lightning_da3.memory.names import mutable
 from lightning_da3.torch_private.modules import FORWARD_HOOKS, hooks_of
 from lightning_da3.torch_private.trees import tree_leaves
-from lightning_da3.tracing.probes import UNKNOWN, Probes, own_lists
+from lightning_da3.tracing.probes import UNKNOWN, Probes
 from lightning_da3.tracing.watching import unchanged
 
 _PLAIN = (type(None), bool, str, float)
@@ -79,7 +80,7 @@ def takes(network: nn.Module, inputs: Sequence[Any], mode: AbstractContextManage
     twin = _twin(network)
     try:
         with quiet(), torch.no_grad(), mode:
-            twin(*own_lists(inputs))
+            twin(*mutable(inputs))  # some write into lists that they get
     except UNKNOWN:
         return True
     except Exception:  # noqa: BLE001  # the user's own forward: anything can come
@@ -109,7 +110,7 @@ def _run(
         before = _hooks(network)
         # what ran before an error is known, and the error comes again where it matters
         with contextlib.suppress(Exception), quiet(), torch.no_grad(), mode:
-            network(*own_lists(inputs))
+            network(*mutable(inputs))
         after = _hooks(network)
         hooked |= {path for path, hooks in after.items() if hooks != before.get(path, hooks)}
     return calls

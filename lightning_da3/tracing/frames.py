@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import CodeType, FrameType
@@ -16,7 +17,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 _TORCH = str(Path(inspect.getfile(torch)).parent)
-_NUMPY = str(Path(inspect.getfile(np)).parent)
+_NUMPY = str(Path(inspect.getfile(np)).parent) + os.sep
 _CHECKPOINT = inspect.getfile(torch.utils.checkpoint)
 _PACKING = inspect.getfile(torch.nn.utils.rnn)
 _HERE = str(Path(__file__).parents[1])

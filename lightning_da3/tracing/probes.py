@@ -129,11 +129,6 @@ class Probes:
             self.at_work = False
 
 
-def own_lists(values: Sequence[Any]) -> list[Any]:
-    """The same tensors in lists and dictionaries of their own, which a forward may write into."""
-    return list(tree_map_only(Tensor, lambda x: x, list(values)))
-
-
 def _without_values(x: Tensor) -> Tensor:
     if is_fake(x):
         return x

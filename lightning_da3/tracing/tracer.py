@@ -140,7 +140,7 @@ class Tracer(OneThread):
             if node.op == "call_module":  # what its Python leaves behind are no values
                 self._snapshot.restore(self.root.get_submodule(str(node.target)))
         changed = [i for i, was in before.items() if versions(i.meta.get(PROBED, ())) != was]
-        if changed and is_written(node):  # others that changed lie in the same memory
+        if changed and is_written(node):
             node.meta[WRITES] = True
         problem = self.aliases.add(node, self.root, changed)
         if problem:

@@ -141,9 +141,8 @@ def is_of_weights(value: Any) -> bool:
         return False
     waiting = [value.node]
     for node in waiting:
-        if node.op == "placeholder" or may_draw(node.target, node.args, node.kwargs):
-            return False
-        if node.op == "call_module":
+        known = node.op not in ("placeholder", "call_module")
+        if not known or may_draw(node.target, node.args, node.kwargs):
             return False
         waiting += node.all_input_nodes
     return True

@@ -45,3 +45,14 @@ def assert_same_gradients(function, codes=0.05, rounding=1e-5, x=None):
     network, x = Around(function), torch.randn(2, 3, 16, 16) if x is None else x
     assert gradient_error(network, x, exact=True) < rounding
     assert gradient_error(network, x, exact=False) < codes
+
+
+def assert_written(function, config):
+    """What `function` gives and writes is the same once converted, twice in a row."""
+    with torch.no_grad():  # in eager PyTorch some of these write into what a gradient needs
+        network = Around(function).eval()
+        x = torch.randn(2, 3, 16, 16)
+        want, model = network(x), convert(network, config, verify=False)
+        assert model.plan.head == "head"
+        for _ in range(2):
+            torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
