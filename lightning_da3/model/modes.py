@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import nn
 
 from lightning_da3.layers import has_modes
 from lightning_da3.planning.plan import Plan
+
+
+@contextmanager
+def in_use(module: nn.Module) -> Iterator[None]:
+    """Inference in the block; afterwards every module is in the mode that it was in."""
+    modes = {layer: layer.training for layer in module.modules()}
+    try:
+        with torch.no_grad():
+            module.eval()
+            yield
+    finally:
+        for layer, mode in modes.items():
+            layer.training = mode
 
 
 def hold_in_eval_(backbone: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_da3.errors import ConfigError, InputError
+from lightning_da3.model.modes import in_use
 from lightning_da3.model.running import Running
 from lightning_da3.nn.head import Head
 from lightning_da3.nn.ridge import Ridge
@@ -48,53 +50,62 @@ class StartsHeads(Running):
             InputError: A batch is no pair, does not fit the network, or its loss does not depend
                 on the head; or there are no samples, or figures that are not finite.
         """
-        head = _linear(self.domain(name).head, name)
         if not isinstance(batches, Iterable):
             raise ConfigError(
                 f"`batches` must be a list or a loader of batches, got {type(batches).__name__}."
             )
-        ridge = Ridge(centred=head.bias is not None)
+        start = HeadStart(self.domain(name).head, name)
         with self._as_in_use(name):
             for batch in batches:
-                for features, asked in self._asked(head, batch, loss):
-                    ridge.add(features, asked)
-        if not ridge.count:
-            raise InputError("`batches` has no samples; a head starts from some.")
-        if not ridge.is_finite():
-            raise InputError(
-                f"The head of {name!r} cannot start: some features, or gradients of `loss`, are "
-                "not finite. Look for such values in the batches."
-            )
-        weight, bias = ridge.solve()
-        with torch.no_grad():
-            head.weight.copy_(weight.view_as(head.weight))
-            if head.bias is not None:
-                head.bias.copy_(bias)
+                start.see(partial(self._loss_of, batch, loss))
+        start.finish()
 
     @contextmanager
     def _as_in_use(self, name: str) -> Iterator[None]:
         """A domain is active, in eval, without gradients; all is as it was afterwards."""
-        before, modes = self.active_domain, {m: m.training for m in self.modules()}
+        before = self.active_domain
         devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with torch.random.fork_rng(devices), in_use(self):
             try:
                 self.set_domain(name)
-                self.eval()
                 yield
             finally:
-                for module, mode in modes.items():
-                    module.training = mode
                 self.set_domain(before)
 
-    def _asked(
-        self, head: Head, batch: Any, loss: Callable[[Any, Any], Tensor]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """What the head reads of a batch, and what the loss asks of it there, row by row."""
+    def _loss_of(self, batch: Any, loss: Callable[[Any, Any], Tensor]) -> Tensor:
         if not isinstance(batch, (list, tuple)) or len(batch) < 2:
             raise InputError(
                 f"`batches` must be pairs of samples and targets, got a {type(batch).__name__}."
             )
         x, target = tree_map_only(Tensor, lambda value: value.to(self._device), list(batch[:2]))
+        return loss(self(x), target)
+
+
+class HeadStart:
+    """Gathers what a domain's samples ask of its head, and starts it there; see `start_head`.
+
+    Args:
+        head: The domain's.
+        name: The domain's, for errors.
+
+    Raises:
+        ConfigError: There is no head that could start elsewhere.
+    """
+
+    def __init__(self, head: nn.Module | None, name: str) -> None:
+        self._name, self._head = name, _linear(head, name)
+        self._ridge = Ridge(centred=self._head.bias is not None)
+
+    def see(self, computes: Callable[[], Any]) -> None:
+        """Take the samples of one batch.
+
+        Args:
+            computes: Calls the network, whose domain is active, and gives the loss of its output: a
+                mean over samples.
+
+        Raises:
+            InputError: The loss does not depend on the head.
+        """
         read: list[tuple[Tensor, Tensor]] = []
 
         def silent(_: nn.Module, inputs: Any, scores: Tensor) -> Tensor:
@@ -102,25 +113,46 @@ class StartsHeads(Running):
             read.append((inputs[0].detach(), torch.zeros_like(scores).requires_grad_()))
             return read[-1][1]
 
-        handle = head.register_forward_hook(silent)
+        handle = self._head.register_forward_hook(silent)
         try:
             with torch.no_grad():
-                value = loss(self(x), target)
+                value = computes()
         finally:
             handle.remove()
         if not isinstance(value, Tensor) or not value.requires_grad:
             raise InputError(
-                "`loss` gave nothing that depends on the domain's head. Give one that takes the "
-                "network's output and a batch's second entry."
+                f"The loss of {self._name!r} does not depend on the domain's head. Give one that "
+                "takes the network's output and a batch's second entry."
             )
         zeros = [scores for _, scores in read]
         asked = torch.autograd.grad(value, zeros, torch.ones_like(value))
-        axis = -1 if isinstance(head, nn.Linear) else 1
-        count = sum(scores.numel() // scores.shape[axis] for _, scores in read)
-        return [
-            (_rows(features, axis), _rows(gradient, axis) * -count)
-            for (features, _), gradient in zip(read, asked, strict=True)
-        ]
+        axis = -1 if isinstance(self._head, nn.Linear) else 1
+        count = sum(scores.numel() // scores.shape[axis] for scores in zeros)
+        for (features, _), gradient in zip(read, asked, strict=True):
+            self._ridge.add(_rows(features, axis), _rows(gradient, axis) * -count)
+
+    def finish(self, others: Callable[[Ridge], Ridge] = lambda ridge: ridge) -> None:
+        """Start the head.
+
+        Args:
+            others: Adds what other processes gathered.
+
+        Raises:
+            InputError: There were no samples, or figures that are not finite.
+        """
+        ridge = others(self._ridge)
+        if not ridge.count:
+            raise InputError(f"The head of {self._name!r} starts from samples; there were none.")
+        if not ridge.is_finite():
+            raise InputError(
+                f"The head of {self._name!r} cannot start: some features, or gradients of the "
+                "loss, are not finite. Look for such values in the batches."
+            )
+        weight, bias = ridge.solve()
+        with torch.no_grad():
+            self._head.weight.copy_(weight.view_as(self._head.weight))
+            if self._head.bias is not None:
+                self._head.bias.copy_(bias)
 
 
 def _linear(head: nn.Module | None, name: str) -> Head:

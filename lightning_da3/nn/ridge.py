@@ -38,6 +38,13 @@ class Ridge:
         self.features, self.targets = self.features + x.sum(0), self.targets + y.sum(0)
         self.gram, self.cross = self.gram + x.T @ x, self.cross + x.T @ y
 
+    def __add__(self, other: Ridge) -> Ridge:
+        """Of the rows of both."""
+        both = Ridge(centred=self.centred)
+        for name in ("count", "squares", "features", "targets", "gram", "cross"):
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        return both
+
     def is_finite(self) -> bool:
         """Whether all features and targets were."""
         return all(bool(sums.isfinite().all()) for sums in (self.gram, self.cross, self.targets))

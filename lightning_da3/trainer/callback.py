@@ -23,6 +23,7 @@ from lightning_da3.trainer.domain_files import DomainFiles
 from lightning_da3.trainer.evaluation import EvaluatesByDomain
 from lightning_da3.trainer.figures import Figures
 from lightning_da3.trainer.first_steps import FirstSteps
+from lightning_da3.trainer.head_start import start_heads
 from lightning_da3.trainer.lightning_private import (
     find_unused_parameters_,
     lend_summary_,
@@ -99,6 +100,9 @@ class DA3Callback(EvaluatesByDomain):
             ``"domain"``: it belongs to the domain, as its adapters do. ``"shared"``: all domains
             train the same, and so change each other, which a warning says. ``"frozen"``: it does
             not train; statistics next to it are the domain's.
+        start_head: Start the head of a domain that has learned nothing yet where its training
+            batches say, as `DA3Model.start_head` does: one more pass over them, through
+            `training_step`, before the first step. It is worth most where training is short.
 
     Raises:
         ConfigError: `num_classes` is given beside a dict of domains, or that is empty; or a metric
@@ -118,9 +122,11 @@ class DA3Callback(EvaluatesByDomain):
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
         outside: Literal["domain", "shared", "frozen"] = "domain",
+        start_head: bool = False,
     ) -> None:
         super().__init__()
         self.domain = domain
+        self.start_head = start_head
         self.num_classes = num_classes
         self.config = DA3Config.of(config).within(budget)
         self.backbone = backbone
@@ -225,6 +231,8 @@ class DA3Callback(EvaluatesByDomain):
         model.train()  # Lightning leaves a module in eval that came in eval
         model.gates_over_ranks = trainer.world_size > 1
         model.budget_policy.tell = rank_zero_info
+        if self.start_head:
+            start_heads(trainer, pl_module, self.session)
         self.figures.start(trainer, pl_module, model)
         self.saying.start()
         self.tracking.start(pl_module)

@@ -6,7 +6,7 @@ because the `lightning` and `pytorch_lightning` packages each have their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -72,6 +72,33 @@ def count_logged_(trainer: Any, samples: int | None) -> None:
     results: Any = getattr(trainer, "_results", None)
     if hasattr(results, "batch_size"):
         results.batch_size = samples
+
+
+def training_batches(trainer: Any) -> Iterator[Any]:
+    """The batches of an epoch, each as a training step gets it, before training begins.
+
+    Reads ``fit_loop._data_fetcher`` and the module's ``_on_before_batch_transfer``. The fetcher
+    begins anew afterwards, as it does in every epoch.
+
+    Raises:
+        ConfigError: This version of Lightning has either no longer, or `training_step` takes an
+            iterator of batches.
+    """
+    fetcher = getattr(trainer.fit_loop, "_data_fetcher", None)
+    module, strategy = trainer.lightning_module, trainer.strategy
+    prepare = getattr(module, "_on_before_batch_transfer", None)
+    if fetcher is None or prepare is None or is_of_lightning(fetcher, "_DataLoaderIterDataFetcher"):
+        raise ConfigError(
+            "DA3Callback(start_head=True) cannot see the batches before training starts: "
+            "`training_step` takes an iterator of them, or this version of Lightning hides them. "
+            "Call `model.start_head(domain, batches)` yourself."
+        )
+    try:
+        for batch, *_ in fetcher:
+            batch = prepare(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+            yield strategy.batch_to_device(batch, dataloader_idx=0)
+    finally:
+        iter(fetcher)
 
 
 def find_unused_parameters_(strategy: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_da3.model.model import DA3Model
+from lightning_da3.model.modes import in_use
 from lightning_da3.torch_private.fake import is_fake
 from lightning_da3.torch_private.modules import is_compiled
 from lightning_da3.torch_private.trees import tree_leaves
@@ -103,17 +104,14 @@ class Samples:
 
 @contextlib.contextmanager
 def _in_eval(model: DA3Model) -> Iterator[None]:
-    """Inference in the block; afterwards every module is in the mode that it was in."""
-    modes, executed = {module: module.training for module in model.modules()}, model.calls.here
-    share = executed.executed
+    """Inference in the block; afterwards the model is as it was."""
+    here = model.calls.here
+    share = here.executed
     try:
-        with torch.no_grad():
-            model.eval()
+        with in_use(model):
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
-        executed.executed = share
+        here.executed = share
 
 
 def _are_images(x: Tensor) -> bool:

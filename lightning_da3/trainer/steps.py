@@ -40,8 +40,8 @@ def training_step(
     Raises:
         ConfigError: The batch does not name one domain, or the step cannot be split.
     """
+    name, batch = domain_of(session, batch)
     if len(session.domains) > 1:
-        name, batch = _named(session, batch)
         session.turn_to(name)
     if not session.network.budget_policy.accumulates:
         return proceed(batch, *args, **kwargs)
@@ -89,8 +89,14 @@ def explain_targets_(error: BaseException, model: DA3Model | None) -> None:
         )
 
 
-def _named(session: TrainingSession, batch: Any) -> tuple[str, Any]:
-    """The domain that a batch names, and the batch itself."""
+def domain_of(session: TrainingSession, batch: Any) -> tuple[str, Any]:
+    """The domain that a batch is of, and the batch itself.
+
+    Raises:
+        ConfigError: There are several domains, and it does not name one.
+    """
+    if len(session.domains) == 1:
+        return next(iter(session.domains)), batch
     if isinstance(batch, dict) and len(batch) == 1 and {*batch} <= {*session.domains}:
         ((name, inner),) = batch.items()
         return name, inner

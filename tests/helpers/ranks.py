@@ -212,6 +212,24 @@ def interleaved(folder, strategy):
     save(fitter, folder, "learned", fitter.global_step)
 
 
+class SeesHead(L.Callback):
+    """The head of domain "a" as it is when the first step begins."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 0:
+            self.weight = pl_module.net.domain("a").head.weight.detach().clone()
+
+
+def head_start(folder, strategy):
+    """Every rank sees its own samples, and all start from those of both."""
+    seen = SeesHead()
+    callbacks = [DA3Callback("a", 2, CONFIG, start_head=True), seen]
+    fitter = trainer(folder, strategy, callbacks=callbacks)
+    fitter.fit(Lit(), data())
+    assert torch.equal(seen.weight, fitter.strategy.broadcast(seen.weight))
+    save(fitter, folder, "learned", seen.weight)
+
+
 def dies(folder, strategy):
     class Dies(Lit):
         def training_step(self, batch, batch_idx):

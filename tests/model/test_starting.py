@@ -92,9 +92,9 @@ def test_what_cannot_start_is_refused():
         start("a", 3)
     with refused(InputError, "must be pairs of samples and targets"):
         start("a", [x])
-    with refused(InputError, "has no samples"):
+    with refused(InputError, "starts from samples; there were none"):
         start("a", [])
-    with refused(InputError, "nothing that depends on the domain's head"):
+    with refused(InputError, "does not depend on the domain's head"):
         start("a", [pair], lambda *_: torch.ones(()))
     with refused(InputError, "not finite"):
         start("a", [(x * torch.inf, LABELS)])

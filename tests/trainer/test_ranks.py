@@ -10,6 +10,7 @@ import torch
 from helpers import ranks
 
 import lightning_da3
+from lightning_da3 import convert
 from lightning_da3.files.domain_file import read_domain
 
 pytestmark = pytest.mark.slow
@@ -76,6 +77,14 @@ def interleaved(folder, learned):
     assert learned == 2 * 2 * 2  # epochs, domains, batches
 
 
+def head_start(folder, learned):
+    del folder
+    model = convert(ranks.Lit().net, ranks.CONFIG)
+    model.add_domain("a", 2)
+    model.start_head("a", ranks.data())
+    torch.testing.assert_close(learned, model.domain("a").head.weight.detach())
+
+
 def saves_the_best(folder, learned):
     del learned
     extra = read_domain(folder / "a.safetensors").metadata["extra"]
@@ -104,6 +113,7 @@ CHECKS = [
     two_domains_one_after_the_other,
     interleaved,
     saves_the_best,
+    head_start,
 ]
 
 
