@@ -6,20 +6,20 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import reduce
+from functools import partial, reduce
 from operator import add
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from lightning_da3.errors import ConfigError
 from lightning_da3.model.domain import Domain
 from lightning_da3.model.modes import in_use
 from lightning_da3.model.starting import HeadStart
+from lightning_da3.nn.adapter import Adapter
 from lightning_da3.nn.ridge import Ridge
 from lightning_da3.trainer.lightning_private import training_batches
 from lightning_da3.trainer.session import TrainingSession
@@ -64,7 +64,7 @@ def start_heads(trainer: Any, pl_module: Any, session: TrainingSession) -> None:
                 name, batch = domain_of(session, batch)
                 if name in starts:
                     session.activate(name)
-                    starts[name].see(lambda b=batch, i=index: step(b, i))
+                    starts[name].see(partial(step, batch, index))
         finally:
             session.activate(before)
     for start in starts.values():
@@ -74,7 +74,7 @@ def start_heads(trainer: Any, pl_module: Any, session: TrainingSession) -> None:
 
 def is_fresh(domain: Domain) -> bool:
     """Whether adapters add nothing yet, as those that were never trained."""
-    last = [adapter.value for adapter in domain.adapters.values()]
+    last = [cast(Adapter, adapter).value for adapter in domain.adapters.values()]
     return not any(bool(p.any()) for layer in last for p in layer.parameters())
 
 
@@ -97,7 +97,7 @@ def _uncompiled() -> Any:
 def _of_all_ranks(ridge: Ridge) -> Ridge:
     if not (dist.is_available() and dist.is_initialized()):
         return ridge
-    found: list[Any] = [None] * dist.get_world_size()
+    found = [ridge] * dist.get_world_size()
     dist.all_gather_object(found, ridge)
     return reduce(add, found)
 
@@ -105,7 +105,7 @@ def _of_all_ranks(ridge: Ridge) -> Ridge:
 @contextmanager
 def _silent(pl_module: nn.Module, model: nn.Module) -> Iterator[None]:
     """Nothing that a step logs or counts beside the network in the block stays."""
-    metrics = [m for m in pl_module.modules() if isinstance(m, Metric)]
+    metrics = [m for m in pl_module.modules() if isinstance(_state(m), dict)]
     counts = [_counts_of(metric) for metric in metrics]
     inside = {*model.buffers()}
     buffers = [(buffer, buffer.clone()) for buffer in pl_module.buffers() if buffer not in inside]
@@ -128,9 +128,13 @@ def _silent(pl_module: nn.Module, model: nn.Module) -> Iterator[None]:
 _LOGS = ("log", "log_dict")
 
 
-def _counts_of(metric: Metric) -> dict[str, Any]:
-    """What a metric has gathered, and what it says of that."""
-    names = {*metric.metric_state, "_update_count", "_computed", "_forward_cache"}
+def _state(module: nn.Module) -> Any:
+    """What a metric has gathered; None of other modules: torchmetrics is not imported here."""
+    return getattr(module, "metric_state", None)
+
+
+def _counts_of(metric: nn.Module) -> dict[str, Any]:
+    names = {*_state(metric), "_update_count", "_computed", "_forward_cache"}
     return {name: deepcopy(value) for name, value in vars(metric).items() if name in names}
 
 

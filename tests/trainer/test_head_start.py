@@ -141,7 +141,7 @@ class OfAnIterator(Lit):
         return super().training_step(batch, 0)
 
 
-@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
 @pytest.mark.parametrize("kind", [Manual, OfAnIterator])
 def test_steps_that_cannot_be_asked_are_refused(tmp_path, kind):
     module = kind()
