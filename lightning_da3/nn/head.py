@@ -12,6 +12,8 @@ from lightning_da3.errors import InputError
 from lightning_da3.nn.call import Place
 from lightning_da3.ops.trained_convolution import trained_conv
 
+FRESH = 0.1  # of PyTorch's own scale: what is random in a head is what adapters have to undo
+
 Head = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
@@ -60,7 +62,7 @@ def new_head(original: Head, num_classes: int, device: torch.device, *, exact: b
     place: dict[str, Any] = {"device": device, "dtype": original.weight.dtype}
     has_bias = original.bias is not None
     if isinstance(original, nn.Linear):
-        return nn.Linear(original.in_features, num_classes, bias=has_bias, **place)
+        return _small(nn.Linear(original.in_features, num_classes, bias=has_bias, **place))
     kind: Any = type(original) if exact else _CODED.get(type(original), type(original))
     made: Head = kind(
         original.in_channels,
@@ -73,7 +75,14 @@ def new_head(original: Head, num_classes: int, device: torch.device, *, exact: b
         padding_mode=original.padding_mode,
         **place,
     )
-    return made
+    return _small(made)
+
+
+def _small(head: Head) -> Head:
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(FRESH)
+    return head
 
 
 def classes_of(head: nn.Module) -> int:
