@@ -11,11 +11,6 @@ Without a Trainer: ``model = convert(network)``, ``model.add_domain("flowers", n
 
 from typing import NoReturn
 
-from lightning_da3.budget.accumulation import accumulated
-from lightning_da3.config import AdapterConfig, DA3Config, GateConfig, MemoryConfig
-from lightning_da3.converting import convert
-from lightning_da3.costs.report import StepCosts
-from lightning_da3.costs.steps import step_costs
 from lightning_da3.errors import (
     CheckpointError,
     ConfigError,
@@ -27,17 +22,29 @@ from lightning_da3.errors import (
     NoEffectWarning,
     PredictionWarning,
 )
-from lightning_da3.files.folder import DomainFolder
-from lightning_da3.files.hub import pull_domain, push_domain
-from lightning_da3.model.model import DA3Model
-from lightning_da3.model.status import Status
-from lightning_da3.trainer.attaching import load_from_checkpoint
-from lightning_da3.trainer.callback import DA3Callback
-from lightning_da3.trainer.loaders import DomainLoader
-from lightning_da3.trainer.sequence import DomainTask, fit_sequence
-from lightning_da3.trainer.strategies import DA3DDPStrategy, DA3Strategy
 
 __version__ = "0.1.0"
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:  # a device may have no more than `lightning_da3.device` needs
+    _no_torch = str(error)
+else:
+    _no_torch = ""
+    from lightning_da3.budget.accumulation import accumulated
+    from lightning_da3.config import AdapterConfig, DA3Config, GateConfig, MemoryConfig
+    from lightning_da3.converting import convert
+    from lightning_da3.costs.report import StepCosts
+    from lightning_da3.costs.steps import step_costs
+    from lightning_da3.files.folder import DomainFolder
+    from lightning_da3.files.hub import pull_domain, push_domain
+    from lightning_da3.model.model import DA3Model
+    from lightning_da3.model.status import Status
+    from lightning_da3.trainer.attaching import load_from_checkpoint
+    from lightning_da3.trainer.callback import DA3Callback
+    from lightning_da3.trainer.loaders import DomainLoader
+    from lightning_da3.trainer.sequence import DomainTask, fit_sequence
+    from lightning_da3.trainer.strategies import DA3DDPStrategy, DA3Strategy
 
 __all__ = [
     "AdapterConfig",
@@ -92,13 +99,19 @@ _MOVED = {  # modules of version 0.1
 
 
 def __getattr__(name: str) -> NoReturn:
-    """Say where a module went.
+    """Say where a module went, or what a name needs.
 
     Raises:
-        ImportError: The module of this name moved. (Of an AttributeError Python would not show the
-            message to who writes ``from lightning_da3 import registry``.)
+        ImportError: The module of this name moved, or PyTorch is missing. (Of an AttributeError
+            Python would not show the message to who writes ``from lightning_da3 import registry``.)
         AttributeError: There never was such a name.
     """
     if name in _MOVED:
         raise ImportError(f"`lightning_da3.{name}` moved: import `lightning_da3.{_MOVED[name]}`.")
+    if _no_torch and name in __all__:
+        raise ImportError(
+            f"`lightning_da3.{name}` needs PyTorch, which cannot be imported ({_no_torch}): `pip "
+            "install torch`. Without it there is `lightning_da3.device`, which learns from "
+            "exported files."
+        )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

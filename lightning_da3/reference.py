@@ -19,11 +19,12 @@ from torch.overrides import TorchFunctionMode
 from lightning_da3.memory.names import mutable
 from lightning_da3.model.model import DA3Model
 from lightning_da3.nn.call import Executed
-from lightning_da3.nn.gate import annealed_target, budget_loss
+from lightning_da3.nn.gate import budget_loss
 from lightning_da3.ops.adapter_cells import VALUE_SCALE
 from lightning_da3.ops.host import coarse_grid, pool, upsample
 from lightning_da3.ops.tokens import TokenGrid
 from lightning_da3.planning.plan import HostPlan, PartPlan
+from lightning_da3.schedule import annealed_target
 from lightning_da3.tracing.graphs import Part
 from lightning_da3.tracing.islands import trace
 

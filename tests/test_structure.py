@@ -11,9 +11,9 @@ PACKAGE = ROOT / "lightning_da3"
 
 # a file or folder may import what stands before it, and nothing behind it
 ORDER = (
-    "errors formatting torch_private config ops memory nn layers tracing planning passes eager "
-    "files budget exporting model reference verifying converting costs plotting metrics trainer "
-    "cli __main__"
+    "errors formatting schedule torch_private config ops memory nn layers tracing planning "
+    "passes eager files budget exporting device model reference verifying converting costs "
+    "plotting metrics trainer cli __main__"
 ).split()
 # the only ones that may import these
 DOORS = {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_da3.exporting.program import Port, Program
+if TYPE_CHECKING:  # a device reads manifests without PyTorch
+    from lightning_da3.exporting.program import Port, Program
 
 VERSION = 1
 KEY = "lightning_da3"  # in the file's own metadata

@@ -30,11 +30,10 @@ from lightning_da3.model.original import Original
 from lightning_da3.model.pending import trains_later_
 from lightning_da3.model.saving import SavesDomains
 from lightning_da3.nn.call import Call, Executed, Noise
-from lightning_da3.nn.gate import annealed_target, budget_loss, executed_fraction
+from lightning_da3.nn.gate import budget_loss, executed_fraction
 from lightning_da3.planning.plan import Plan
+from lightning_da3.schedule import NOISE_UNTIL, annealed_target
 from lightning_da3.tracing.guards import GuardError
-
-NOISE_UNTIL = 0.8  # of training; the gates settle without noise
 
 
 class Running(SavesDomains):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_da3.ops.bits import has_no_values
+from lightning_da3.schedule import LEAST_CHANCE
 
 
 class Executed(NamedTuple):
@@ -62,7 +63,7 @@ class Noise:
             uniform = torch.rand((total, cells, 1), generator=numbers, **place).narrow(
                 0, start, rows
             )
-        return torch.logit(uniform.clamp(1e-6, 1 - 1e-6))
+        return torch.logit(uniform.clamp(LEAST_CHANCE, 1 - LEAST_CHANCE))
 
     def _seed_of(self, host: str) -> int:
         if not self._seed:

@@ -6,7 +6,6 @@ Faster Inference" (DynConv), arXiv 1912.03203.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,17 +45,6 @@ def executed_fraction(executed: Sequence[Executed]) -> Tensor:
     ]
     weights = [host.macs / total for host in executed]
     return torch.stack([c * w for c, w in zip(shares, weights, strict=True)]).sum()
-
-
-def annealed_target(target: float, progress: float) -> float:
-    """The share to execute at this point of training: from 1 by a cosine, `target` from half on.
-
-    Args:
-        target: The share in the end, in (0, 1].
-        progress: How far training is, in [0, 1].
-    """
-    done = 0.5 * (1.0 - math.cos(math.pi * min(1.0, 2.0 * progress)))
-    return 1.0 - done * (1.0 - target)
 
 
 def averaged_over_ranks(fraction: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def test_durability_counts_what_goes_wrong(tmp_path, monkeypatch, capfd):
     import damaged
     from trials import Scale
 
-    from lightning_da3.files import domain_file as checkpointing
+    from lightning_da3.files import content as checkpointing
     from lightning_da3.model import multi_domain as domains
 
     scale = Scale(damaged=13, races=20)

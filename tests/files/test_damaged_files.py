@@ -103,7 +103,7 @@ def test_foreign_and_newer_files(tmp_path, metadata, part):
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", "[" * 100_000])
 def test_metadata_that_is_no_json_object(tmp_path, monkeypatch, text):
-    monkeypatch.setattr("lightning_da3.files.domain_file.json.dumps", lambda *_, **__: text)
+    monkeypatch.setattr("lightning_da3.files.content._json_of", lambda _: text)
     write_domain(tmp_path / "f", {}, {})
     monkeypatch.undo()
     refused(tmp_path / "f")
@@ -203,10 +203,12 @@ def test_noise_is_refused(tmp_path, content):
 
 def save_of(values):
     """The bytes of a good file, made without a disk."""
-    from lightning_da3.files.domain_file import _plain, _string_metadata
+    from lightning_da3.files.content import _checksum
+    from lightning_da3.files.domain_file import _stored
 
-    plain = {name: _plain(name, tensor) for name, tensor in values.items()}
-    return save(plain, _string_metadata(plain, METADATA))
+    text = json.dumps(METADATA)
+    sha256 = _checksum({name: _stored(name, tensor) for name, tensor in values.items()}, text)
+    return save(values, strings(metadata=text, sha256=sha256))
 
 
 def test_reading_takes_no_more_memory_than_the_file_is_long(tmp_path):
@@ -256,7 +258,7 @@ def test_a_file_longer_than_it_declares_costs_no_time_and_no_memory(tmp_path, mo
 def test_values_that_are_no_numbers_are_refused_whatever_the_checksum(
     tmp_path, monkeypatch, value, dtype
 ):
-    name = "lightning_da3.files.domain_file._not_finite"
+    name = "lightning_da3.files.content._not_finite"
     bad = torch.tensor([1.0, value]).to(dtype)
     with monkeypatch.context() as patch:
         patch.setattr(name, lambda _: [])

@@ -17,11 +17,11 @@ from lightning_da3 import (
 )
 from lightning_da3.nn.gate import (
     Executed,
-    annealed_target,
     budget_loss,
     executed_fraction,
     with_loss,
 )
+from lightning_da3.schedule import annealed_target
 
 
 @pytest.fixture(autouse=True)
