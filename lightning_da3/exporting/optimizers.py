@@ -20,26 +20,24 @@ class Optimizer(NamedTuple):
     """One kind of optimizer.
 
     Attributes:
-        moments: What it keeps of every parameter, zeros before the first step.
+        kept: What it keeps of every parameter, zeros before the first step.
+        said: Numbers that it is told beside the learning rate, with examples.
         settings: Its numbers, for the manifest.
         update: Takes parameters, gradients and inputs by name; gives outputs by name.
     """
 
-    moments: tuple[str, ...]
+    kept: tuple[str, ...]
+    said: dict[str, float]
     settings: dict[str, Any]
     update: Callable[[Named, Named, Named], dict[str, Tensor]]
 
     def ports(self, trained: Named) -> list[Port]:
         """What goes in beside the parameters."""
-        rate = Port("learning_rate", torch.tensor(0.1))
-        if not self.moments:
-            return [rate]
-        kept = [
-            Port(f"{moment}.{n}", torch.zeros_like(p))
-            for moment in self.moments
-            for n, p in trained.items()
+        numbers = {"learning_rate": 0.1, **self.said}
+        return [
+            *(Port(name, torch.tensor(number)) for name, number in numbers.items()),
+            *(Port(f"{k}.{n}", torch.zeros_like(p)) for k in self.kept for n, p in trained.items()),
         ]
-        return [rate, Port("step", torch.tensor(1.0)), *kept]
 
 
 def _sgd(trained: Named, grads: Named, given: Named) -> dict[str, Tensor]:
@@ -63,8 +61,32 @@ def _adam(trained: Named, grads: Named, given: Named) -> dict[str, Tensor]:
     return found | moments
 
 
+def accumulating(optimizer: Optimizer) -> Optimizer:
+    """The same optimizer, for gradients that add up over several calls.
+
+    Every call adds `weight` times its gradients to those of before, and the one that is told to
+    `apply` them makes the step and begins anew.
+    """
+
+    def update(trained: Named, grads: Named, given: Named) -> dict[str, Tensor]:
+        weight, applies = given["weight"], given["apply"] > 0
+        sums = {n: given[f"gradient.{n}"] + weight.to(g.dtype) * g for n, g in grads.items()}
+        found = {
+            name: torch.where(applies, tensor, given[name.removeprefix("new.")])
+            for name, tensor in optimizer.update(trained, sums, given).items()
+        }
+        rest = {n: torch.where(applies, torch.zeros_like(g), g) for n, g in sums.items()}
+        return found | {f"new.gradient.{n}": g for n, g in rest.items()}
+
+    return optimizer._replace(
+        kept=(*optimizer.kept, "gradient"),
+        said={**optimizer.said, "weight": 1.0, "apply": 1.0},
+        update=update,
+    )
+
+
 OPTIMIZERS: dict[str, Optimizer] = {
-    "sgd": Optimizer((), {}, _sgd),
-    "adam": Optimizer(MOMENTS, {"betas": [BETA_1, BETA_2], "eps": EPS}, _adam),
+    "sgd": Optimizer((), {}, {}, _sgd),
+    "adam": Optimizer(MOMENTS, {"step": 1.0}, {"betas": [BETA_1, BETA_2], "eps": EPS}, _adam),
 }
 """By the names that `export_training` takes."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from lightning_da3.errors import ConfigError, ConversionError, DA3Error, InputError
 from lightning_da3.exporting.inference import Format, check_graphs, checked_inputs, input_names
-from lightning_da3.exporting.manifest import manifest_of
-from lightning_da3.exporting.optimizers import OPTIMIZERS
+from lightning_da3.exporting.manifest import START, manifest_of
+from lightning_da3.exporting.optimizers import OPTIMIZERS, Optimizer, accumulating
 from lightning_da3.exporting.program import Port, Program, exported_of
 from lightning_da3.exporting.recording import record
 from lightning_da3.exporting.steps import GivenNoise, Loss, Step, the_tensor_of
@@ -54,7 +55,9 @@ def export_training(
     optimizer: str,
     format: Format,  # noqa: A002 - the public argument's name
     dynamic_batch: bool,
+    accumulate: bool,
     example_targets: Tensor | None,
+    start: Callable[[Path], None],
 ) -> Path:
     """See `DA3Model.export_training`.
 
@@ -70,12 +73,13 @@ def export_training(
         optimizer: See `DA3Model.export_training`.
         format: See `DA3Model.export_training`.
         dynamic_batch: See `DA3Model.export_training`.
+        accumulate: See `DA3Model.export_training`.
         example_targets: See `DA3Model.export_training`.
+        start: Writes the domain as it is to a file, which goes beside the other.
     """
     check_format(format)
     check_target(path)
-    if not isinstance(optimizer, str) or optimizer not in OPTIMIZERS:
-        raise ConfigError(f"`optimizer` must be one of {list(OPTIMIZERS)}, got {shown(optimizer)}.")
+    steps = _optimizer(optimizer, accumulate)
     computes_loss = _loss(loss)
     check_graphs(model.plan)
     inputs = checked_inputs(example_inputs, dynamic_batch)
@@ -96,7 +100,7 @@ def export_training(
         computes_loss,
         None if gate is None else gate.weight,
         noise.places if gate is not None and gate.noise else None,
-        OPTIMIZERS[optimizer],
+        steps,
     )
     own = {n: p.detach() for n, p in trained.items()}
     ports = _ports(step, inputs, targets, own, noise.columns, dynamic_batch)
@@ -105,8 +109,20 @@ def export_training(
     program = _recorded(model.plan.network, step, frozen, ports)
     said = manifest_of(about, "training", program, dynamic_batch)
     said["loss"] = loss if isinstance(loss, str) else getattr(loss, "__qualname__", str(loss))
-    said["optimizer"] = {"name": optimizer, **step.optimizer.settings}
-    return write_program(program, path, format, said, examples, TOLERANCE)
+    said["optimizer"] = {"name": optimizer, **steps.settings}
+    said["accumulate"] = accumulate
+    beside = Path(path).with_name(Path(path).name + START)
+    return write_program(
+        program, path, format, said, examples, TOLERANCE, also=partial(start, beside)
+    )
+
+
+def _optimizer(name: object, accumulate: object) -> Optimizer:
+    if not isinstance(name, str) or name not in OPTIMIZERS:
+        raise ConfigError(f"`optimizer` must be one of {list(OPTIMIZERS)}, got {shown(name)}.")
+    if not isinstance(accumulate, bool):
+        raise ConfigError(f"`accumulate` must be a bool, got {shown(accumulate)}.")
+    return accumulating(OPTIMIZERS[name]) if accumulate else OPTIMIZERS[name]
 
 
 def _loss(loss: object) -> Loss:
@@ -190,15 +206,17 @@ def _batches(ports: Sequence[Port]) -> list[dict[str, Tensor]]:
             return x
         drawn = torch.randn(x.shape, generator=numbers).to(x)
         moved = 1.0 + drawn.abs() if port.name.startswith("moment2.") else x + 0.1 * drawn
-        return torch.empty_like(x).copy_(
-            moved
-        )  # as it lies: kernels differ, even where sides are 1
+        # as it lies: kernels differ, even where sides are 1
+        return torch.empty_like(x).copy_(moved)
 
     counts = (1, 3) if any(port.batched for port in ports) else (None,)
-    return [{port.name: filled(port, count) for port in ports} for count in counts]
+    found = [{port.name: filled(port, count) for port in ports} for count in counts]
+    if "apply" in found[0]:
+        found.append({**found[0], "apply": torch.tensor(0.0)})
+    return found
 
 
-_SAID = {"learning_rate": 1.0, "step": 3.0, "gate_target": 0.5}
+_SAID = {"learning_rate": 1.0, "step": 3.0, "gate_target": 0.5, "weight": 0.25, "apply": 1.0}
 
 
 def _example(step: Step, frozen: Named, given: Named) -> tuple[list[Tensor], list[Tensor]]:

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -80,6 +80,7 @@ def write_program(
     manifest: Mapping[str, Any],
     examples: Sequence[tuple[Tensors, Tensors]],
     tolerance: float = TOLERANCE,
+    also: Callable[[], None] | None = None,
 ) -> Path:
     """Write a program and its manifest beside it, both or neither.
 
@@ -90,6 +91,7 @@ def write_program(
         manifest: What the file says of itself; JSON.
         examples: Inputs, and what must come out for them.
         tolerance: How far off that may be, for its largest value.
+        also: Writes what else belongs to the file, before that takes its place.
 
     Returns:
         The file.
@@ -107,6 +109,8 @@ def write_program(
             for inputs, expected in examples:
                 _check(run(inputs), expected, program, tolerance)
             text.write_text(json.dumps(said, indent=1, sort_keys=True), encoding="utf-8")
+            if also is not None:
+                also()
     except OSError as error:
         raise CheckpointError(
             f"Cannot write {str(path)!r}: {error}. Choose a path in a folder that exists and can "
@@ -136,7 +140,7 @@ def _write_onnx(
     onnx: Any = importlib.import_module("onnx")
     names = [port.name for port in program.inputs]
     model = _as_onnx(program, names)
-    _check_standard(model)
+    manifest["operations"] = _standard_operations(model)
     manifest["opset"] = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     manifest["versions"] = {**manifest["versions"], "onnx": onnx.__version__}
     onnx.helper.set_model_props(model, {KEY: json.dumps(manifest, sort_keys=True)})
@@ -186,15 +190,40 @@ def _simplify_(model: Any) -> None:
         getattr(passes, f"{name}Pass")()(model)
 
 
-def _check_standard(model: Any) -> None:
-    """Every runtime has the operations of ONNX itself, and no others."""
-    others = sorted({f"{n.domain}::{n.op_type}" for n in model.graph.node if n.domain})
+def _standard_operations(model: Any) -> list[str]:
+    """The operations of a model, all of ONNX itself: every runtime has those, and no others.
+
+    Raises:
+        ConversionError: There are others.
+    """
+    used = {(node.domain, node.op_type) for node in _nodes(model.graph)}
+    others = sorted(f"{domain}::{kind}" for domain, kind in used if domain or not _known(kind))
     others += [f"{f.domain}::{f.name}" for f in model.functions]
+    others += [f"{o.domain} (opset {o.version})" for o in model.opset_import if o.domain]
     if others:
         raise ConversionError(
             f"ONNX has no operations {others}: the network cannot be exported to it. Write "
             "format='pt2', or replace the layers that use them."
         )
+    return sorted(kind for _, kind in used)
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    """The nodes of a graph, and of the graphs in them."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _nodes(inner)
+
+
+def _known(kind: str) -> bool:
+    """Whether ONNX has an operation in this opset."""
+    onnx: Any = importlib.import_module("onnx")
+    try:
+        return not onnx.defs.get_schema(kind, OPSET, "").deprecated
+    except onnx.defs.SchemaError:
+        return False
 
 
 def _onnx_run(path: Path, names: Sequence[str]) -> Callable[[Tensors], Tensors]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning_da3.errors import ConversionError
 from lightning_da3.exporting.inference import Format, Place, export_inference
 from lightning_da3.exporting.steps import Loss
 from lightning_da3.exporting.training import export_training
+from lightning_da3.files.domain_file import write_domain
 from lightning_da3.model.batches import check_input, laid_out
 from lightning_da3.model.identity import identity
 from lightning_da3.model.running import Running
@@ -85,6 +87,7 @@ class Exports(Running):
         optimizer: str = "sgd",
         format: Format = "onnx",  # noqa: A002 - as in `torch.export` and others
         dynamic_batch: bool = True,
+        accumulate: bool = False,
         example_targets: Tensor | None = None,
     ) -> Path:
         """Write one training step of a domain as a file, for runtimes that need no Python.
@@ -92,7 +95,8 @@ class Exports(Running):
         To a runtime it is a network as any other: what the network takes, targets, the learning
         rate and the domain's tensors go in, the loss and the new tensors come out. See
         docs/export.md for all names. Before it takes its place its results are compared with the
-        model's, for a batch of one, too.
+        model's, for a batch of one, too. ``<path>.safetensors`` beside it is the domain as it is
+        now, which learning begins with. `lightning_da3.device.Learner` learns with these files.
 
         Args:
             domain: One of `domains`, active or not.
@@ -103,6 +107,8 @@ class Exports(Running):
             optimizer: "sgd", without momentum; or "adam", as `torch.optim.Adam` by default.
             format: "onnx", which needs the extra `export`; or "pt2", of `torch.export`.
             dynamic_batch: The first axis of inputs and targets may be of any size.
+            accumulate: Gradients go in and come out as well, so that those of several calls add
+                up to one step: a batch in the memory of a part of it, even of one sample.
             example_targets: Targets, if they are no classes.
 
         Returns:
@@ -110,7 +116,7 @@ class Exports(Running):
 
         Raises:
             DomainError: There is no such domain.
-            ConfigError: `loss`, `optimizer` or `format` is none of these.
+            ConfigError: `loss`, `optimizer`, `format` or `accumulate` is none of these.
             InputError: The examples do not fit the network.
             ConversionError: The network has parts that stay Python or that the format lacks, gives
                 several tensors, or its domain learns outside of it; or the loss cannot be traced;
@@ -137,7 +143,9 @@ class Exports(Running):
             optimizer=optimizer,
             format=format,
             dynamic_batch=dynamic_batch,
+            accumulate=accumulate,
             example_targets=example_targets,
+            start=partial(write_domain, tensors=self._tensors(domain), metadata=about),
         )
 
     def run_domain(self, name: str | None, *args: Any) -> Any:
