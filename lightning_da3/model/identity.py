@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import CheckpointError, ConfigError
 from lightning_da3.files.domain_file import fingerprint
+from lightning_da3.files.fitting import CONFIG_PARTS, WHERE, config_differences
 from lightning_da3.planning.plan import Plan
-
-CONFIG_PARTS = ("adapter", "gate", "head")  # that a domain must have been learned with
-WHERE = ("min_stride", "min_depth")  # hosts are; which hosts that gives, the plan says
 
 # what, beside its kind and its weights, a layer's outputs in eval depend on. Written into files:
 # a name may be added only with care, as files that were made without it must go on loading
@@ -192,33 +190,6 @@ def computing(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of a config the outputs depend on: that there are gates, not how they are trained."""
     gate = {"gate": "GateConfig(...)"} if config.get("gate") is not None else {}
     return {**config, **gate}
-
-
-def config_differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> Iterator[str]:
-    """What a domain's config and a model's must have in common and have not, for people.
-
-    Where hosts are may have been said otherwise, as long as they are the same.
-    """
-    for key in CONFIG_PARTS:
-        if key in theirs and _anywhere(theirs[key]) != _anywhere(mine[key]):
-            yield (
-                f"Its config has {key}={theirs[key]}, here it is {mine[key]}. Convert with the "
-                "config that it was learned with."
-            )
-    weights = [config.get("memory", {}).get("weights", "same") for config in (theirs, mine)]
-    if weights[0] != weights[1]:
-        yield (
-            f"It was learned with MemoryConfig(weights={weights[0]!r}), here it is {weights[1]!r}: "
-            "rounded weights are another backbone. Convert with the config that it was learned "
-            "with."
-        )
-
-
-def _anywhere(part: Any) -> Any:
-    """A part of a config without where hosts are."""
-    if not isinstance(part, Mapping):
-        return part
-    return {name: value for name, value in part.items() if name not in WHERE}
 
 
 def other_hosts(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:

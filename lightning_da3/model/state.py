@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import CheckpointError, ConfigError, DA3Error
 from lightning_da3.files.domain_file import fingerprint
+from lightning_da3.files.fitting import config_differences
 from lightning_da3.files.names import check_name
 from lightning_da3.model.domain import Bank, Domain
 from lightning_da3.model.holder import Holder
 from lightning_da3.model.identity import (
     backbone_state,
     computing,
-    config_differences,
     config_in,
     other_hosts,
     uncompiled_name,
