@@ -13,7 +13,8 @@ from helpers.predicted import Net
 from torch import nn
 
 import lightning_da3
-from lightning_da3.cli import _factory, main, network_without_values
+from lightning_da3.cli import main
+from lightning_da3.cli.networks import factory_of, network_without_values
 
 
 @pytest.fixture
@@ -218,7 +219,7 @@ def test_what_constructors_compute_with_is_real():
 @pytest.mark.parametrize("name", ["resnet50", "vit_b_16", "swin_t", "convnext_tiny"])
 def test_networks_of_all_kinds_are_built(name):
     torchvision = pytest.importorskip("torchvision")
-    network = network_without_values(_factory(name), name)
+    network = network_without_values(factory_of(name), name)
     with torch.device("meta"):
         real = torchvision.models.get_model(name, weights=None)
     assert [(k, p.shape) for k, p in network.named_parameters()] == [
@@ -237,8 +238,8 @@ def test_a_network_of_timm_with_drop_path_rates_is_built():
 PEAK = """
 import resource, sys
 import lightning_da3
-from lightning_da3.cli import _factory, network_without_values
-factory = _factory(sys.argv[1])
+from lightning_da3.cli.networks import factory_of, network_without_values
+factory = factory_of(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 network = network_without_values(factory, sys.argv[1])
 assert sum(p.numel() for p in network.parameters()) > 6e8

@@ -7,13 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.domains import refused, shake_
-from safetensors.numpy import save_file
-from safetensors.torch import load_file
 from torch import nn
 
 from lightning_da3 import AdapterConfig, DA3Config, GateConfig, MemoryConfig, convert
+from lightning_da3.device import Learner
 from lightning_da3.errors import ConfigError, ConversionError, InputError
-from lightning_da3.exporting.optimizers import OPTIMIZERS
+from lightning_da3.exporting.optimizers import OPTIMIZERS, accumulating
 from lightning_da3.exporting.steps import GivenNoise
 
 SIZE, CLASSES, STEPS = 16, 3, 30
@@ -97,27 +96,6 @@ def batch(count, seed):
     return x, torch.randint(CLASSES, (count,), generator=numbers)
 
 
-class Device:
-    """What a program on a device does: a session and arrays, nothing else."""
-
-    def __init__(self, path, tensors):
-        runtime = pytest.importorskip("onnxruntime")
-        self.session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        self.inputs = {port.name: port.shape for port in self.session.get_inputs()}
-        self.state = {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
-        for name, shape in self.inputs.items():
-            if name.startswith("moment"):
-                self.state[name] = np.zeros(shape, np.float32)
-
-    def step(self, **said):
-        given = {k: np.asarray(v, None if k == "targets" else np.float32) for k, v in said.items()}
-        given = {name: array for name, array in given.items() if name in self.inputs}
-        names = [port.name for port in self.session.get_outputs()]
-        found = dict(zip(names, self.session.run(names, {**given, **self.state}), strict=True))
-        self.state = {name: found[f"new.{name}"] for name in self.state}
-        return found["loss"]
-
-
 NETWORKS = {
     "convolutions": (convolutions, GateConfig(), "sgd"),
     "depthwise": (depthwise, None, "adam"),
@@ -137,9 +115,10 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "exact"), CASES)
-def test_thirty_steps_agree_with_eager_training(name, exact, tmp_path):
+def test_thirty_steps_agree_with_eager_training(name, exact, tmp_path, monkeypatch):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
     network, gate, optimizer = NETWORKS[name]
     model, rate = learned(network, gate, exact), RATES[optimizer]
     own = dict(model.domain("a").named_parameters())
@@ -147,7 +126,7 @@ def test_thirty_steps_agree_with_eager_training(name, exact, tmp_path):
     path = model.export_training("a", tmp_path / "a.onnx", batch(2, 0)[0], optimizer=optimizer)
     check_file(onnx.load(path), json.loads((tmp_path / "a.onnx.json").read_text()), own)
 
-    device = Device(path, own)
+    device = Learner(path)
     noise = GivenNoise({}, None, 4)  # to learn where every host's cells stand
     model.run_noisy("a", noise, batch(4, 0)[0])
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer]
@@ -157,8 +136,8 @@ def test_thirty_steps_agree_with_eager_training(name, exact, tmp_path):
         drawn = torch.randn(len(x), noise.columns, generator=torch.Generator().manual_seed(i))
         model.calls.here.noise = GivenNoise(noise.places, drawn)
         model.progress = 0.5
-        said = {"input": x, "targets": y, "noise": drawn, "gate_target": 0.5}
-        loss = device.step(**said, learning_rate=rate, step=i + 1)
+        monkeypatch.setattr(device, "_noise", lambda count, progress, drawn=drawn: drawn.numpy())
+        loss = device.step(x.numpy(), y.numpy(), rate, progress=0.5)
         eager.zero_grad()
         expected = F.cross_entropy(model(x), y)
         expected.backward()
@@ -166,21 +145,36 @@ def test_thirty_steps_agree_with_eager_training(name, exact, tmp_path):
         assert abs(loss - expected.item()) <= 1e-4 * expected.item()
     moved = 0.0
     for key, parameter in own.items():
-        now, array = parameter.detach(), torch.from_numpy(device.state[key])
+        now, array = parameter.detach(), torch.from_numpy(device.tensors[key])
         assert (now - array).norm() <= 1e-4 * now.norm()
         moved = max(moved, float((now - before[key]).norm() / now.norm()))
     assert moved > 0.02
-    check_that_it_loads(model, device.state, tmp_path / "a.safetensors")
-
-
-def check_that_it_loads(model, state, path):
-    save_file({n: x for n, x in state.items() if not n.startswith("moment")}, path)
-    domain = model.domain("a")
-    domain.load_state_dict({**domain.state_dict(), **load_file(path)})
-    model.save_domain("a", path)
-    name = model.load_domain(path, "from-the-device")
+    device.save(tmp_path / "a.safetensors")
+    name = model.load_domain(tmp_path / "a.safetensors", "from-the-device")
     for key, tensor in model.domain(name).state_dict().items():
-        assert np.array_equal(tensor.numpy(), state[key])
+        assert np.array_equal(tensor.numpy(), device.tensors[key])
+
+
+@pytest.mark.slow
+def test_samples_one_by_one_learn_what_their_batch_does(tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model, (x, y) = learned(small), batch(3, 1)
+    own = dict(model.domain("a").named_parameters())
+    path = model.export_training(
+        *("a", tmp_path / "a.onnx", x[:1]), optimizer="adam", accumulate=True, dynamic_batch=False
+    )
+    assert json.loads((tmp_path / "a.onnx.json").read_text())["accumulate"]
+    device, eager = Learner(path), torch.optim.Adam(own.values(), lr=0.01)
+    for _ in range(3):
+        loss = F.cross_entropy(model(x), y)
+        assert device.step(x.numpy(), y.numpy(), 0.01) == pytest.approx(loss.item(), rel=1e-4)
+        loss.backward()
+        eager.step()
+        eager.zero_grad()
+    for key, parameter in own.items():
+        array = torch.from_numpy(device.tensors[key])
+        assert (parameter.detach() - array).norm() <= 1e-4 * parameter.detach().norm()
 
 
 def check_file(file, manifest, own):
@@ -218,19 +212,27 @@ def test_a_step_as_a_program_of_torch_with_a_loss_of_ones_own(tmp_path):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers_are_those_of_torch(name):
+@pytest.mark.parametrize("adds_up", [False, True])
+def test_optimizers_are_those_of_torch(name, adds_up):
     parameter = nn.Parameter(torch.linspace(-1.0, 1.0, 5))
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[name]
     eager, state = kind([parameter], lr=0.1), {"p": parameter.detach().clone()}
-    ours = OPTIMIZERS[name]
-    state |= {port.name: port.example for port in ours.ports(state) if "moment" in port.name}
+    ours = accumulating(OPTIMIZERS[name]) if adds_up else OPTIMIZERS[name]
+    state |= {port.name: port.example for port in ours.ports(state) if "." in port.name}
     for i in range(4):
         parameter.grad = torch.tensor([0.0, 1.0, -1e-4, 3.0, 0.5 * i])
         said = {"learning_rate": torch.tensor(0.1), "step": torch.tensor(i + 1.0)}
-        found = ours.update({"p": state["p"]}, {"p": parameter.grad}, {**state, **said})
-        state = {key.removeprefix("new."): value for key, value in found.items()}
+        for weight, applies in ((0.25, 0.0), (0.75, 1.0)) if adds_up else ((1.0, 1.0),):
+            said |= {"weight": torch.tensor(weight), "apply": torch.tensor(applies)}
+            before = state
+            found = ours.update({"p": state["p"]}, {"p": parameter.grad}, {**state, **said})
+            state = {key.removeprefix("new."): value for key, value in found.items()}
+            if not applies:
+                assert torch.equal(state["gradient.p"], 0.25 * parameter.grad)
+                assert all(torch.equal(state[k], x) for k, x in before.items() if "grad" not in k)
         eager.step()
         torch.testing.assert_close(state["p"], parameter.detach(), rtol=1e-6, atol=1e-7)
+        assert not adds_up or not state["gradient.p"].any()
 
 
 class Two(nn.Module):
@@ -265,6 +267,8 @@ def test_bad_input(tmp_path):
 
     with refused(ConfigError, "`optimizer` must be one of ['sgd', 'adam']", "'lamb'"):
         export(optimizer="lamb")
+    with refused(ConfigError, "`accumulate` must be a bool, got 1"):
+        export(accumulate=1)
     with refused(ConfigError, "`loss` must be one of ['cross_entropy']", "callable", "'mse'"):
         export(loss="mse")
     with refused(ConfigError, "`format` must be one of"):

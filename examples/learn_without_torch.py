@@ -1,0 +1,171 @@
+"""Domains learned in a process where `import torch` fails, beside the same in PyTorch.
+
+An EfficientNet-Lite0 with ImageNet weights is exported once: a training step and an inference,
+which both take any domain. A process with ONNX Runtime and numpy alone learns digits, textures and
+faces with them and saves domain files. They are loaded here and compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from comparison.backbones import lite0
+from comparison.input_errors import InputError
+from datasets import DOMAINS, IMAGE_SIZE, DomainData, load_domain
+from torch import Tensor, nn
+
+from lightning_da3 import DA3Config, DA3Model, convert
+from lightning_da3.files.domain_file import read_domain
+
+CLASSES = 10  # of every domain: one file serves all with as many
+RECIPE = {"batch_size": 32, "learning_rate": 3e-3}
+START = time.perf_counter()
+
+
+def say(text: str) -> None:
+    print(f"[{time.perf_counter() - START:4.0f} s] {text}", flush=True)
+
+
+def small_network() -> nn.Module:
+    """What stands in for the pretrained network where there is little time."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for inner, outer in ((3, 16), (16, 32), (32, 32)):
+        layers += [nn.Conv2d(inner, outer, 3, 2, 1), nn.BatchNorm2d(outer), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)).eval()
+
+
+def prepare(folder: Path, model: DA3Model, data: dict[str, DomainData], recipe: Any) -> None:
+    """Everything that goes to the device."""
+    for domain, own in data.items():
+        (x, y), (test_x, test_y) = own.train.tensors, own.test.tensors
+        arrays = {
+            "train_images": x,
+            "train_labels": y,
+            "test_images": test_x,
+            "test_labels": test_y,
+        }
+        np.savez(folder / domain, **{name: array.numpy() for name, array in arrays.items()})
+        model.add_domain(domain, num_classes=CLASSES)
+        model.save_domain(domain, folder / f"{domain}.start.safetensors")
+    first, examples = next(iter(data)), x[:2]
+    say("a training step and an inference are written as ONNX files")
+    model.export_training(first, folder / "step.onnx", examples, optimizer="adam")
+    model.export(first, folder / "inference.onnx", examples, domains="inputs")
+    (folder / "recipe.json").write_text(json.dumps({**recipe, "domains": list(data)}))
+
+
+def learn_here(model: DA3Model, domain: str, data: DomainData, recipe: Any) -> float:
+    """The same in PyTorch; the accuracy."""
+    images, labels = data.train.tensors
+    model.set_domain(domain)
+    model.gate_loss_scale = 1.0
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, size = torch.optim.Adam(trained), recipe["batch_size"]
+    torch.manual_seed(recipe["seed"])
+    starts = range(0, len(images), size)
+    for epoch in range(recipe["epochs"]):
+        order = torch.randperm(len(images))
+        for i, start in enumerate(starts):
+            progress = (epoch + i / len(starts)) / recipe["epochs"]
+            model.train().set_progress(progress)
+            optimizer.param_groups[0]["lr"] = rate_at(progress, recipe["learning_rate"])
+            chosen = order[start : start + size]
+            F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return accuracy(scores_of(model, domain, data.test.tensors[0]), data)
+
+
+def rate_at(progress: float, most: float) -> float:
+    """As on the device: a tenth of training up to `most`, then down to nothing by a cosine."""
+    if progress < 0.1:
+        return most * (0.1 + 9 * progress)
+    return most * 0.5 * (1 + float(np.cos(np.pi * (progress - 0.1) / 0.9)))
+
+
+@torch.no_grad()
+def scores_of(model: DA3Model, domain: str, images: Tensor) -> Tensor:
+    model.eval().set_domain(domain)
+    return torch.cat([model(part) for part in images.split(32)])
+
+
+def accuracy(scores: Tensor, data: DomainData) -> float:
+    return float((scores.argmax(1) == data.test.tensors[1]).float().mean())
+
+
+def same_bits(model: DA3Model, name: str, path: Path) -> bool:
+    """Whether a domain that was loaded has every bit of its file."""
+    file, own = read_domain(path).tensors, model.domain(name).state_dict()
+    return file.keys() == own.keys() and all(torch.equal(own[key], file[key]) for key in file)
+
+
+def demonstrate(folder: Path, network: nn.Module, domains: list[str], recipe: Any) -> list[Any]:
+    """A row for every domain."""
+    data = {domain: load_domain(domain, seed=recipe["seed"]) for domain in domains}
+    torch.manual_seed(recipe["seed"])
+    model = convert(network, DA3Config())
+    prepare(folder, model, data, recipe)
+    say("a process without PyTorch learns")
+    script = Path(__file__).with_name("device_side.py")
+    subprocess.run([sys.executable, str(script), str(folder)], check=True)
+    learned = json.loads((folder / "learned.json").read_text())
+    rows = []
+    for domain, own in data.items():
+        say(f"PyTorch learns {domain}")
+        here = learn_here(model, domain, own, recipe)
+        path = folder / f"{domain}.safetensors"
+        name = model.load_domain(path, f"{domain}-of-the-device")
+        scores = scores_of(model, name, own.test.tensors[0])
+        theirs = torch.from_numpy(np.load(folder / f"{domain}.scores.npy"))
+        off = float((scores - theirs).abs().max() / theirs.abs().max())
+        found = learned[domain]["accuracy"], accuracy(scores, own), off
+        rows.append((domain, here, *found, same_bits(model, name, path), learned[domain]["ms"]))
+    return rows
+
+
+def show(rows: list[Any]) -> None:
+    print(
+        "\n| domain | PyTorch | device | its file, in PyTorch | scores off by | bits | ms a step |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for domain, *accuracies, off, same, ms in rows:
+        shown = " | ".join(f"{value:.1%}" for value in accuracies)
+        bits = "the same" if same else "DIFFERENT"
+        print(f"| {domain} | {shown} | {off:.1e} | {bits} | {ms:.0f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="where all files stay; by default none does")
+    parser.add_argument("--quick", action="store_true", help="one domain, of a small network")
+    given = parser.parse_args()
+    recipe = {**RECIPE, "epochs": given.epochs, "seed": given.seed}
+    try:
+        network = small_network() if given.quick else lite0(IMAGE_SIZE).make().eval()
+    except InputError as error:
+        raise SystemExit(f"learn_without_torch.py: {error}") from None
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.output or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        domains = ["faces"] if given.quick else given.domains
+        show(demonstrate(folder, network, domains, recipe))
+
+
+if __name__ == "__main__":
+    main()
