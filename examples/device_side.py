@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-sys.modules["torch"] = None  # type: ignore[assignment]  # from here on, `import torch` fails
+if __name__ == "__main__":
+    sys.modules["torch"] = None  # type: ignore[assignment]  # from here on, `import torch` fails
 
 from lightning_da3.device import Learner  # noqa: E402
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from comparison.backbones import lite0
 from comparison.input_errors import InputError
 from datasets import DOMAINS, IMAGE_SIZE, DomainData, load_domain
+from device_side import rate_at
 from torch import Tensor, nn
 
 from lightning_da3 import DA3Config, DA3Model, convert
@@ -85,13 +86,6 @@ def learn_here(model: DA3Model, domain: str, data: DomainData, recipe: Any) -> f
             optimizer.step()
             optimizer.zero_grad()
     return accuracy(scores_of(model, domain, data.test.tensors[0]), data)
-
-
-def rate_at(progress: float, most: float) -> float:
-    """As on the device: a tenth of training up to `most`, then down to nothing by a cosine."""
-    if progress < 0.1:
-        return most * (0.1 + 9 * progress)
-    return most * 0.5 * (1 + float(np.cos(np.pi * (progress - 0.1) / 0.9)))
 
 
 @torch.no_grad()

@@ -238,7 +238,7 @@ class Learner:
         """Images and targets, checked; `whole`: they are one batch."""
         given = self.session.images(images)
         count, port = len(next(iter(given.values()))), self.session.inputs["targets"]
-        given["targets"] = port._replace(shape=(count, *port.shape[1:])).checked(targets, "targets")
+        given["targets"] = port.for_samples(count).checked(targets, "targets")
         if self.session.manifest["loss"] == "cross_entropy":
             self._check_classes(given["targets"])
         if whole and self.session.samples is not None:

@@ -100,7 +100,10 @@ class Predictor:
         given, size = self.session.images(images), self.session.samples or batch_size
         check_whole_parts(given, self.session)
         found = [self.session.run({**part, **tensors}) for part in parts_of(given, size)]
-        joined = [np.concatenate([part[n] for part in found]) for n in self.session.outputs]
+        joined = [
+            np.concatenate([part[name] for part in found]) if len(found) > 1 else found[0][name]
+            for name in self.session.outputs
+        ]
         return joined[0] if len(joined) == 1 else joined
 
 

@@ -31,6 +31,10 @@ class Port(NamedTuple):
     shape: tuple[int | None, ...]
     dtype: str
 
+    def for_samples(self, count: int | None) -> Port:
+        """The same for a number of samples; None: for any."""
+        return Port((count, *self.shape[1:]), self.dtype)
+
     def checked(self, array: object, name: str) -> Array:
         """An array as it goes in, of this port's type.
 
@@ -116,18 +120,14 @@ class Session:
         given = images if isinstance(images, (tuple, list)) else (images,)
         if len(given) != len(names):
             raise InputError(f"The network takes {len(names)} arrays, got {len(given)}.")
-        ports = [self.inputs[n]._replace(shape=self._any(self.inputs[n])) for n in names]
-        found = {
-            n: port.checked(x, "images" if len(names) == 1 else f"images[{i}]")
-            for i, (n, port, x) in enumerate(zip(names, ports, given, strict=True))
-        }
+        found = {}
+        for i, (name, x) in enumerate(zip(names, given, strict=True)):
+            called = "images" if len(names) == 1 else f"images[{i}]"
+            found[name] = self.inputs[name].for_samples(None).checked(x, called)
         counts = {len(x) for x in found.values()}
         if len(counts) > 1:
             raise InputError(f"`images` must be as many in every array, got {sorted(counts)}.")
         return found
-
-    def _any(self, port: Port) -> tuple[int | None, ...]:
-        return (None, *port.shape[1:])
 
     def run(self, given: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name.
