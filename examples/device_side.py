@@ -17,7 +17,7 @@ import numpy as np
 if __name__ == "__main__":
     sys.modules["torch"] = None  # type: ignore[assignment]  # from here on, `import torch` fails
 
-from lightning_da3.device import Learner  # noqa: E402
+from lightning_da3.device import Learner
 
 
 def rate_at(progress: float, most: float) -> float:
