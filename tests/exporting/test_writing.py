@@ -1,14 +1,18 @@
-"""An exported file has operations of ONNX itself, and says which."""
+"""An exported file has operations of ONNX itself, and is written whole or not at all."""
 
 import pytest
 
 pytest.importorskip("onnx")
 
+import torch
 from helpers.domains import refused
 from onnx import TensorProto, helper
 
-from lightning_da3.errors import ConversionError
-from lightning_da3.exporting.writing import OPSET, _standard_operations
+from lightning_da3.errors import CheckpointError, ConversionError
+from lightning_da3.exporting import writing
+from lightning_da3.exporting.program import Program
+from lightning_da3.exporting.writing import OPSET, _standard_operations, write_program
+from lightning_da3.files.domain_file import write_domain
 
 
 def model(*nodes, domains=("",)):
@@ -48,3 +52,26 @@ def test_others_are_refused(node, name):
 def test_other_domains_are_refused():
     with refused(ConversionError, "com.microsoft (opset"):
         _standard_operations(model(domains=("", "com.microsoft")))
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_what_belongs_to_a_file_is_written_with_it(tmp_path, monkeypatch, value):
+    def written(program, path, manifest):
+        path.write_text("program")
+        return lambda inputs: []
+
+    def also():
+        write_domain(tmp_path / "a.pt2.safetensors", {"x": torch.tensor(value)}, {})
+
+    def write():
+        write_program(Program(None, [], []), tmp_path / "a.pt2", "pt2", {}, [([], [])], also=also)
+
+    monkeypatch.setitem(writing.WRITERS, "pt2", written)
+    names = ["a.pt2", "a.pt2.json", "a.pt2.safetensors"]
+    if value == 1.0:
+        write()
+    else:
+        names = []
+        with refused(CheckpointError, "NaN or infinite values", "a.pt2.safetensors'"):
+            write()
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
