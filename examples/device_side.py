@@ -27,17 +27,17 @@ def rate_at(progress: float, most: float) -> float:
     return most * 0.5 * (1 + math.cos(math.pi * (progress - 0.1) / 0.9))
 
 
-def learn(folder: Path, domain: str, recipe: dict[str, Any]) -> dict[str, Any]:
+def learn(folder: Path, domain: str, seed: int, recipe: dict[str, Any]) -> dict[str, Any]:
     """One domain: its arrays lie in the folder, and what is learned is saved there."""
     data = np.load(folder / f"{domain}.npz")
     learner = Learner(
         folder / "step.onnx",
         folder / f"{domain}.start.safetensors",
         folder / "inference.onnx",
-        seed=recipe["seed"],
+        seed=seed,
     )
     start = time.perf_counter()
-    losses = learner.fit(
+    learner.fit(
         data["train_images"],
         data["train_labels"],
         epochs=recipe["epochs"],
@@ -47,15 +47,18 @@ def learn(folder: Path, domain: str, recipe: dict[str, Any]) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     scores = learner.predict(data["test_images"])
     accuracy = float((scores.argmax(1) == data["test_labels"]).mean())
-    learner.save(folder / f"{domain}.safetensors", accuracy=accuracy)
-    np.save(folder / f"{domain}.scores.npy", scores)
-    return {"accuracy": accuracy, "loss": losses[-1], "ms": 1000 * seconds / learner.steps}
+    learner.save(folder / f"{domain}.{seed}.safetensors", accuracy=accuracy)
+    np.save(folder / f"{domain}.{seed}.npy", scores)
+    return {"accuracy": accuracy, "ms": 1000 * seconds / learner.steps}
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     recipe = json.loads((folder / "recipe.json").read_text())
-    found = {domain: learn(folder, domain, recipe) for domain in recipe["domains"]}
+    found = {
+        domain: [learn(folder, domain, seed, recipe) for seed in range(recipe["seeds"])]
+        for domain in recipe["domains"]
+    }
     (folder / "learned.json").write_text(json.dumps(found))
 
 

@@ -66,14 +66,17 @@ def prepare(folder: Path, model: DA3Model, data: dict[str, DomainData], recipe: 
     (folder / "recipe.json").write_text(json.dumps({**recipe, "domains": list(data)}))
 
 
-def learn_here(model: DA3Model, domain: str, data: DomainData, recipe: Any) -> float:
+def learn_here(
+    model: DA3Model, file: Path, name: str, data: DomainData, seed: int, recipe: Any
+) -> float:
     """The same in PyTorch; the accuracy."""
     images, labels = data.train.tensors
+    domain = model.load_domain(file, name)
     model.set_domain(domain)
     model.gate_loss_scale = 1.0
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, size = torch.optim.Adam(trained), recipe["batch_size"]
-    torch.manual_seed(recipe["seed"])
+    torch.manual_seed(seed)
     starts = range(0, len(images), size)
     for epoch in range(recipe["epochs"]):
         order = torch.randperm(len(images))
@@ -106,8 +109,8 @@ def same_bits(model: DA3Model, name: str, path: Path) -> bool:
 
 def demonstrate(folder: Path, network: nn.Module, domains: list[str], recipe: Any) -> list[Any]:
     """A row for every domain."""
-    data = {domain: load_domain(domain, seed=recipe["seed"]) for domain in domains}
-    torch.manual_seed(recipe["seed"])
+    data = {domain: load_domain(domain) for domain in domains}
+    torch.manual_seed(0)
     model = convert(network, DA3Config())
     prepare(folder, model, data, recipe)
     say("a process without PyTorch learns")
@@ -117,14 +120,19 @@ def demonstrate(folder: Path, network: nn.Module, domains: list[str], recipe: An
     rows = []
     for domain, own in data.items():
         say(f"PyTorch learns {domain}")
-        here = learn_here(model, domain, own, recipe)
-        path = folder / f"{domain}.safetensors"
-        name = model.load_domain(path, f"{domain}-of-the-device")
-        scores = scores_of(model, name, own.test.tensors[0])
-        theirs = torch.from_numpy(np.load(folder / f"{domain}.scores.npy"))
-        off = float((scores - theirs).abs().max() / theirs.abs().max())
-        found = learned[domain]["accuracy"], accuracy(scores, own), off
-        rows.append((domain, here, *found, same_bits(model, name, path), learned[domain]["ms"]))
+        start, device = folder / f"{domain}.start.safetensors", learned[domain]
+        here, loaded, off, same = [], [], 0.0, True
+        for seed in range(recipe["seeds"]):
+            here.append(learn_here(model, start, f"{domain}-here-{seed}", own, seed, recipe))
+            path = folder / f"{domain}.{seed}.safetensors"
+            name = model.load_domain(path, f"{domain}-there-{seed}")
+            scores = scores_of(model, name, own.test.tensors[0])
+            theirs = torch.from_numpy(np.load(folder / f"{domain}.{seed}.npy"))
+            off = max(off, float((scores - theirs).abs().max() / theirs.abs().max()))
+            loaded.append(accuracy(scores, own))
+            same = same and same_bits(model, name, path)
+        there, ms = [run["accuracy"] for run in device], min(run["ms"] for run in device)
+        rows.append((domain, here, there, loaded, off, same, ms))
     return rows
 
 
@@ -134,9 +142,15 @@ def show(rows: list[Any]) -> None:
     )
     print("|---|---|---|---|---|---|---|")
     for domain, *accuracies, off, same, ms in rows:
-        shown = " | ".join(f"{value:.1%}" for value in accuracies)
+        shown = " | ".join(of_seeds(values) for values in accuracies)
         bits = "the same" if same else "DIFFERENT"
         print(f"| {domain} | {shown} | {off:.1e} | {bits} | {ms:.0f} |")
+
+
+def of_seeds(values: list[float]) -> str:
+    """The mean, and of several from where to where."""
+    mean = f"{sum(values) / len(values):.1%}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1%} to {max(values):.1%})"
 
 
 def main() -> None:
@@ -145,11 +159,11 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="repeat, and print means and ranges")
     parser.add_argument("--output", type=Path, help="where all files stay; by default none does")
     parser.add_argument("--quick", action="store_true", help="one domain, of a small network")
     given = parser.parse_args()
-    recipe = {**RECIPE, "epochs": given.epochs, "seed": given.seed}
+    recipe = {**RECIPE, "epochs": given.epochs, "seeds": given.seeds}
     try:
         network = small_network() if given.quick else lite0(IMAGE_SIZE).make().eval()
     except InputError as error:

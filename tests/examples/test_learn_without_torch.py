@@ -8,7 +8,7 @@ from helpers.examples import start
 def test_learn_without_torch(tmp_path):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    process = start("learn_without_torch.py", "--quick", "--epochs", "3", folder=tmp_path)
+    process = start("learn_without_torch.py", "--quick", "--seeds", "2", folder=tmp_path)
     printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0, printed
     domain, here, there, loaded, off, bits, _ = (
@@ -17,5 +17,5 @@ def test_learn_without_torch(tmp_path):
     assert (domain, bits) == ("faces", "the same")
     assert loaded == there
     assert float(off) < 1e-4
-    assert min(float(share.rstrip("%")) for share in (here, there)) > 60
+    assert min(float(share.split("%")[0]) for share in (here, there)) > 60
     assert not list(tmp_path.iterdir())
