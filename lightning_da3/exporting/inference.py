@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_da3.errors import ConfigError, ConversionError, DA3Error, InputError
 from lightning_da3.exporting.manifest import manifest_of
 from lightning_da3.exporting.program import Port, Program, Run, program_of, tensors_in
-from lightning_da3.exporting.writing import check_format, check_target, write_program
+from lightning_da3.exporting.writing import Example, check_format, check_target, write_program
 from lightning_da3.formatting import shown
 from lightning_da3.planning.plan import Plan
 
@@ -73,7 +73,8 @@ def export_inference(
     own = [port.example for port in given]
     with torch.no_grad():
         examples = [
-            ([*batch, *own], tensors_in(run(*batch))) for batch in _batches(inputs, dynamic_batch)
+            Example([*batch, *own], tensors_in(run(*batch)))
+            for batch in _batches(inputs, dynamic_batch)
         ]
     said = manifest_of(about, "inference", program, dynamic_batch)
     return write_program(program, path, format, said, examples)

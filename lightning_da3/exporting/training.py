@@ -19,13 +19,14 @@ from lightning_da3.exporting.optimizers import OPTIMIZERS, Optimizer, accumulati
 from lightning_da3.exporting.program import Port, Program, exported_of
 from lightning_da3.exporting.recording import record
 from lightning_da3.exporting.steps import GivenNoise, Loss, Step, the_tensor_of
-from lightning_da3.exporting.writing import check_format, check_target, write_program
+from lightning_da3.exporting.writing import Example, check_format, check_target, write_program
 from lightning_da3.formatting import shown
 from lightning_da3.nn.call import Executed, Noise
 from lightning_da3.planning.plan import Plan
 
 Named = Mapping[str, Tensor]
 TOLERANCE = 1e-2  # of the largest value: float32 moves single values to the next 8-bit code
+ROUNDING = 1e-5  # of a value: what dozens of layers make of that of float32
 LOSSES: dict[str, Loss] = {"cross_entropy": F.cross_entropy}
 
 
@@ -219,6 +220,13 @@ def _batches(ports: Sequence[Port]) -> list[dict[str, Tensor]]:
 _SAID = {"learning_rate": 1.0, "step": 3.0, "gate_target": 0.5, "weight": 0.25, "apply": 1.0}
 
 
-def _example(step: Step, frozen: Named, given: Named) -> tuple[list[Tensor], list[Tensor]]:
+def _example(step: Step, frozen: Named, given: Named) -> Example:
     """Inputs of the program, and what the model itself gives for them."""
-    return list(given.values()), list(step.outputs(frozen, given).values())
+    numbers = torch.Generator().manual_seed(1)
+    moved = dict(given)
+    for name in step.inputs:
+        if moved[name].is_floating_point():
+            drawn = torch.randn(moved[name].shape, generator=numbers).to(moved[name])
+            moved[name] = torch.addcmul(moved[name], moved[name], drawn, value=ROUNDING)
+    expected, nearby = (list(step.outputs(frozen, x).values()) for x in (given, moved))
+    return Example(list(given.values()), expected, nearby)

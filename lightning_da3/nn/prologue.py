@@ -19,12 +19,16 @@ from lightning_da3.ops.exportable import is_exportable
 # no map is larger, unless one sample's is: caches hold it, and memory above 32 MiB goes back
 # to the system whenever it is freed (glibc), so that every step would wait for new pages
 LARGEST_BYTES = 12 * 2**20
+# In a file. ONNX Runtime holds every map of a piece for the same map of the next, so that pieces
+# should be small; but each of them is written out.
+MOST_PIECES = 8
 
 
 class Prologue(Microbatched):
     """Runs the prologue on as many samples at once as its largest map allows.
 
-    The whole batch runs at once where a graph is built, off the CPU, under compilers and in files.
+    The whole batch runs at once where a graph is built, off the CPU, under compilers, and in files
+    for batches of any size.
 
     Args:
         piece: Maps samples (N, ..) and constants to a tuple of (N, ..), every sample by itself.
@@ -47,6 +51,10 @@ class Prologue(Microbatched):
             return self.piece(x, *constants)  # type: ignore[no-any-return]
         if has_no_values(x):
             return self._predicted(x, samples, *constants)
+        if is_exportable():  # programs have no memory to write into
+            samples = min(samples, -(-len(x) // MOST_PIECES))
+            pieces = [self.piece(part, *constants) for part in torch.split(x, samples)]
+            return tuple(torch.cat(results) for results in zip(*pieces, strict=True))
         whole: list[Tensor] = []
         for i, part in enumerate(torch.split(x, samples)):
             results = self.piece(part, *constants)
@@ -59,7 +67,9 @@ class Prologue(Microbatched):
     def _samples(self, x: Any) -> int | None:
         """The number of samples that may go through at once; None: all."""
         traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        if torch.compiler.is_compiling() or traced or is_exportable():
+        if torch.compiler.is_compiling() or traced:
+            return None
+        if is_exportable() and not (isinstance(x, Tensor) and isinstance(x.shape[0], int)):
             return None
         if not isinstance(x, Tensor) or x.dim() != self.axes or not x.is_cpu or len(x) < 2:
             return None

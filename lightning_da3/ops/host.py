@@ -47,6 +47,11 @@ def divides(size: Sequence[int], grid: Sequence[int]) -> bool:
     return not any(remainders)
 
 
+def _broadcasts(size: Sequence[int], grid: Sequence[int]) -> bool:
+    """Whether a view by `split` takes cells; runtimes of files are slow at short last axes."""
+    return divides(size, grid) and not is_exportable()
+
+
 def split(x: Tensor, grid: Sequence[int]) -> Tensor:
     """View of (N, C, *in) as (N, C, G1, r1, G2, r2, ..); needs cells of one size."""
     cells = [n for size, g in zip(x.shape[2:], grid, strict=True) for n in (g, size // g)]
@@ -60,6 +65,8 @@ def spread(coarse: Tensor) -> Tensor:
 
 def upsample(coarse: Tensor, size: Sequence[int]) -> Tensor:
     """Nearest neighbour: (N, C, *grid) to (N, C, *size); pixel i lies in cell i * grid // size."""
+    if tuple(size) == tuple(coarse.shape[2:]):
+        return coarse
     return F.interpolate(coarse, size=tuple(size), mode="nearest")
 
 
@@ -132,7 +139,10 @@ def add_pool_gradient_(grad: Tensor, grad_pooled: Tensor) -> None:
     size, grid = grad.shape[2:], grad_pooled.shape[2:]
     if divides(size, grid):
         pixels = math.prod([n // c for n, c in zip(size, grid, strict=True)])
-        split(grad, grid).add_(spread(grad_pooled), alpha=1.0 / pixels)
+        if is_exportable():
+            grad.add_(upsample(grad_pooled / pixels, size))
+        else:
+            split(grad, grid).add_(spread(grad_pooled), alpha=1.0 / pixels)
     else:
         grad.add_(pool_transpose(grad_pooled, grad.shape))
 
@@ -234,7 +244,7 @@ class _Write(torch.autograd.Function):
 def gated(x: Tensor, gate: Tensor) -> Tensor:
     """``up(gate) * x``, with the strides of x."""
     size, grid = x.shape[2:], gate.shape[2:]
-    if not divides(size, grid):
+    if not _broadcasts(size, grid):
         return x * upsample(gate, size)
     return (split(x, grid) * spread(gate)).view(x.shape)  # the product has the strides of x
 
@@ -242,7 +252,7 @@ def gated(x: Tensor, gate: Tensor) -> Tensor:
 def write_(f: Tensor, addend: Tensor, gate: Tensor | None) -> Tensor:
     """``up(gate) * f + up(addend)``, in the memory of f."""
     size, grid = f.shape[2:], addend.shape[2:]
-    if divides(size, grid):
+    if _broadcasts(size, grid):
         cells, addend = split(f, grid), spread(addend)
         gate = None if gate is None else spread(gate)
     else:

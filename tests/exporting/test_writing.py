@@ -11,7 +11,8 @@ from onnx import TensorProto, helper
 from lightning_da3.errors import CheckpointError, ConversionError
 from lightning_da3.exporting import writing
 from lightning_da3.exporting.program import Program
-from lightning_da3.exporting.writing import OPSET, _standard_operations, write_program
+from lightning_da3.exporting.onnx_graph import OPSET, standard_operations
+from lightning_da3.exporting.writing import write_program
 from lightning_da3.files.domain_file import write_domain
 
 
@@ -29,7 +30,7 @@ def branch(*nodes):
 
 def test_all_are_named_once():
     add, relu = helper.make_node("Add", ["a", "b"], ["y"]), helper.make_node("Relu", ["a"], ["y"])
-    assert _standard_operations(model(relu, add, branch(relu))) == ["Add", "If", "Relu"]
+    assert standard_operations(model(relu, add, branch(relu))) == ["Add", "If", "Relu"]
 
 
 @pytest.mark.parametrize(
@@ -46,12 +47,12 @@ def test_all_are_named_once():
 )
 def test_others_are_refused(node, name):
     with refused(ConversionError, "ONNX has no operations", name, "format='pt2'"):
-        _standard_operations(model(node))
+        standard_operations(model(node))
 
 
 def test_other_domains_are_refused():
     with refused(ConversionError, "com.microsoft (opset"):
-        _standard_operations(model(domains=("", "com.microsoft")))
+        standard_operations(model(domains=("", "com.microsoft")))
 
 
 @pytest.mark.parametrize("value", [1.0, float("nan")])

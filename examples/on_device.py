@@ -1,0 +1,404 @@
+"""Files for devices, measured: what they compute, how long that takes, and what memory they need.
+
+Inference: a domain's outputs in ONNX Runtime beside those in PyTorch, and the time beside that of
+the original network in ONNX Runtime. Training: a domain's parameters after steps in ONNX Runtime
+beside those after the same steps in PyTorch, with data that the file was not exported with; all
+tensors of the domain as one vector, and the worst of them. Time: one step of SGD in ONNX Runtime,
+of DA3 and of fine-tuning in PyTorch, each of these in its faster memory format; all take turns in
+one process, and medians count. Memory: the most that tensors hold at once in the order of the file,
+as its manifest says; and what a process takes from the system above the loaded file while steps
+run, without an arena, and also without buffers that are kept for others of their size.
+Every network has a process of its own. Weights are random, with batch norms that have met images;
+EfficientNet-Lite0 has its own. Times depend on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from comparison.backbones import LITE0, lite0
+from measure import CLASSES, FORMATS, Step, alternate, apart, build, processor, sgd
+from torch import Tensor, nn
+
+from lightning_da3 import DA3Config, DA3Model, GateConfig, convert
+
+TINY = "tiny"
+PARTS = ("inference", "training", "time", "memory")
+MODELS = ["resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", LITE0, "vit_b_16"]
+NOT_TRAINED = "convnext_tiny"
+FAST = ("resnet50", "mobilenet_v2", "efficientnet_b0")
+OPTIMIZERS = {"sgd": (torch.optim.SGD, 0.01), "adam": (torch.optim.Adam, 0.001)}
+CONFIG = DA3Config(gate=GateConfig(noise=False))  # the noise of both would not be the same
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure; `asked` is the most it may be, or with `least` the least."""
+
+    network: str
+    what: str
+    value: float
+    unit: str = ""
+    asked: float | None = None
+    least: bool = False
+
+    @property
+    def good(self) -> bool:
+        """Whether it is as asked."""
+        if self.asked is None:
+            return True
+        return self.value >= self.asked if self.least else self.value <= self.asked
+
+    def cells(self) -> list[str]:
+        """As a row of a table."""
+        value = f"{self.value:.1e}" if 0 < self.value < 1e-2 else f"{self.value:.2f}"
+        sign = ">=" if self.least else "<="
+        asked = "" if self.asked is None else f"{sign} {self.asked:g}"
+        verdict = "" if self.asked is None else "pass" if self.good else "FAIL"
+        return [self.network, self.what, f"{value} {self.unit}".strip(), asked, verdict]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is done: pixels, steps that must agree, timed steps."""
+
+    image: int
+    steps: int
+    rounds: int
+
+
+# --- networks and files ---------------------------------------------------------------------------
+
+
+def network_of(name: str, image_size: int) -> nn.Module:
+    """A network in eval mode for `CLASSES` classes, its activations as large as trained ones'."""
+    torch.manual_seed(0)
+    if name == LITE0:
+        return lite0(image_size).with_head(CLASSES).eval()
+    network = tiny() if name == TINY else build(name, image_size)
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = None  # the mean of what it meets
+    with torch.no_grad():
+        network.train()(torch.randn(8, 3, image_size, image_size))
+    return network.eval()
+
+
+def tiny() -> nn.Module:
+    """A few convolutions."""
+    first = (nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1))
+    rest = (nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.Hardswish(), nn.Conv2d(16, 16, 3, 1, 1))
+    return nn.Sequential(*first, *rest, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+
+
+def learned(network: nn.Module, config: DA3Config = CONFIG) -> DA3Model:
+    """The network converted, with an active domain that adds something."""
+    model = convert(network, config)
+    model.add_domain("measured", num_classes=CLASSES)
+    numbers = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.domain("measured").parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=numbers))
+    model.set_domain("measured")
+    return model
+
+
+def session_of(path: Path, **options: bool) -> onnxruntime.InferenceSession:
+    """A session with as many threads as PyTorch has."""
+    chosen = onnxruntime.SessionOptions()
+    chosen.intra_op_num_threads = torch.get_num_threads()
+    chosen.log_severity_level = 3
+    for name, value in options.items():
+        setattr(chosen, name, value)
+    return onnxruntime.InferenceSession(path, chosen, providers=["CPUExecutionProvider"])
+
+
+class Device:
+    """Steps of a training file: a session and arrays, nothing else."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor], **options: bool) -> None:
+        self.session = session_of(path, **options)
+        self.shapes = {port.name: port.shape for port in self.session.get_inputs()}
+        self.outputs = [port.name for port in self.session.get_outputs()]
+        self.state = {n: t.detach().numpy().copy() for n, t in tensors.items() if n in self.shapes}
+        for name, shape in self.shapes.items():
+            if name.startswith("moment"):
+                self.state[name] = np.zeros(shape, np.float32)
+
+    def step(self, images: Tensor, labels: Tensor, rate: float, number: int) -> None:
+        said = {"learning_rate": rate, "step": number, "gate_target": 0.5}
+        given = {n: np.asarray(v, np.float32) for n, v in said.items() if n in self.shapes}
+        given |= {"input": images.numpy(), "targets": labels.numpy()}
+        values = self.session.run(self.outputs, {**given, **self.state})
+        found = dict(zip(self.outputs, values, strict=True))
+        self.state = {name: found[f"new.{name}"] for name in self.state}
+
+
+def batch(count: int, image_size: int, seed: int) -> tuple[Tensor, Tensor]:
+    numbers = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, image_size, image_size, generator=numbers)
+    return images, torch.randint(CLASSES, (count,), generator=numbers)
+
+
+def training_file(
+    model: DA3Model, folder: Path, count: int, image_size: int, optimizer: str
+) -> tuple[Path, float]:
+    """A training step for batches of `count`, and the seconds that it took to write."""
+    start = time.perf_counter()
+    path = model.export_training(
+        "measured",
+        folder / f"{optimizer}_{count}.onnx",
+        batch(count, image_size, 0)[0],
+        optimizer=optimizer,
+        dynamic_batch=False,
+    )
+    return path, time.perf_counter() - start
+
+
+# --- inference ------------------------------------------------------------------------------------
+
+
+def inference(name: str, sizes: Sizes) -> list[Row]:
+    """Outputs beside PyTorch's, time beside the original network's."""
+    network = network_of(name, sizes.image)
+    model = learned(network).eval()
+    examples, _ = batch(2, sizes.image, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = model.export("measured", Path(folder) / "domain.onnx", examples)
+        ours = session_of(path)
+        plain = session_of(original(network, examples, Path(folder) / "original.onnx"))
+        images, _ = batch(3, sizes.image, 1)
+        with torch.inference_mode():
+            expected = model(images)
+        found = torch.from_numpy(ours.run(None, {"input": images.numpy()})[0])
+        one = images[:1]
+        runs: dict[str, Callable[[], object]] = {
+            "ours": lambda: ours.run(None, {"input": one.numpy()}),
+            "original": lambda: plain.run(None, {"input": one.numpy()}),
+        }
+        times = alternate(runs, sizes.rounds)
+    off = float((found - expected).abs().max() / expected.abs().max())
+    ratio = times["ours"].cpu_ms / times["original"].cpu_ms
+    return [
+        Row(name, "inference: off, of the largest output", off, asked=1e-5),
+        Row(name, "inference: a pass of one image, of the original's", ratio, asked=1.05),
+        Row(name, "inference: a pass of one image", times["ours"].cpu_ms, "ms"),
+    ]
+
+
+def original(network: nn.Module, examples: Tensor, path: Path) -> Path:
+    """The user's network as torch's own exporter writes it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        any_batch = ({0: torch.export.Dim("batch", min=1)},)
+        made: Any = torch.onnx.export(
+            network,
+            (examples,),
+            dynamo=True,
+            verbose=False,
+            input_names=["input"],
+            dynamic_shapes=any_batch,
+            opset_version=20,
+        )
+        made.save(path)
+    return path
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def training(name: str, sizes: Sizes) -> list[Row]:
+    """Parameters after the same steps in both, for either optimizer; the file's size."""
+    network, rows = network_of(name, sizes.image), []
+    for optimizer, (kind, rate) in OPTIMIZERS.items():
+        model = learned(network)
+        own = dict(model.domain("measured").named_parameters())
+        with tempfile.TemporaryDirectory() as folder:
+            path, seconds = training_file(model, Path(folder), 2, sizes.image, optimizer)
+            if optimizer == "sgd":
+                held = sum(p.nbytes for p in network.parameters())
+                rows = [
+                    Row(
+                        name,
+                        "training: the file, of the weights",
+                        path.stat().st_size / held,
+                        asked=1.02,
+                    ),
+                    Row(name, "training: export", seconds, "s", 180.0),
+                ]
+            device = Device(path, own)
+        model.train()
+        model.gate_loss_scale, model.progress = 1.0, 0.5
+        eager = kind(own.values(), lr=rate)
+        for i in range(sizes.steps):
+            images, labels = batch(2, sizes.image, 1 + i)
+            device.step(images, labels, rate, i + 1)
+            eager.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            eager.step()
+        worst, whole = apart_by(own, device.state)
+        what = f"training: {sizes.steps} steps of {optimizer}, parameters off"
+        rows.append(Row(name, what, whole, asked=1e-4))
+        rows.append(Row(name, f"{what}, worst tensor", worst))
+    return rows
+
+
+def apart_by(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> tuple[float, float]:
+    """How far off the worst tensor is, and all of them as one vector; of eager's norm."""
+    off, size = [], []
+    for name, parameter in own.items():
+        now = parameter.detach().double()
+        off.append(float((now - torch.from_numpy(state[name])).norm()))
+        size.append(float(now.norm()))
+    worst = max(a / b for a, b in zip(off, size, strict=True))
+    return worst, float(np.linalg.norm(off) / np.linalg.norm(size))
+
+
+# --- time -----------------------------------------------------------------------------------------
+
+
+def step_times(name: str, sizes: Sizes, counts: Sequence[int] = (1, 4)) -> list[Row]:
+    """One step in ONNX Runtime beside DA3's and fine-tuning's in PyTorch."""
+    network, rows = network_of(name, sizes.image), []
+    for count in counts:
+        images, labels = batch(count, sizes.image, 1)
+        model = learned(network)
+        with tempfile.TemporaryDirectory() as folder:
+            path, _ = training_file(model, Path(folder), count, sizes.image, "sgd")
+            device = Device(path, dict(model.domain("measured").named_parameters()))
+        steps: dict[str, Callable[[], object]] = {
+            "file": lambda d=device, x=images, y=labels: d.step(x, y, 1e-4, 1)
+        }
+        for layout, memory_format in FORMATS.items():
+            x = images.contiguous(memory_format=memory_format)
+            tuned = network_of(name, sizes.image).to(memory_format=memory_format).train()
+            steps[f"tuned {layout}"] = Step(tuned, x, labels, sgd)
+            ours = learned(network).to(memory_format=memory_format).train()
+            steps[f"DA3 {layout}"] = Step(ours, x, labels, sgd)
+        times = alternate(steps, sizes.rounds)
+        file = times["file"].cpu_ms
+        eager, tuned_ms = (
+            min(times[f"{kind} {layout}"].cpu_ms for layout in FORMATS) for kind in ("DA3", "tuned")
+        )
+        fast = 2.5 if count == 1 and name in FAST else None
+        asked = {1: 0.6, 4: 0.8}.get(count)
+        about = f"time, batch {count}:"
+        rows += [
+            Row(name, f"{about} a step in ONNX Runtime", file, "ms"),
+            Row(name, f"{about} DA3 in PyTorch", eager, "ms"),
+            Row(name, f"{about} fine-tuning in PyTorch", tuned_ms, "ms"),
+            Row(name, f"{about} ONNX Runtime, of DA3 in PyTorch", file / eager, asked=asked),
+            Row(name, f"{about} faster than fine-tuning", tuned_ms / file, "x", fast, least=True),
+        ]
+    return rows
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def memory(name: str, sizes: Sizes) -> list[Row]:
+    """The planned peak of a step of a batch of 4, and what its process takes."""
+    count = 4
+    model = learned(network_of(name, sizes.image))
+    own = dict(model.domain("measured").named_parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        path, _ = training_file(model, Path(folder), count, sizes.image, "sgd")
+        planned = json.loads(Path(f"{path}.json").read_text())["planned_peak_bytes"]
+        taken = apart(resident, path, own, count, sizes.image, True)
+        least = apart(resident, path, own, count, sizes.image, False)
+    asked = 24.0 if (name, sizes.image) == ("mobilenet_v2", 224) else None
+    share = None if asked is None else 1.5
+    return [
+        Row(name, "memory, batch 4: planned peak", planned / MIB, "MiB", asked),
+        Row(name, "memory, batch 4: resident, arena off", taken / MIB, "MiB"),
+        Row(name, "memory, batch 4: that, of the planned peak", taken / planned),
+        Row(name, "memory, batch 4: resident, arena and reuse off", least / MIB, "MiB"),
+        Row(name, "memory, batch 4: that, of the planned peak", least / planned, asked=share),
+    ]
+
+
+def resident(
+    path: Path, own: Mapping[str, Tensor], count: int, image_size: int, reuse: bool
+) -> int:
+    """The most bytes that this process holds above the loaded file while three steps run."""
+    device = Device(
+        path, own, enable_cpu_mem_arena=False, enable_mem_pattern=False, enable_mem_reuse=reuse
+    )
+    images, labels = batch(count, image_size, 1)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is now
+    for i in range(3):
+        device.step(images, labels, 1e-4, i + 1)
+    return _status("VmHWM") - before
+
+
+def _status(what: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown that also reads well on a terminal."""
+    cells = [["network", "", "measured", "asked", ""], *[row.cells() for row in rows]]
+    widths = [max(len(line[i]) for line in cells) for i in range(5)]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(x, widths, strict=True)) + " |" for x in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measures what was asked for; the exit code tells whether all is as asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all if left out")
+    parser.add_argument("--models", nargs="+", default=[*MODELS, NOT_TRAINED])
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--steps", type=int, default=30, help="training steps that must agree")
+    parser.add_argument("--rounds", type=int, default=15, help="timed runs of every contestant")
+    parser.add_argument("--markdown", type=Path, help="a file for the table")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny network, without verdicts on time"
+    )
+    given = parser.parse_args()
+    if unknown := {*given.parts} - {*PARTS}:
+        parser.error(f"there are no parts {sorted(unknown)}; there are {', '.join(PARTS)}")
+    measures = dict(zip(PARTS, (inference, training, step_times, memory), strict=True))
+    sizes = Sizes(given.image_size, given.steps, given.rounds)
+    models = given.models
+    if given.quick:
+        sizes, models = Sizes(32, 5, 2), [TINY]
+    print(f"{processor()}, onnxruntime {onnxruntime.__version__}", flush=True)
+    rows: list[Row] = []
+    for name in models:
+        for part in given.parts or PARTS:
+            if part == "inference" or name != NOT_TRAINED:
+                found = apart(measures[part], name, sizes)
+                rows += found
+                print(table(found), flush=True)
+    print(f"\n{table(rows)}")
+    if given.markdown:
+        given.markdown.write_text(table(rows) + "\n", encoding="utf-8")
+    good = all(row.good for row in rows)
+    print("\nall as asked" if good else "\nnot all as asked")
+    return 0 if good or given.quick else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

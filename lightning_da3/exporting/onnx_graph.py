@@ -1,0 +1,228 @@
+"""What becomes of a graph of ONNX before it is a file: simpler, faster, and how much it holds."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lightning_da3.errors import ConversionError
+from lightning_da3.exporting.onnx_order import keep_before_going_on_
+
+OPSET = 20
+LOSS = "loss"  # what a training step's file calls it
+
+# results that lie where the first operand does, and those that can take a dying operand's memory
+_VIEWS = {"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
+_IN_PLACE = set(
+    "Abs Add Ceil Clip Cos Div Elu Erf Exp Floor HardSigmoid HardSwish LeakyRelu Log Mul Neg Not "
+    "Pow Reciprocal Relu Round Selu Sigmoid Sign Sin Softplus Sqrt Sub Tanh".split()
+)
+
+
+def simplify_(model: Any, outputs: Sequence[str]) -> None:
+    """What torch's own optimizer of graphs does to an ir model, without what changes results.
+
+    Torch also leaves in every node the files and lines that it came from.
+
+    Args:
+        model: Edited in place.
+        outputs: Names of what comes out; a training step's loss and what else.
+    """
+    optimizer: Any = importlib.import_module("onnxscript.optimizer")
+    optimizer.inline(model)
+    optimizer.fold_constants(model)
+    for name in ("RemoveUnusedNodes", "RemoveUnusedFunctions"):
+        _passed(name, model)
+    _turn_transposed_(model)
+    _passed("ShapeInference", model)
+    if LOSS in outputs:
+        keep_before_going_on_(model, LOSS, _constants(model))
+        _passed("ShapeInference", model)
+    _passed("ClearMetadataAndDocString", model)
+
+
+def _passed(name: str, model: Any) -> None:
+    passes: Any = importlib.import_module("onnx_ir.passes.common")
+    getattr(passes, f"{name}Pass")()(model)
+
+
+def standard_operations(model: Any) -> list[str]:
+    """The operations of a model, all of ONNX itself: every runtime has those, and no others.
+
+    Raises:
+        ConversionError: There are others.
+    """
+    used = {(node.domain, node.op_type) for node in _nodes(model.graph)}
+    others = sorted(f"{domain}::{kind}" for domain, kind in used if domain or not _known(kind))
+    others += [f"{f.domain}::{f.name}" for f in model.functions]
+    others += [f"{o.domain} (opset {o.version})" for o in model.opset_import if o.domain]
+    if others:
+        raise ConversionError(
+            f"ONNX has no operations {others}: the network cannot be exported to it. Write "
+            "format='pt2', or replace the layers that use them."
+        )
+    return sorted(kind for _, kind in used)
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    """The nodes of a graph, and of the graphs in them."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _nodes(inner)
+
+
+def _known(kind: str) -> bool:
+    """Whether ONNX has an operation in this opset."""
+    onnx: Any = importlib.import_module("onnx")
+    try:
+        return not onnx.defs.get_schema(kind, OPSET, "").deprecated
+    except onnx.defs.SchemaError:
+        return False
+
+
+# --- transposed convolutions
+
+
+def _turn_transposed_(model: Any) -> None:
+    """A transposed convolution of stride 1 with a constant kernel becomes a convolution.
+
+    ::
+
+        ConvTranspose(x, w)   becomes   Conv(x, w with its sides turned and its channels swapped)
+
+    Runtimes are up to five times faster at that. They turn the constant when they load the file,
+    so it lies there once, although forward and backward read it.
+    """
+    constant = _constants(model)
+    for node in list(model.graph):
+        if node.op_type != "ConvTranspose" or id(node.inputs[1]) not in constant:
+            continue
+        pads = _pads_of_turned(node)
+        if pads is not None:
+            _turn_(model, node, pads)
+
+
+def _pads_of_turned(node: Any) -> list[int] | None:
+    """The padding of the convolution; None: there is none."""
+    weight, given = node.inputs[1], node.attributes
+    if weight.shape is None or not all(isinstance(n, int) for n in weight.shape):
+        return None
+    sides = list(weight.shape)[2:]
+
+    def numbers(name: str, otherwise: int, count: int) -> list[int]:
+        return list(given[name].as_ints()) if name in given else [otherwise] * count
+
+    steps = numbers("dilations", 1, len(sides))
+    before = numbers("pads", 0, 2 * len(sides))
+    odd = "output_shape" in given or ("auto_pad" in given and given["auto_pad"].value != "NOTSET")
+    rest = numbers("output_padding", 0, len(sides))
+    if odd or max(numbers("strides", 1, len(sides)) + [n + 1 for n in rest]) > 1:
+        return None
+    reach = [d * (k - 1) for d, k in zip(steps, sides, strict=True)]
+    pads = [r - p for r, p in zip(reach * 2, before, strict=True)]
+    return pads if min(pads) >= 0 else None
+
+
+def _turn_(model: Any, node: Any, pads: Sequence[int]) -> None:
+    ir: Any = importlib.import_module("onnx_ir")
+    x, weight, *rest = node.inputs
+    groups = node.attributes["group"].as_int() if "group" in node.attributes else 1
+    taken, given, *sides = weight.shape  # of channels: all that go in, and those out of a group
+    pixels, name = math.prod(sides), f"{node.outputs[0].name}_turned"
+    steps: list[tuple[str, list[int] | None, dict[str, Any]]] = [
+        ("Reshape", [groups, taken // groups, given, pixels], {}),
+        ("Transpose", None, {"perm": [0, 2, 1, 3]}),
+        ("Gather", [*range(pixels)][::-1], {"axis": 3}),
+        ("Reshape", [groups * given, taken // groups, *sides], {}),
+    ]
+    made, value = [], weight
+    for i, (op, constant, attributes) in enumerate(steps):
+        inputs = [value]
+        if constant is not None:
+            inputs.append(ir.Value(name=f"{name}_{i}_by", const_value=ir.tensor(constant)))
+            inputs[1].const_value.name = inputs[1].name
+            model.graph.register_initializer(inputs[1])
+        made.append(ir.node(op, inputs, attributes))
+        (value,) = made[-1].outputs
+        value.name, value.dtype = f"{name}_{i}", weight.dtype
+    kept = {n: a for n, a in node.attributes.items() if n in ("dilations", "group")}
+    conv = ir.node("Conv", [x, value, *rest], {**kept, "pads": list(pads)})
+    before, after = node.outputs[0], conv.outputs[0]
+    after.shape, after.dtype, after.type = before.shape, before.dtype, before.type
+    model.graph.insert_before(node, [*made, conv])
+    before.replace_all_uses_with(after, replace_graph_outputs=True)
+    after.name = before.name
+    model.graph.remove(node, safe=True)
+
+
+# --- memory
+
+
+def planned_peak_bytes(model: Any) -> int | None:
+    """The most bytes that tensors which are no constants hold at once, in the order of the graph.
+
+    Counted are what goes in, for the whole run, what comes out, and what lies between; for one
+    operation what it reads and what it gives. Views take no memory, and an element-wise operation
+    takes that of an operand which nothing reads afterwards.
+
+    Args:
+        model: An ir model, with shapes.
+
+    Returns:
+        Bytes; None: the shapes are not fixed.
+    """
+    constant, inputs = _constants(model), [id(v) for v in model.graph.inputs]
+    nodes = [n for n in model.graph if any(id(v) not in constant for v in n.outputs)]
+    home = {v: v for v in inputs}  # of every value the one whose memory it lies in
+    last: dict[int, float] = dict.fromkeys(inputs, math.inf)  # where it is read
+    for i, node in enumerate(nodes):
+        read = [home[id(v)] for v in node.inputs if id(v) in home]
+        for v in node.outputs:
+            home[id(v)] = read[0] if read and node.op_type in _VIEWS else id(v)
+        for h in (*read, *(home[id(v)] for v in node.outputs)):
+            last[h] = max(last.get(h, i), i)
+    last.update({home[id(v)]: math.inf for v in model.graph.outputs if id(v) in home})
+    sizes = {
+        id(v): _bytes(v) for v in (*model.graph.inputs, *(v for n in nodes for v in n.outputs))
+    }
+    if any(math.isnan(size) for size in sizes.values()):
+        return None
+    alive = {v: sizes[v] for v in inputs}
+    peak = sum(alive.values())
+    for i, node in enumerate(nodes):
+        read = [home[id(v)] for v in node.inputs if id(v) in home]
+        for v in (v for v in node.outputs if home[id(v)] == id(v)):
+            dying = [h for h in read if last[h] == i and alive.get(h) == sizes[id(v)]]
+            if node.op_type in _IN_PLACE and dying:
+                del alive[dying[0]]
+            alive[id(v)] = sizes[id(v)]
+        peak = max(peak, sum(alive.values()))
+        for h in (*read, *(home[id(v)] for v in node.outputs)):
+            if last[h] <= i:
+                alive.pop(h, None)
+    return int(peak)
+
+
+def _bytes(value: Any) -> float:
+    """Of a tensor; NaN where a size is not fixed, 0 where there is none."""
+    if not value.name:
+        return 0
+    if value.shape is None or value.dtype is None:
+        return math.nan
+    sides = list(value.shape)
+    fixed = all(isinstance(n, int) for n in sides)
+    return math.ceil(math.prod(sides) * value.dtype.itemsize) if fixed else math.nan
+
+
+def _constants(model: Any) -> set[int]:
+    """Values that no input decides."""
+    fixed = {id(v) for v in model.graph.initializers.values()}
+    fixed -= {id(v) for v in model.graph.inputs}
+    for node in model.graph:
+        if all(v is None or id(v) in fixed for v in node.inputs):
+            fixed |= {id(v) for v in node.outputs}
+    return fixed
