@@ -12,7 +12,9 @@ from torch import nn
 from lightning_da3 import AdapterConfig, DA3Config, GateConfig, MemoryConfig, convert
 from lightning_da3.device import Learner
 from lightning_da3.errors import ConfigError, ConversionError, InputError
+from lightning_da3.exporting import writing
 from lightning_da3.exporting.optimizers import OPTIMIZERS, accumulating
+from lightning_da3.exporting.program import Port, Program
 from lightning_da3.exporting.steps import GivenNoise
 
 SIZE, CLASSES, STEPS = 16, 3, 30
@@ -286,3 +288,27 @@ def test_bad_input(tmp_path):
     with refused(ConversionError, "cannot be exported", "the loss"):
         export(loss=decides)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_may_be_as_far_off_as_rounding_leaves_the_model():
+    port = Port("new.a", torch.zeros(2))
+    program = Program(None, [], [port])
+    wanted, near = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.1])
+    writing._check([wanted + 0.05], writing.Example([], [wanted], [near]), program, 1e-2)
+    for example in (writing.Example([], [wanted]), writing.Example([], [wanted], [wanted])):
+        writing._check([wanted + 0.005], example, program, 1e-2)
+        with refused(ConversionError, "computes another 'new.a'"):
+            writing._check([wanted + 0.05], example, program, 1e-2)
+    with refused(ConversionError, "computes another 'new.a'"):
+        writing._check([wanted + 0.2], writing.Example([], [wanted], [near]), program, 1e-2)
+
+
+@pytest.mark.slow
+def test_a_fixed_batch_has_a_planned_peak(tmp_path):
+    pytest.importorskip("onnxscript")
+    model = learned(small)
+    model.export_training("a", tmp_path / "a.onnx", batch(4, 0)[0], dynamic_batch=False)
+    peak = json.loads((tmp_path / "a.onnx.json").read_text())["planned_peak_bytes"]
+    images = 4 * 3 * SIZE * SIZE * 4
+    maps = 4 * 8 * (SIZE - 2) ** 2 * 4
+    assert images + maps < peak < images + 4 * maps

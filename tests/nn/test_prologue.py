@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from lightning_da3 import DA3Config, convert
 from lightning_da3.memory import StepPredictor, measure_step, saved_activation_bytes
 from lightning_da3.nn import prologue
+from lightning_da3.ops.exportable import exportable
 
 
 @pytest.fixture
@@ -107,6 +108,25 @@ def test_a_fake_batch_outside_of_predictions_goes_whole(model, few):
     with torch.no_grad():
         traced = make_fx(model.eval(), tracing_mode="fake", _allow_non_fake_inputs=True)(x)
         torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_for_batches_of_one_size_has_pieces(model, few, monkeypatch):
+    x = images(5)
+
+    def recorded_calls(symbols):
+        seen = calls(model)
+        with torch.no_grad(), exportable():
+            mode = "symbolic" if symbols else "fake"
+            traced = make_fx(model.eval(), tracing_mode=mode, _allow_non_fake_inputs=True)(x)
+        torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
+        return seen
+
+    assert recorded_calls(False)[:3] == [1, 1, 1]  # smaller than in eager mode
+    monkeypatch.setattr(prologue, "MOST_PIECES", 3)
+    assert recorded_calls(False)[:3] == [2, 2, 1]
+    monkeypatch.setattr(prologue, "MOST_PIECES", 1)
+    assert recorded_calls(False)[:3] == [2, 2, 1]  # no larger than in eager mode
+    assert len(recorded_calls(True)[:-3]) == 1  # all at once; then the model itself
 
 
 @pytest.mark.slow

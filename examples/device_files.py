@@ -1,0 +1,124 @@
+"""Networks with a domain, their files, and what a device does with those."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from comparison.backbones import LITE0, lite0
+from measure import CLASSES, build
+from torch import Tensor, nn
+
+from lightning_da3 import DA3Config, DA3Model, GateConfig, convert
+
+TINY = "tiny"
+CONFIG = DA3Config(gate=GateConfig(noise=False))  # the noise of both would not be the same
+
+
+def network_of(name: str, image_size: int) -> nn.Module:
+    """A network in eval mode for `CLASSES` classes, its activations as large as trained ones'."""
+    torch.manual_seed(0)
+    if name == LITE0:
+        return lite0(image_size).with_head(CLASSES).eval()
+    network = tiny() if name == TINY else build(name, image_size)
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = None  # the mean of what it meets
+    with torch.no_grad():
+        network.train()(torch.randn(8, 3, image_size, image_size))
+    return network.eval()
+
+
+def tiny() -> nn.Module:
+    """A few convolutions."""
+    first = (nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1))
+    rest = (nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.Hardswish(), nn.Conv2d(16, 16, 3, 1, 1))
+    return nn.Sequential(*first, *rest, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+
+
+def learned(network: nn.Module, config: DA3Config = CONFIG) -> DA3Model:
+    """The network converted, with an active domain that adds something."""
+    model = convert(network, config)
+    model.add_domain("measured", num_classes=CLASSES)
+    numbers = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.domain("measured").parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=numbers))
+    model.set_domain("measured")
+    return model
+
+
+def session_of(path: Path, **options: bool) -> onnxruntime.InferenceSession:
+    """A session with as many threads as PyTorch has."""
+    chosen = onnxruntime.SessionOptions()
+    chosen.intra_op_num_threads = torch.get_num_threads()
+    chosen.log_severity_level = 3
+    for name, value in options.items():
+        setattr(chosen, name, value)
+    return onnxruntime.InferenceSession(path, chosen, providers=["CPUExecutionProvider"])
+
+
+class Device:
+    """Steps of a training file: a session and arrays, nothing else."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor], **options: bool) -> None:
+        self.session = session_of(path, **options)
+        self.shapes = {port.name: port.shape for port in self.session.get_inputs()}
+        self.outputs = [port.name for port in self.session.get_outputs()]
+        self.state = {n: t.detach().numpy().copy() for n, t in tensors.items() if n in self.shapes}
+        for name, shape in self.shapes.items():
+            if name.startswith("moment"):
+                self.state[name] = np.zeros(shape, np.float32)
+
+    def step(self, images: Tensor, labels: Tensor, rate: float, number: int) -> None:
+        said = {"learning_rate": rate, "step": number, "gate_target": 0.5}
+        given = {n: np.asarray(v, np.float32) for n, v in said.items() if n in self.shapes}
+        given |= {"input": images.numpy(), "targets": labels.numpy()}
+        values = self.session.run(self.outputs, {**given, **self.state})
+        found = dict(zip(self.outputs, values, strict=True))
+        self.state = {name: found[f"new.{name}"] for name in self.state}
+
+
+def batch(count: int, image_size: int, seed: int) -> tuple[Tensor, Tensor]:
+    numbers = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, image_size, image_size, generator=numbers)
+    return images, torch.randint(CLASSES, (count,), generator=numbers)
+
+
+def training_file(
+    model: DA3Model, folder: Path, count: int, image_size: int, optimizer: str
+) -> tuple[Path, float]:
+    """A training step for batches of `count`, and the seconds that it took to write."""
+    start = time.perf_counter()
+    path = model.export_training(
+        "measured",
+        folder / f"{optimizer}_{count}.onnx",
+        batch(count, image_size, 0)[0],
+        optimizer=optimizer,
+        dynamic_batch=False,
+    )
+    return path, time.perf_counter() - start
+
+
+def original(network: nn.Module, examples: Tensor, path: Path) -> Path:
+    """The user's network as torch's own exporter writes it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        any_batch = ({0: torch.export.Dim("batch", min=1)},)
+        made: Any = torch.onnx.export(
+            network,
+            (examples,),
+            dynamo=True,
+            verbose=False,
+            input_names=["input"],
+            dynamic_shapes=any_batch,
+            opset_version=20,
+        )
+        made.save(path)
+    return path
