@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,7 @@ def memory(name: str, sizes: Sizes) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         path, _ = training_file(model, Path(folder), count, sizes.image, "sgd")
         planned = json.loads(Path(f"{path}.json").read_text())["planned_peak_bytes"]
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what glibc frees goes back, and is seen
         taken = apart(resident, path, own, count, sizes.image, True)
         least = apart(resident, path, own, count, sizes.image, False)
     asked = 24.0 if (name, sizes.image) == ("mobilenet_v2", 224) else None
@@ -272,7 +274,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15, help="timed runs of every contestant")
     parser.add_argument("--markdown", type=Path, help="a file for the table")
     parser.add_argument(
-        "--quick", action="store_true", help="a tiny network, without verdicts on time"
+        "--quick", action="store_true", help="a tiny network, verdicts on what it computes alone"
     )
     given = parser.parse_args()
     if unknown := {*given.parts} - {*PARTS}:
@@ -288,6 +290,10 @@ def main() -> int:
         for part in given.parts or PARTS:
             if part == "inference" or name != NOT_TRAINED:
                 found = apart(measures[part], name, sizes)
+                if given.quick:  # of a tiny network neither time nor size says anything
+                    found = [
+                        row if " off" in row.what else replace(row, asked=None) for row in found
+                    ]
                 rows += found
                 print(table(found), flush=True)
     print(f"\n{table(rows)}")
@@ -295,7 +301,7 @@ def main() -> int:
         given.markdown.write_text(table(rows) + "\n", encoding="utf-8")
     good = all(row.good for row in rows)
     print("\nall as asked" if good else "\nnot all as asked")
-    return 0 if good or given.quick else 1
+    return 0 if good else 1
 
 
 if __name__ == "__main__":
