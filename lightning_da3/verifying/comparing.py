@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_da3.errors import InputError
+from lightning_da3.verifying.differences import difference, has_norm, share_of_others
 from lightning_da3.verifying.running import Conditions, Outcome
 
 _CODES = 0.1  # of gradients that come from 8-bit codes; measured: 0.01 to 0.03, tiny nets 0.06
@@ -53,7 +54,6 @@ class Comparison:
         tolerance: The largest difference of networks that are the same.
         note: What differs, if no number says it.
         refused: The converted network says that it does not take such inputs.
-        decided: Whole numbers differ, as where a rounding decides which of two is larger.
     """
 
     name: str
@@ -61,7 +61,6 @@ class Comparison:
     tolerance: float
     note: str = ""
     refused: bool = False
-    decided: bool = False
 
     @property
     def ok(self) -> bool:
@@ -119,34 +118,13 @@ def _compared(
     if kinds[0] != kinds[1]:
         return Comparison(name, torch.inf, tolerance, f"{_said(kinds[0])} for {_said(kinds[1])}")
     pairs = list(zip(ours, theirs, strict=True))
-    whole = [_share_of_others(x, y) for x, y in pairs if not _has_norm(x)]
-    worst = max((_difference(x, y) for x, y in pairs if _has_norm(x)), default=0.0)
+    whole = [share_of_others(x, y) for x, y in pairs if not has_norm(x)]
+    worst = max((difference(x, y) for x, y in pairs if has_norm(x)), default=0.0)
     if max(whole, default=0.0) > _INDICES:
         note = f"{max(whole):.0%} of whole numbers differ"
-        return Comparison(name, torch.inf, tolerance, note, decided=True)
+        return Comparison(name, torch.inf, tolerance, note)
     return Comparison(name, worst, tolerance)
 
 
 def _said(kinds: list[tuple[tuple[int, ...], torch.dtype]]) -> str:
     return ", ".join(f"{list(shape)} {str(dtype)[6:]}" for shape, dtype in kinds) or "no tensor"
-
-
-def _has_norm(x: Tensor) -> bool:
-    return x.is_floating_point() or x.is_complex()
-
-
-def _share_of_others(x: Tensor, y: Tensor) -> float:
-    return (x != y).double().mean().item() if x.numel() else 0.0
-
-
-def _difference(x: Tensor, y: Tensor) -> float:
-    if x.is_sparse or not x.numel():
-        return 0.0
-    dtype = y.dtype
-    x, y = (t.to(torch.complex128 if t.is_complex() else torch.double) for t in (x, y))
-    odd = [torch.where(t.isfinite(), 0, t) for t in (x, y)]
-    if not torch.equal(*(torch.nan_to_num(t.abs(), 1.0, 2.0) for t in odd)):
-        return torch.inf  # infinite or not a number in other places
-    x, y = (torch.where(t.isfinite(), t, 0) for t in (x, y))
-    noise = 10 * torch.finfo(dtype).eps * y.numel() ** 0.5  # of what should be zero
-    return float((x - y).norm().item() / max(y.norm().item(), noise))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lightning_da3.torch_private.fake import TorchDispatchMode
 from lightning_da3.torch_private.trees import tree_map_only
 from lightning_da3.verifying.batches import Batch, Known, other_batches
 from lightning_da3.verifying.comparing import Comparison, Tolerance, compare
+from lightning_da3.verifying.decisions import Decisions
 from lightning_da3.verifying.running import Conditions, Outcome, run
 from lightning_da3.verifying.shadows import shadow
 
@@ -36,11 +38,13 @@ class Expected:
         network: The original.
         passes: The conditions of each pass and what came of it, in order.
         dtype: Of the networks that are compared; None: their own.
+        decisions: Of each pass, which converted networks make as well; empty: they make their own.
     """
 
     network: nn.Module
     passes: tuple[tuple[Conditions, Outcome], ...]
     dtype: torch.dtype | None
+    decisions: tuple[Decisions, ...] = ()
 
     def compare(self, model: DA3Model) -> Iterator[Comparison]:
         """Run a converted network through the same, and compare pass by pass.
@@ -51,31 +55,28 @@ class Expected:
         copied, memory = shadow(model, self.dtype), model.config.memory
         stored, wide = memory.stored_dtype or model.dtype, self.dtype == torch.double
         tolerance = Tolerance.of(stored, wide=wide, exact=memory.exact)
-        for conditions, theirs in self.passes:
+        for (conditions, theirs), made in zip_longest(self.passes, self.decisions):
             # what stays Python follows the mode, and may return something else
             copied.train(conditions.training and not model.plan.python)
-            for found in compare(conditions, run(copied, conditions), theirs, tolerance):
-                if not (found.decided and self._is_chance(conditions, theirs, tolerance)):
-                    yield found
+            again = None if made is None else Decisions(made, tolerance.outputs)
+            yield from compare(conditions, run(copied, conditions, again), theirs, tolerance)
 
-    def _is_chance(self, conditions: Conditions, theirs: Outcome, tolerance: Tolerance) -> bool:
-        """Whether the original itself decides otherwise once its weights are rounded a little.
-
-        As a detector with random weights does, whose boxes are sorted by scores that hardly differ.
-        """
-        same, other = shadow(self.network, self.dtype), shadow(self.network, self.dtype)
-        _round_(other, tolerance.outputs)
-        found = [
-            any(c.decided for c in compare(conditions, run(network, conditions), theirs, tolerance))
-            for network in (same, other)
-        ]
-        return found == [False, True]
+    def with_decisions(self) -> Expected:
+        """The same; converted networks decide as the original did where a rounding may decide."""
+        copied = shadow(self.network, self.dtype)
+        decisions = tuple(Decisions() for _ in self.passes)
+        passes = tuple(
+            (conditions, run(copied, conditions, noted))
+            for (conditions, _), noted in zip(self.passes, decisions, strict=True)
+        )
+        return replace(self, passes=passes, decisions=decisions)
 
     def until(self, wrong: Comparison) -> Expected:
         """Only the passes up to the one in which something differed."""
         names = [conditions.name for conditions, _ in self.passes]
         last = next(i for i, name in enumerate(names) if wrong.name.endswith(f", {name}"))
-        return replace(self, passes=self.passes[: last + 1])
+        end = last + 1
+        return replace(self, passes=self.passes[:end], decisions=self.decisions[:end])
 
 
 class TooMuch(Exception):  # noqa: N818  # it ends a run, nobody sees it
@@ -175,15 +176,6 @@ def _for(network: nn.Module, batch: Batch) -> Batch:
         return x.to(like.device, torch.double if wide else x.dtype)
 
     return tuple(tree_map_only(Tensor, cast, batch))
-
-
-def _round_(network: nn.Module, error: float) -> None:
-    """Change every weight by about this relative error."""
-    generator = torch.Generator().manual_seed(2)
-    for parameter in network.parameters():
-        if parameter.is_floating_point():
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-            parameter.data = parameter * (1 + error * noise)
 
 
 class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 
 from torch import nn
+
+MOST_TRIES = 30  # conversions of the whole network, each compared
 
 
 def narrowed(
@@ -15,26 +16,37 @@ def narrowed(
 
     Args:
         candidates: In the order in which they are preferred.
-        right: Whether it is right with these; with more than these it is right as well.
+        right: Whether it is right with these; with more than these it is right as well. It is
+            asked at most `MOST_TRIES` times.
 
     Returns:
-        None if it is wrong with all of them.
+        More than needed where that is not found in so many tries; None if it is wrong with all.
     """
-    right = cache(right)
-    if not right(frozenset(candidates)):
+    tried: dict[frozenset[str], bool] = {}
+
+    def is_right(*paths: str) -> bool:
+        asked = frozenset(paths)
+        if asked not in tried:
+            tried[asked] = right(asked)
+        return tried[asked]
+
+    if not is_right(*candidates):
         return None
     needed: list[str] = []
-    while not right(frozenset(needed)):
+    while len(tried) < MOST_TRIES and not is_right(*needed):
         low, high = 0, len(candidates)  # with the first `high` of them it is right
-        while high - low > 1:
+        while high - low > 1 and len(tried) < MOST_TRIES:
             middle = (low + high) // 2
-            if right(frozenset((*needed, *candidates[:middle]))):
+            if is_right(*needed, *candidates[:middle]):
                 high = middle
             else:
                 low = middle
-        needed.append(candidates[high - 1])
-        candidates = candidates[: high - 1]
-    return tuple(needed)
+        candidates = candidates[:high]
+        if high - low == 1:
+            needed.append(candidates[-1])
+            candidates = candidates[:-1]
+    done = tried.get(frozenset(needed), False)
+    return tuple(needed) if done else (*needed, *candidates)
 
 
 def holders(network: nn.Module) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,7 +74,9 @@ def forward_only() -> Iterator[None]:
         _BACKWARD.reset(token)
 
 
-def run(network: nn.Module, conditions: Conditions) -> Outcome:
+def run(
+    network: nn.Module, conditions: Conditions, mode: AbstractContextManager[Any] | None = None
+) -> Outcome:
     """Run a network once, forward and, if asked for, backward.
 
     Generators are seeded the same for every call, and draw on outside as if nothing had run.
@@ -82,6 +84,7 @@ def run(network: nn.Module, conditions: Conditions) -> Outcome:
     Args:
         network: A copy that nobody else uses, in the mode that it should run in.
         conditions: How.
+        mode: A context that it runs in.
     """
     sources: list[Tensor] = []  # of which gradients are asked for
 
@@ -97,7 +100,7 @@ def run(network: nn.Module, conditions: Conditions) -> Outcome:
     needed = conditions.gradients and not sources
     embeddings = _Embedded(network) if needed else nullcontext(list[Tensor]())
     layouts = DrawsInOrder() if conditions.draws else nullcontext()  # type: ignore[no-untyped-call]
-    with same_randomness(seed=0), layouts, embeddings as embedded:
+    with same_randomness(seed=0), layouts, mode or nullcontext(), embeddings as embedded:
         before = torch.random.get_rng_state()
         try:
             with torch.enable_grad() if conditions.gradients else torch.no_grad():

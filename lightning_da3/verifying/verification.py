@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import nn
 
@@ -12,9 +13,10 @@ from lightning_da3.model.model import DA3Model
 from lightning_da3.verifying.batches import Known
 from lightning_da3.verifying.comparing import Comparison
 from lightning_da3.verifying.expected import Expected, expected_of
-from lightning_da3.verifying.narrowing import holders, modules, narrowed
+from lightning_da3.verifying.narrowing import MOST_TRIES, holders, modules, narrowed
 
 Build = Callable[[Mapping[str, str]], DA3Model]
+_LONG = 10.0  # seconds, from which a search is no longer silent
 
 
 def verified(
@@ -34,17 +36,26 @@ def verified(
             take the examples.
         ConfigError: It should be verified, and nobody knows what it takes.
     """
-    expected = _expected(network, known, thorough)
-    wrong = None if expected is None else _first_wrong(expected, model)
-    if wrong is None:
-        return model
-    if expected is not None and expected.dtype is None and not thorough:  # rounding may be to blame
-        expected = _expected(network, known, thorough=True)
-        wrong = None if expected is None else _first_wrong(expected, model)
+    expected = wrong = None
+    for expected in _closer(network, known, thorough):
+        wrong = _first_wrong(expected, model)
+        if wrong is None:
+            return model
     if expected is None or wrong is None:
         return model
     found = _narrowed(network, build, expected, wrong)
     return _refusing(network, model, expected, wrong) if found is None else found
+
+
+def _closer(network: nn.Module, known: Known, thorough: bool | None) -> Iterator[Expected]:
+    """What is compared; each where something differed in the one before."""
+    expected = _expected(network, known, thorough)
+    if expected is None:
+        return
+    yield expected
+    yield expected.with_decisions()
+    if expected.dtype is None and not thorough:  # rounding may be to blame
+        yield from _closer(network, known, thorough=True)
 
 
 def _refusing(
@@ -77,7 +88,8 @@ def comparisons(network: nn.Module, model: DA3Model, known: Known) -> list[Compa
     """
     expected = _expected(network, known, thorough=True)
     assert expected is not None  # whatever it takes
-    return list(expected.compare(model))
+    found = list(expected.compare(model))
+    return found if all(c.ok for c in found) else list(expected.with_decisions().compare(model))
 
 
 def _expected(network: nn.Module, known: Known, thorough: bool | None) -> Expected | None:
@@ -102,6 +114,7 @@ def _narrowed(
     network: nn.Module, build: Build, expected: Expected, wrong: Comparison
 ) -> DA3Model | None:
     """The conversion in which the modules that are to blame stay Python."""
+    build = _announced(network, build, wrong)
     for passes in (expected.until(wrong), expected):  # at first no more than shows the difference
         for candidates in (holders(network), modules(network)):
             found = _blamed(build, passes, [*candidates], wrong)
@@ -114,6 +127,24 @@ def _narrowed(
                 )
                 return found[1]
     return None
+
+
+def _announced(network: nn.Module, build: Build, wrong: Comparison) -> Build:
+    """The same, which says what takes so long, once it does."""
+    begun, said = time.monotonic(), False
+
+    def building(python: Mapping[str, str]) -> DA3Model:
+        nonlocal said
+        if not said and time.monotonic() - begun > _LONG:
+            said = True
+            _warn(
+                f"{type(network).__name__}: converted, it computed something else ({wrong}). The "
+                f"modules to blame are looked for by converting it again, at most {MOST_TRIES} "
+                "times for each kind of them. `convert(..., verify=False)` leaves that out."
+            )
+        return build(python)
+
+    return building
 
 
 def _blamed(
