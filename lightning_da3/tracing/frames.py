@@ -16,11 +16,11 @@ import torch.nn.utils.rnn
 import torch.utils.checkpoint
 from torch import nn
 
-_TORCH = str(Path(inspect.getfile(torch)).parent)
+_TORCH = str(Path(inspect.getfile(torch)).parent) + os.sep
 _NUMPY = str(Path(inspect.getfile(np)).parent) + os.sep
 _CHECKPOINT = inspect.getfile(torch.utils.checkpoint)
 _PACKING = inspect.getfile(torch.nn.utils.rnn)
-_HERE = str(Path(__file__).parents[1])
+_HERE = str(Path(__file__).parents[1]) + os.sep
 
 
 def frames_above(frame: FrameType | None) -> list[FrameType]:
