@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from lightning_da3.memory.fake import left_by_forward, tensors_of
-from lightning_da3.torch_private.modules import FORWARD_HOOKS, HOOKS_WITH_KWARGS, hooks_of
+from lightning_da3.torch_private.modules import FORWARD_HOOKS, HOOKS_WITH_KWARGS, hooks_of, silence_
 from lightning_da3.tracing.graph_modules import UserGraph
 
 _KINDS = (*FORWARD_HOOKS, *HOOKS_WITH_KWARGS)
@@ -32,6 +32,8 @@ def shadow(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             memo[id(tensor)] = value if cast else value.clone()
     copied = copy.deepcopy(network, memo).eval()
     for module, twin in zip(network.modules(), copied.modules(), strict=True):
+        if isinstance(twin, fx.GraphModule):
+            silence_(twin)  # guesses may not fit
         bare = isinstance(module, fx.GraphModule) and not isinstance(module, UserGraph)
         if bare:  # copies of such have none of its hooks
             for ours, theirs in zip(hooks_of(twin, _KINDS), hooks_of(module, _KINDS), strict=True):
