@@ -44,9 +44,8 @@ class Asked:
     names: tuple[str, ...] = field(default=())
 
 
-# much of what these keep belongs to a loss, or to a loop, that stays Python
-PYTHON = Asked(5, 4, ("retina", "raft"))
-DENSE = Asked(10, 5, ("deeplab", "fcn", "lraspp", "rcnn", "fcos", "ssd"))
+PYTHON = Asked(5, 4, ("raft",))  # much of what it keeps belongs to a loop that stays Python
+DENSE = Asked(10, 5, ("deeplab", "fcn", "lraspp", "rcnn", "fcos", "retina", "ssd"))
 VIDEO = Asked(10, 5, ("mvit", "r3d", "mc3", "r2plus1d", "s3d", "swin3d"))
 TOKENS = Asked(12, 8, ("convnext", "vit", "swin", "maxvit"))
 SMOOTH = Asked(20, 15, ("mobilenet_v3", "efficientnet", "regnet_y"))

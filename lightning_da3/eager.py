@@ -26,9 +26,11 @@ from lightning_da3.layers import (
     without_chance,
     writes,
 )
+from lightning_da3.ops.arithmetic import Arithmetic
 from lightning_da3.ops.recomputed import recomputed
 from lightning_da3.ops.sampling import grid_sample
 from lightning_da3.ops.softmax import softmax
+from lightning_da3.torch_private.autograd import is_checkpointed
 
 SMALL = 4096  # elements; of fewer, PyTorch may keep what it likes
 
@@ -40,6 +42,7 @@ class KeepsLess(TorchFunctionMode):
     alone. Unless `exact`, softmax keeps codes of its result and a product of two activations codes
     of both: in groups, so that what is small beside its neighbours alone is rounded much. A fixed
     grid, as that of smooth activations, would round all of what a loss computes of probabilities.
+    Arithmetic on what is kept already keeps nothing more: its operands are computed again.
     Views that channels_last maps do not have are copies. Dropout that follows ``self.training`` is
     off: the backbone is held in eval. Everything else, and what writes in place, is as ever.
 
@@ -51,6 +54,7 @@ class KeepsLess(TorchFunctionMode):
         super().__init__()
         self.exact = exact
         self._copies = WeakTensorKeyDictionary()  # that stand for views
+        self._arithmetic = Arithmetic(SMALL)
 
     def __torch_function__(
         self,
@@ -68,11 +72,13 @@ class KeepsLess(TorchFunctionMode):
             return self._viewed(func, args, kwargs)
         if self._copies and args and writes(func) and args[0] in self._copies:
             raise ConversionError(_WRITES_INTO_A_COPY.format(func.__name__, args[0].shape))
-        if not torch.is_grad_enabled() or not args or not _is_large(args[0]):
+        if not torch.is_grad_enabled() or not args or is_checkpointed():  # again without this mode
             return func(*args, **kwargs)
-        return self._call(func, args, kwargs)
+        return self._arithmetic.called(func, args, kwargs, self._call)
 
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not _is_large(args[0]):
+            return func(*args, **kwargs)
         if func is F.grid_sample:
             return grid_sample(*args, **kwargs)
         if not self.exact and _multiplies(func) and _is_product(args) and not kwargs:

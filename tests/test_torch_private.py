@@ -12,6 +12,7 @@ from helpers.missing import without_private_parts
 from helpers.ops import leaf, randn
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 from lightning_da3.errors import DA3Error
 from lightning_da3.memory.measured import _highest_sum
@@ -46,6 +47,20 @@ def test_what_nothing_replaces_says_so_when_it_is_used():
     assert not isinstance(3, absent)
     with contextlib.suppress(ValueError, absent):
         raise ValueError("another")
+
+
+def test_checkpoints_are_known(without):
+    def seen(x):
+        found.append((autograd.is_checkpointed(), by_frames.is_checkpointed()))
+        return x * 2
+
+    found, by_frames = [], without("torch_private.autograd")
+    x = leaf(randn(3))
+    checkpoint(seen, x, use_reentrant=False)
+    seen(x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        seen(x)
+    assert found == [(True, True), (False, False), (False, False)]
 
 
 # --- kernels

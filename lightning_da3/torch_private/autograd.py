@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lightning_da3.torch_private.finding import found, missing, needed
 
@@ -86,3 +88,22 @@ values_of: Callable[[Tensor], Tensor] = found(
 
 transform: Callable[[], Any] = found("torch._C._functorch:peek_interpreter_stack", lambda: None)
 """The functorch transform (`vmap`, `jvp`) that runs; None if none does."""
+
+
+def _runs_checkpoint(_: bool) -> tuple[Callable[..., Any]] | None:
+    """A function of `torch.utils.checkpoint`, if one runs."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__") != checkpoint.__module__:
+        frame = frame.f_back
+    return None if frame is None else (checkpoint,)
+
+
+_top_hooks: Callable[[bool], Any] = found(
+    "torch._C._autograd:_top_saved_tensors_default_hooks", _runs_checkpoint
+)
+
+
+def is_checkpointed() -> bool:
+    """Whether what is kept now is dropped by `torch.utils.checkpoint`, and computed again."""
+    hooks = _top_hooks(True)
+    return hooks is not None and hooks[0].__module__ == checkpoint.__module__
