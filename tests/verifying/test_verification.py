@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from helpers.comparing import assert_relatively_close, photograph
 from helpers.verified import CONFIG, EXACT, Net, assert_same, python_of
-from torch import fx, nn
+from torch import nn
 
 from lightning_da3 import (
     ConfigError,
@@ -211,26 +211,6 @@ def test_examples_that_the_network_would_write_into_stay_as_they_are():
         warnings.simplefilter("ignore", ConversionWarning)
         convert(Normalizes(), CONFIG, example_inputs=x)
     torch.testing.assert_close(x, before, rtol=0, atol=0)
-
-
-def test_a_graph_of_torch_fx_prints_nothing_of_guesses_that_do_not_fit(capfd):
-    class Positions(Net):
-        def __init__(self):
-            super().__init__()
-            self.positions = nn.Parameter(torch.zeros(1, 3, 28, 28))
-
-        def forward(self, x):
-            return super().forward(x + self.positions)
-
-    gm = fx.symbolic_trace(Positions().eval())
-    known = Known(None, [[torch.empty(1, 3, side, side)] for side in (12, 28)])
-    expected = expected_of(gm, known, thorough=None)
-    assert isinstance(expected, Expected)
-    said = capfd.readouterr()
-    assert (said.out, said.err) == ("", "")
-    with pytest.raises(RuntimeError):  # the user's own speaks as ever
-        gm(torch.randn(1, 3, 12, 12))
-    assert "FX-traced Module" in capfd.readouterr().err
 
 
 # --- when and how much ----------------------------------------------------------------------------
