@@ -29,6 +29,8 @@ ASSERTION = found("torch:_assert", None)
 FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 HOOKS_WITH_KWARGS = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
+"""The names of all that a module holds by the numbers of hooks."""
 
 
 def hooks_of(module: nn.Module, kinds: tuple[str, ...]) -> list[dict[int, Any]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
@@ -13,6 +14,7 @@ from lightning_da3.errors import ConversionError
 from lightning_da3.memory import fake_mode_of
 from lightning_da3.torch_private.fake import FakeTensorMode, new_fake_mode
 from lightning_da3.tracing.calls import ModuleCall, calls_of, takes
+from lightning_da3.tracing.first_calls import alike
 from lightning_da3.tracing.guards import must_be_default
 from lightning_da3.tracing.guessing import first_guesses
 from lightning_da3.tracing.probes import ProbeFailed, Probes, SizeDecides, probe_inputs
@@ -33,6 +35,8 @@ class Session:
         leaves: Why functions are one node, by their code.
         calls: How modules are called, by their paths.
         guessed: The network's arguments in those calls.
+        hooked: By the paths of modules that the network hooks into as it runs, of the modules
+            whose forwards do.
     """
 
     inputs: Sequence[Any] | None = None
@@ -40,6 +44,13 @@ class Session:
     leaves: dict[CodeType, str] = field(default_factory=dict)
     calls: Mapping[str, ModuleCall] = field(default_factory=dict)
     guessed: Sequence[Any] = ()
+    hooked: Mapping[str, str] = field(default_factory=dict)
+
+    def stays_python(self, network: nn.Module, path: str) -> None:
+        """Note that a module does, and so what its forward hooks into, maybe by its class."""
+        for hooked in [hooked for hooked, by in self.hooked.items() if by == path]:
+            kind = type(network.get_submodule(hooked)).__name__
+            self.python.setdefault(hooked, f"{kind}: the network hooks into it as it runs")
 
 
 @dataclass(frozen=True)
@@ -153,10 +164,7 @@ def note_calls_(network: nn.Module, session: Session) -> None:
         for pair in probe_inputs(inputs):
             session.calls, hooked = calls_of(network, Probes(pair, _mode(network)))
             if session.calls:
-                session.guessed = inputs
-                for path in hooked:
-                    kind = type(network.get_submodule(path)).__name__
-                    session.python.setdefault(path, f"{kind}: the network hooks into it as it runs")
+                session.guessed, session.hooked = inputs, hooked
                 return
 
 
@@ -176,26 +184,62 @@ def _traced(
     path: str,
 ) -> Graph:
     prefix = f"{path}." if path else ""
+
+    def tracer(python: Mapping[str, str], **how: Any) -> Tracer:
+        fresh = probes and probes.afresh()
+        return Tracer(defaults, fresh, session.leaves, {**known, **python}, whole=not path, **how)
+
     while True:
         known = {p[len(prefix) :]: why for p, why in session.python.items() if p.startswith(prefix)}
-        probes = probes and probes.afresh()
-        tracer = Tracer(defaults, probes, session.leaves, known, whole=not path)
         try:
-            graph = tracer.trace(module)
-        except BaseException as error:
-            tracer.functions.forget()
-            if not isinstance(error, NewLeaf):
-                raise
-            leaf = error
+            return _settled(module, tracer)
+        except NewLeaf as leaf:
             if len(session.leaves) >= _MOST_LEAVES:
                 raise ConversionError(leaf.reason) from leaf
             session.leaves[leaf.code] = leaf.reason
-            continue
-        called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-        opaque = {p: m for p, m in tracer.opaque.items() if p in called}
-        return Graph(
-            graph,
-            opaque,
-            {p: why for p, why in tracer.python.items() if p in opaque},
-            {n: why for n, why in tracer.functions.reasons_by_name().items() if n in called},
-        )
+
+
+def _settled(module: nn.Module, tracer: Callable[..., Tracer]) -> Graph:
+    """The graph of every call, the first one included.
+
+    Args:
+        module: What is traced.
+        tracer: Makes one; takes why modules stay Python, by their paths.
+    """
+    python: dict[str, str] = {}
+    while True:
+        first = tracer(python, may_set_up=True)
+        graph = _run(first, module)
+        if not first.left:
+            return _graph(first, graph)
+        later = tracer(python, after=first)
+        first.functions.forget()
+        with suppress(Exception):  # the user's own forward: anything can come
+            again = _run(later, module)
+            if alike(graph, again, module):
+                return _graph(later, again)
+            later.functions.forget()
+            if later.python.keys() > first.python.keys():
+                python = later.python
+                continue
+        strict = tracer({})
+        return _graph(strict, _run(strict, module))
+
+
+def _run(tracer: Tracer, module: nn.Module) -> fx.Graph:
+    try:
+        return tracer.trace(module)
+    except BaseException:
+        tracer.functions.forget()
+        raise
+
+
+def _graph(tracer: Tracer, graph: fx.Graph) -> Graph:
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    opaque = {p: m for p, m in tracer.opaque.items() if p in called}
+    return Graph(
+        graph,
+        opaque,
+        {p: why for p, why in tracer.python.items() if p in opaque},
+        {n: why for n, why in tracer.functions.reasons_by_name().items() if n in called},
+    )

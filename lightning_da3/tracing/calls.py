@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lightning_da3.memory.fake import left_by_forward, quiet, tensors_of
 from lightning_da3.memory.names import mutable
-from lightning_da3.torch_private.modules import FORWARD_HOOKS, hooks_of
 from lightning_da3.torch_private.trees import tree_leaves
+from lightning_da3.tracing.hooks import Hooks, next_number
 from lightning_da3.tracing.probes import UNKNOWN, Probes
 from lightning_da3.tracing.watching import unchanged
 
@@ -39,8 +39,8 @@ class ModuleCall:
     fixed: Mapping[str, Any]
 
 
-def calls_of(network: nn.Module, probes: Probes) -> tuple[dict[str, ModuleCall], set[str]]:
-    """The calls of the modules in a network, by their paths, and which it hooks into.
+def calls_of(network: nn.Module, probes: Probes) -> tuple[dict[str, ModuleCall], dict[str, str]]:
+    """The calls of the modules in a network, by their paths, and which of them hooks into which.
 
     One that is called in several ways, or with more than tensors and plain values, is left out.
 
@@ -48,7 +48,7 @@ def calls_of(network: nn.Module, probes: Probes) -> tuple[dict[str, ModuleCall],
         network: Left unchanged: copies run, as a forward may change what nobody sees.
         probes: Its inputs.
     """
-    hooked: set[str] = set()
+    hooked: dict[str, str] = {}
     seen = [_run(_twin(network), inputs, probes.mode, hooked) for inputs in probes.inputs]
     found = {}
     for path, module in network.named_modules():
@@ -92,9 +92,11 @@ def _run(
     network: nn.Module,
     inputs: Sequence[Any],
     mode: AbstractContextManager[Any],
-    hooked: set[str],
+    hooked: dict[str, str],
 ) -> dict[str, list[_Arguments]]:
     calls: dict[str, list[_Arguments]] = {}
+    running: list[tuple[str, int]] = []
+    spans: list[tuple[str, int, int]] = []  # inner ones first
     with contextlib.ExitStack() as stack:
         stack.enter_context(unchanged(network))
         for path, module in network.named_modules():
@@ -102,27 +104,25 @@ def _run(
                 continue
             note = calls.setdefault(path, [])
 
-            def noted(_: nn.Module, args: Any, kwargs: Any, note: Any = note) -> None:
+            def noted(_: Any, args: Any, kwargs: Any, note: Any = note, path: str = path) -> None:
                 note.append((args, kwargs))
+                running.append((path, next_number()))
 
-            hook = module.register_forward_pre_hook(noted, with_kwargs=True)
-            stack.callback(hook.remove)
-        before = _hooks(network)
+            def ended(*_: Any, path: str = path) -> None:
+                if running and running[-1][0] == path:  # no hook before raised an error
+                    spans.append((*running.pop(), next_number()))
+
+            module.register_forward_pre_hook(noted, with_kwargs=True)
+            module.register_forward_hook(ended, always_call=True)
+        before = Hooks(network.modules())
         # what ran before an error is known, and the error comes again where it matters
         with contextlib.suppress(Exception), quiet(), torch.no_grad(), mode:
             network(*mutable(inputs))
-        after = _hooks(network)
-        hooked |= {path for path, hooks in after.items() if hooks != before.get(path, hooks)}
+        for path, module in network.named_modules():
+            for number in (n for hooks in before.hung(module).values() for n in hooks):
+                by = (p for p, start, end in spans if start <= number < end)
+                hooked.setdefault(path, next(by, ""))
     return calls
-
-
-def _hooks(network: nn.Module) -> dict[str, list[list[int]]]:
-    """The numbers of the hooks on every module, by its path."""
-    return {
-        path: [list(hooks) for hooks in hooks_of(module, FORWARD_HOOKS)]
-        for path, module in network.named_modules()
-        if not isinstance(module, torch.jit.ScriptModule)
-    }
 
 
 def _call(module: nn.Module, each: Sequence[Sequence[_Arguments]]) -> ModuleCall | None:

@@ -17,6 +17,7 @@ from lightning_da3.nn.python import PythonFunction
 from lightning_da3.tracing.attempts import Session, note_calls_, traced_graph
 from lightning_da3.tracing.checks import check_convertible
 from lightning_da3.tracing.copying import frozen_copy
+from lightning_da3.tracing.first_calls import as_never_called_
 from lightning_da3.tracing.graph_modules import graph_of_layer, graph_of_module
 from lightning_da3.tracing.graphs import Part, Traced
 from lightning_da3.tracing.interception import names_asked
@@ -68,6 +69,7 @@ class _Islands:
 
     def __init__(self, network: nn.Module, session: Session) -> None:
         self.network, self.session = network, session
+        self.before = as_never_called_(network)
         self.noted = False
         self.parts: list[Part] = []
         self.python: dict[str, str] = {}
@@ -100,10 +102,14 @@ class _Islands:
             return gm
         if isinstance(module, PythonFunction):
             return module
-        reason = self.session.python.get(path)
         if path and not self.noted:
             self.noted = True
             note_calls_(self.network, self.session)
+            if not self.session.calls:  # nobody knows what its forward hangs there again
+                self.before.put()
+            if "" in self.python:
+                self.session.stays_python(self.network, "")
+        reason = self.session.python.get(path)
         called = sorted(asked.intersection(_methods(module)))
         if reason is None and called:
             reason = f"{type(module).__name__}: its methods are called: {', '.join(called)}"
@@ -114,6 +120,7 @@ class _Islands:
                 reason = f"{type(module).__name__}: {first_line(error)}"
         if not holder:
             self.python[path] = reason
+            self.session.stays_python(self.network, path)
             asked |= names_asked(type(module))
         for name, child in module.named_children():
             prefix = f"{path}.{name}" if path else name

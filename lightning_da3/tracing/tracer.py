@@ -7,9 +7,7 @@ runs as Python each time.
 
 from __future__ import annotations
 
-import gc
 import inspect
-import sys
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -18,21 +16,23 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from lightning_da3.layers import WRITES, as_pytorch, has_hooks, is_registered
+from lightning_da3.layers import WRITES, as_pytorch, is_registered
 from lightning_da3.tracing import frames
 from lightning_da3.tracing.aliases import Aliases
+from lightning_da3.tracing.first_calls import Left
 from lightning_da3.tracing.functions import PythonFunctions
 from lightning_da3.tracing.guards import may_check, must_be, must_be_default
+from lightning_da3.tracing.hooks import Hooks, calling, has_others, next_number, why_not
 from lightning_da3.tracing.interception import FACTORIES, intercepted
-from lightning_da3.tracing.one_thread import OneThread
 from lightning_da3.tracing.probes import PROBED, VARIES, Probes, SizeDecides, is_written, versions
-from lightning_da3.tracing.refusals import CannotTrace, NewLeaf, first_line
+from lightning_da3.tracing.refusals import CannotTrace, first_line
 from lightning_da3.tracing.signatures import call_of
-from lightning_da3.tracing.values import Value, built_from, holds, is_of_weights, structured
+from lightning_da3.tracing.values import Value, built_from, holds, structured
+from lightning_da3.tracing.watched import Watched
 from lightning_da3.tracing.watching import Draws, Modes, Snapshot, plain_modes, random_states
 
 
-class Tracer(OneThread):
+class Tracer(Watched):
     """`torch.fx.Tracer` that keeps our own modules whole, and what it cannot see.
 
     `torch.fx.symbolic_trace` would look through them and lose every custom backward silently.
@@ -43,10 +43,12 @@ class Tracer(OneThread):
         leaves: Why a function is one node, by its code.
         python: Why a module stays Python, by its path.
         whole: The module is the whole network: what is written into its inputs, nobody else reads.
+        may_set_up: See `Watched`.
+        after: The trace of its first call, whose traces this one finds; None: this is the first.
 
     Attributes:
         opaque: Modules that are one node and no layers, by their paths.
-        erased: Nodes that went with the forward of a module that is one node now.
+        left: What was set up.
     """
 
     def __init__(
@@ -57,18 +59,16 @@ class Tracer(OneThread):
         python: dict[str, str] | None = None,
         *,
         whole: bool = True,
+        may_set_up: bool = False,
+        after: Tracer | None = None,
     ) -> None:
-        super().__init__()
-        self.defaults, self.probes, self.whole = defaults or {}, probes, whole
-        self.leaves = {} if leaves is None else leaves
+        super().__init__(leaves, may_set_up=may_set_up)
+        self.defaults, self.probes, self.whole, self.after = defaults or {}, probes, whole, after
+        self.left = Left()
         self.python = {} if python is None else python
         self.opaque: dict[str, nn.Module] = {}
         self.aliases = Aliases(whole=whole)
         self._modes: Modes | None = None
-        self.erased: set[fx.Node] = set()
-        self._refused: CannotTrace | None = None
-        self._made: list[weakref.ref[Value]] = []
-        self._forwards = frames.forwards_of_functions()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """PyTorch's layers, ours and registered ones are nodes; everything else is looked into."""
@@ -136,9 +136,10 @@ class Tracer(OneThread):
         """See what a new node gives, and whether it reads what was written to."""
         before = {i: versions(i.meta.get(PROBED, ())) for i in node.all_input_nodes}
         if self.probes is not None:
+            since = next_number()
             self.probes.run(node, self.root)
             if node.op == "call_module":  # what its Python leaves behind are no values
-                self._snapshot.restore(self.root.get_submodule(str(node.target)))
+                self._snapshot.restore(self.root.get_submodule(str(node.target)), since)
         changed = [i for i, was in before.items() if versions(i.meta.get(PROBED, ())) != was]
         if changed and is_written(node):
             node.meta[WRITES] = True
@@ -162,13 +163,12 @@ class Tracer(OneThread):
         """A layer is a node, and so is what a graph cannot hold; others are looked into."""
         if self._probing:
             return m.forward(*args, **kwargs)
-        path = self.path_of_module(m)
-        if self.is_leaf_module(m, path):
-            return super().call_here(m, forward, args, kwargs)
-        if path in self.python or has_hooks(m):
-            return self._opaque(m, path, args, kwargs)
+        path, hung = self.path_of_module(m), self._hooks.hung(m)
+        layer = self.is_leaf_module(m, path)
+        if layer or path in self.python or has_others(m, hung):
+            return self._one_node(m, forward, args, kwargs, layer=layer)
         nodes, stack = len(self.graph.nodes), self.module_stack.copy()
-        aliases = self.aliases.copy()
+        aliases, since, running = self.aliases.copy(), next_number(), self.running
         try:
             return super().call_here(
                 m, lambda *a, **k: self.look_into(m, forward, a, k), args, kwargs
@@ -181,8 +181,29 @@ class Tracer(OneThread):
             self.graph.erase_node(node)
             self.erased.add(node)
         self.module_stack, self.aliases = stack, aliases
-        self._snapshot.restore()
-        return self._opaque(m, path, args, kwargs)
+        self._snapshot.restore(since=since, but=[self.root, *running])
+        return self._one_node(m, forward, args, kwargs)
+
+    def _one_node(
+        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, layer: bool = False
+    ) -> Any:
+        """A call of a module as a node. Hooks that the traced code hung on it run around that."""
+        path, hung = self.path_of_module(m), self._hooks.hung(m)
+        if any(self._hooks.hung(inner) for inner in m.modules() if inner is not m):
+            self.cannot(f"it hooks into what {path} holds, which is one node")
+
+        def node(*args: Any, **kwargs: Any) -> Any:
+            if layer:
+                return super(Tracer, self).call_here(m, forward, args, kwargs)
+            self.opaque[path] = m
+            return structured(self.create_proxy("call_module", path, args, kwargs))
+
+        if not hung:
+            return node(*args, **kwargs)
+        if problem := why_not(m, hung):
+            self.cannot(problem)
+        with calling(m, hung, node):
+            return forward(*args, **kwargs)
 
     def to_bool(self, obj: Any) -> bool:
         """Whether a value is true, if that is known."""
@@ -203,10 +224,13 @@ class Tracer(OneThread):
         inside = list(root.modules()) if isinstance(root, nn.Module) else []
         looked_into = [m for m in inside if m is root or not self.is_leaf_module(m, "")]
         with ExitStack() as stack:
+            if self.after is not None:
+                stack.enter_context(self.after.left.applied())
             stack.enter_context(plain_modes())
             stack.enter_context(intercepted(self._as_node, self.leaves, looked_into))
             self.functions = PythonFunctions(root, self.leaves)
             self._snapshot = Snapshot(root)
+            self._hooks: Hooks = (self.after or self)._snapshot.hooks
             stack.callback(self._snapshot.restore)
             stack.enter_context(Draws(self._drawn, lambda: self._probing))
             self._modes = Modes()
@@ -222,58 +246,10 @@ class Tracer(OneThread):
             finally:
                 self._modes = None
             self._check_gone()
+            self.left = self._snapshot.left()
+            if self.left and not self.may_set_up:
+                raise CannotTrace("its forward leaves hooks behind")
         return graph
-
-    # --- what a graph cannot hold -----------------------------------------------------------------
-
-    def cannot(self, reason: str) -> None:
-        """Give up on the smallest function or module that runs.
-
-        Raises:
-            CannotTrace: Always.
-        """
-        here = self._frames()
-        reason, line = frames.what_packs(here) or reason, frames.place(here)
-        self._refused = CannotTrace(f"{reason} ({line})" if line else reason)
-        raise self._refused
-
-    def look_into(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run a module's forward, and see that it does nothing that a graph would lose."""
-        before = random_states()
-        result = forward(*args, **kwargs)
-        self._check_done(m, before)
-        self._check_unchanged(m)
-        return result
-
-    def _check_done(self, m: nn.Module, before: Any) -> None:
-        if self._refused is not None:
-            raise self._refused  # the forward went on with something else
-        if random_states() != before:
-            self.cannot(f"{type(m).__name__} draws random numbers of Python or NumPy")
-
-    def _check_unchanged(self, m: nn.Module) -> None:
-        if changed := self._snapshot.changed(m, is_of_weights):
-            raise CannotTrace(f"its forward changes the attributes {changed}")
-
-    def _check_gone(self) -> None:
-        """Values that outlive the forward are where its callers look for more than its output."""
-        if any(ref() is not None for ref in self._made):
-            gc.collect()
-        kept = [value for ref in self._made if (value := ref()) is not None]
-        names = [value.node.name for value in kept if value.node not in self.erased]
-        if names:
-            raise CannotTrace(f"it leaves what it computed where others may find it: {names[:4]}")
-
-    def _refine(self, error: Exception) -> None:
-        """Look for a function, inside of what failed, that may be the node."""
-        inner = frames.innermost_module(frames.frames_of(error), self.look_into.__func__.__code__)  # type: ignore[attr-defined]
-        if code := frames.leafable(inner, self.leaves, self._forwards):
-            raise NewLeaf(code, f"function {code.co_name}: {first_line(error)}") from error
-
-    def _frames(self) -> list[Any]:
-        """The frames of the innermost module's forward that runs."""
-        code = Tracer.look_into.__code__ if self.module_stack else Tracer.trace.__code__
-        return frames.innermost_module(frames.frames_above(sys._getframe(1)), code)
 
     # --- decisions --------------------------------------------------------------------------------
 
@@ -292,8 +268,7 @@ class Tracer(OneThread):
             self.cannot("it decides on the values of a tensor")
         if node.meta[VARIES]:
             leaf = frames.leafable(self._frames(), self.leaves, self._forwards)
-            path = next(reversed(self.module_stack), "")
-            here = self.root.get_submodule(path) if path or not self.whole else None
+            here = next(reversed(self.running), None if self.whole else self.root)
             alike = self.probes is not None and self.probes.alike
             may = leaf is None and may_check(node, node.meta[VARIES], here, alike)
             differs = any(other != first for other in others)
@@ -317,10 +292,6 @@ class Tracer(OneThread):
         return proxy
 
     # --- nodes of their own -----------------------------------------------------------------------
-
-    def _opaque(self, m: nn.Module, path: str, args: Any, kwargs: dict[str, Any]) -> Any:
-        self.opaque[path] = m
-        return structured(self.create_proxy("call_module", path, args, kwargs))
 
     def _as_node(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """What is called for a function that is a node."""

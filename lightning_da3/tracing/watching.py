@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ from torch.overrides import TorchFunctionMode
 from lightning_da3.layers import may_draw
 from lightning_da3.torch_private.autograd import version_of
 from lightning_da3.torch_private.fake import without_modes
+from lightning_da3.torch_private.modules import HOOKS
+from lightning_da3.tracing.first_calls import Left, is_plain
+from lightning_da3.tracing.hooks import Hooks
 
 _MODULE_STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
@@ -31,7 +34,7 @@ class Snapshot:
         inside = [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]
         self._attributes = {m: _attributes(m) for m in inside}
         self._buffers = {m: dict(m._buffers) for m in inside}
-        self._hooks = [(hooks, dict(hooks)) for m in inside for hooks in _hooks(m)]
+        self.hooks = Hooks(inside)
         self._versions = {id(b): version_of(b) for b in root.buffers()}
         self._contents: dict[int, Tensor] = {id(b): b.detach().clone() for b in root.buffers()}
 
@@ -58,16 +61,38 @@ class Snapshot:
                 names.add(name)
         return sorted(names)
 
-    def restore(self, root: nn.Module | None = None) -> None:
-        """Make a module, and all in it, as it was; by default everything."""
+    def is_set_up(self, module: nn.Module, names: Iterable[str]) -> bool:
+        """Whether these attributes, which changed, hold plain values now and held none else."""
+        before, now = self._attributes[module], vars(module)
+        held = [before[name][0] for name in names if name in before]
+        return all(name in now and is_plain(now[name]) for name in names) and all(
+            is_plain(value) for value in held
+        )
+
+    def left(self) -> Left:
+        """What a forward has set up since."""
+        found = []
+        for module, before in self._attributes.items():
+            now = _attributes(module)
+            names = [name for name in now if _differ(before, now, name)]
+            found += [(module, name, now[name][0]) for name in names]
+        return Left(found, self.hooks.left())
+
+    def restore(
+        self, root: nn.Module | None = None, since: int = 0, but: Collection[nn.Module] = ()
+    ) -> None:
+        """Make a module, and all in it, as it was.
+
+        Args:
+            root: By default everything.
+            since: Hooks with a smaller number stay.
+            but: Modules whose attributes and buffers stay.
+        """
         inside = self._attributes if root is None else root.modules()
-        for hooks, former in self._hooks:
-            if hooks != former:
-                hooks.clear()
-                hooks.update(former)
+        self.hooks.restore(since)
         for module in inside:
-            if module not in self._attributes:
-                continue  # made while tracing
+            if module not in self._attributes or module in but:
+                continue  # the first were made while tracing
             before = self._attributes[module]
             for name in set(_attributes(module)) - set(before):
                 vars(module).pop(name)
@@ -99,7 +124,7 @@ def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     return {
         name: (value, _items(value))
         for name, value in vars(module).items()
-        if name not in _MODULE_STATE and not name.endswith("_hooks") and "_constant" not in name
+        if name not in (*_MODULE_STATE, *HOOKS) and "_constant" not in name
     }
 
 
@@ -112,11 +137,6 @@ def _empty_cache(before: Any, now: Any, is_again: Callable[[Any], bool]) -> None
     if all(cache.get(key) is items[key] for key in items) and all(map(is_again, gained.values())):
         for key in gained:
             del cache[key]
-
-
-def _hooks(module: nn.Module) -> list[dict[int, Any]]:
-    own = vars(module).items()
-    return [hooks for name, hooks in own if name.endswith("_hooks") and isinstance(hooks, dict)]
 
 
 def _items(value: Any) -> Any:
