@@ -74,7 +74,7 @@ class HostFinder:
         for node in self.flow.activations:
             for x, last in self._branches(node):
                 inside = self.flow.between(x, [last])
-                host = None if covered & set(inside) else self._branch(x, last, inside)
+                host = None if covered & set(inside) else self._branch(x, last, inside, deep=every)
                 if host is not None:
                     covered |= set(inside)
                     found.append((self.flow.position[x], self._reduction(x, host), host))
@@ -247,13 +247,15 @@ class HostFinder:
             step = self.flow.before[step]
         return step is x
 
-    def _branch(self, x: fx.Node, last: fx.Node, inside: Nodes) -> HostPlan | None:
+    def _branch(
+        self, x: fx.Node, last: fx.Node, inside: Nodes, *, deep: bool = False
+    ) -> HostPlan | None:
         """A host of the whole branch, unless its convolutions are hosts by themselves."""
         layers = [layer for n in inside if (layer := module_of(self.gm, n)) is not None]
         dense = [c for c in layers if is_spatial(c) and not is_depthwise(c)]
         named = [str(n.target) for n in inside if n.op == "call_module" and has_weights(self.gm, n)]
         depthwise = [str(n.target) for n in inside if is_depthwise(module_of(self.gm, n))]
-        if dense or not named or not mixes_channels(self.gm, inside):
+        if dense or not named or not mixes_channels(self.gm, inside, deep=deep):
             return None
         if any(
             user not in inside for n in inside if n is not last for user in self.flow.readers(n)

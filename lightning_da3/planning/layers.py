@@ -57,9 +57,17 @@ def has_weights(gm: fx.GraphModule, node: fx.Node) -> bool:
     return layer is not None and any(True for _ in layer.parameters())
 
 
-def mixes_channels(gm: fx.GraphModule, inside: Iterable[fx.Node]) -> bool:
-    """Whether one of these nodes is a linear map over channels."""
-    return any(facts_of(module_of(gm, n)).mixes_channels for n in inside) or any(
+def mixes_channels(gm: fx.GraphModule, inside: Iterable[fx.Node], *, deep: bool = False) -> bool:
+    """Whether one of these nodes is a linear map over channels.
+
+    Args:
+        gm: The graph's module.
+        inside: Of its nodes.
+        deep: Whether a module that is one node, and holds such a layer, is one as well.
+    """
+    called = [layer for n in inside if (layer := module_of(gm, n)) is not None]
+    layers = [inner for layer in called for inner in layer.modules()] if deep else called
+    return any(facts_of(layer).mixes_channels for layer in layers) or any(
         i.op == "get_attr" and str(i.target).endswith("weight")
         for n in inside
         for i in n.all_input_nodes

@@ -153,30 +153,49 @@ def _least_depth(min_depth: float | str, candidates: Sequence[HostPlan]) -> floa
 
 def _take_known_(drafts: Sequence[_Draft], plan: Plan) -> None:
     """Take the hosts that `plan` has as well, from the same layer to the same."""
-    known = {about for part in plan.parts for about in _ends(part.hosts, _places(part)).values()}
+    known = [
+        (host, ends)
+        for part in plan.parts
+        for host, ends in zip(part.hosts, _ends(part.hosts, _places(part)), strict=True)
+    ]
     for draft in drafts:
         places = find_places(draft.part.gm)
         whole = {name: f"{draft.part.path}.{p}".lstrip(".") for name, p in places.items()}
         for found in (draft.candidates, [(1.0, host) for host in draft.finder.any_layers()]):
             ends = _ends([host for _, host in found], whole)
-            draft.candidates = [(r, h) for r, h in found if ends[h.name] in known]
+            draft.candidates = [
+                (reduction, dataclasses.replace(host, macs_per_output=same.macs_per_output))
+                for (reduction, host), own in zip(found, ends, strict=True)
+                for same, theirs in known
+                if _are_same(host, own, same, theirs)
+            ]
             if draft.candidates:
                 break
+
+
+def _are_same(
+    host: HostPlan, ends: Sequence[str | None], other: HostPlan, others: Sequence[str | None]
+) -> bool:
+    """Whether two hosts are; where one ends, a module may be one node that the other looks into."""
+    return _about(host) == _about(other) and all(
+        end == there or (end is not None and f"{there}.".startswith(f"{end}."))
+        for end, there in zip(ends, others, strict=True)
+    )
+
+
+def _about(host: HostPlan) -> tuple[Any, ...]:
+    return host.name, host.in_channels, host.out_channels, host.stride
 
 
 def _places(part: PartPlan) -> dict[str, str]:
     return {node.name: f"{part.path}.{node.place}".lstrip(".") for node in part.nodes}
 
 
-def _ends(hosts: Sequence[HostPlan], places: Mapping[str, str]) -> dict[str, tuple[Any, ...]]:
-    """What must be the same of hosts that are the same, by their names."""
-    return {
-        host.name: (
-            *(host.name, places.get(host.readers[0]), places.get(host.last)),
-            *(host.in_channels, host.out_channels, host.stride),
-        )
-        for host in hosts
-    }
+def _ends(
+    hosts: Sequence[HostPlan], places: Mapping[str, str]
+) -> list[tuple[str | None, str | None]]:
+    """Where hosts begin and end."""
+    return [(places.get(host.readers[0]), places.get(host.last)) for host in hosts]
 
 
 def _draft(

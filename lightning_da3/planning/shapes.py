@@ -19,7 +19,7 @@ from lightning_da3.nn.frozen import numbers
 from lightning_da3.planning.layers import layer_called
 from lightning_da3.torch_private.fake import new_fake_mode
 from lightning_da3.tracing.graphs import Traced, module_of
-from lightning_da3.tracing.guards import must_be, must_be_default
+from lightning_da3.tracing.guards import GUARDS
 from lightning_da3.tracing.guessing import first_sample, guesses
 from lightning_da3.tracing.probes import UNKNOWN, call_layer
 from lightning_da3.tracing.watching import unchanged
@@ -50,7 +50,7 @@ class _Recorder(fx.Interpreter):
         return {} if target.startswith("**") else super().placeholder(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.target in (must_be, must_be_default):  # one sample may be decided on otherwise
+        if n.target in GUARDS:  # one sample may be decided on otherwise
             return None
         if self._needs_unknown(n):
             return _Unknown

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.fx.node import has_side_effect
 
@@ -53,6 +54,20 @@ def must_be(value: Any, decided: Any, place: str) -> None:
         )
 
 
+def autocast_must_be_off(kind: str) -> None:
+    """Refuse autocast where the traced forward switches it off, or asks whether it is on.
+
+    Raises:
+        GuardError: It is on for this type of device.
+    """
+    if torch.is_autocast_enabled(kind):
+        raise GuardError(
+            f"The network's forward switches autocast off, or asks for it. It was traced where "
+            f"that is off for {kind!r}, and here it is on.",
+            "Convert the network inside `torch.autocast`: what does that then stays Python.",
+        )
+
+
 def may_check(node: fx.Node, varies: str, module: nn.Module | None, alike: bool) -> bool:
     """Whether a decision is one that is checked in every call, rather than made in Python.
 
@@ -65,7 +80,7 @@ def may_check(node: fx.Node, varies: str, module: nn.Module | None, alike: bool)
         alike: The probes are of one size: whatever depends on sizes is checked.
     """
     if varies != "size":
-        return _asks_inputs(node) or _asks_device(node)
+        return _asks_inputs(node) or asks_device(node)
     return alike or module is None or _holds_layers(module)
 
 
@@ -86,7 +101,7 @@ def _asks_inputs(node: fx.Node) -> bool:
 _DEVICES = ("device", "is_cuda", "is_cpu", "is_mps")
 
 
-def _asks_device(node: fx.Node) -> bool:
+def asks_device(node: fx.Node) -> bool:
     """Whether a value says something of the device of a tensor, which is the network's."""
     asked = [node]
     for each in asked:
@@ -104,6 +119,7 @@ def _holds_layers(module: nn.Module) -> bool:
     return len(layers) > 1
 
 
-for _guard in (must_be_default, must_be):
+GUARDS = (must_be_default, must_be, autocast_must_be_off)
+for _guard in GUARDS:
     register(_guard, keeps="nothing", pure=True)
     has_side_effect(_guard)  # dead code elimination leaves them

@@ -104,14 +104,25 @@ def calling(module: nn.Module, hung: Hung, forward: Callable[..., Any]) -> Itera
     for kind, hooks in kinds_of(module):
         hooks.clear()
         hooks.update(hung.get(kind, {}))
-    own["forward"] = forward
+
+    def put_back() -> None:
+        if former is _ABSENT:
+            own.pop("forward", None)
+        else:
+            own["forward"] = former
+
+    def instead(*args: Any, **kwargs: Any) -> Any:
+        put_back()
+        try:
+            return forward(*args, **kwargs)  # which may ask what the module's own gives
+        finally:
+            own["forward"] = instead
+
+    own["forward"] = instead
     try:
         yield
     finally:
-        if former is _ABSENT:
-            del own["forward"]
-        else:
-            own["forward"] = former
+        put_back()
         for kind, hooks in kinds_of(module):
             gone = hung.get(kind, {}).keys() - hooks.keys()
             kept = {n: hook for n, hook in before[kind].items() if n not in gone}

@@ -19,10 +19,14 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
+from lightning_da3.tracing.autocast import ASKED
+
 AsNode = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 # of torch, made of numbers alone: such as torch.arange(x.shape[1])
 FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "zeros", "tensor")
+_NAMES = frozenset((*FACTORIES, *ASKED))
+_ASKED = [getattr(torch, name) for name in ASKED if hasattr(torch, name)]
 
 
 @contextmanager
@@ -33,7 +37,7 @@ def intercepted(
 
     Args:
         as_node: Makes the function that is called in the place of `len`, of PyTorch's functions
-            that make tensors, of ``Function.apply`` and of what `leaves` names.
+            that make tensors or ask for autocast, of ``Function.apply`` and of what `leaves` names.
         leaves: The code of functions that are not looked into.
         modules: Ours to change; they are as before afterwards.
     """
@@ -73,14 +77,14 @@ class _Globals(dict[str, Any]):
 
 
 class _Torch:
-    """What the name `torch` stands for: its functions that make tensors are nodes."""
+    """What the name `torch` stands for: others stand in for some of its functions."""
 
     def __init__(self, as_node: AsNode) -> None:
         self._as_node = as_node
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(torch, name)
-        return self._as_node(value) if name in FACTORIES else value
+        return self._as_node(value) if name in _NAMES else value
 
 
 class _Copies:
@@ -120,7 +124,7 @@ class _Copies:
         if isinstance(value, partial):
             copy = self.value(value.func)
             return value if copy is value.func else partial(copy, *value.args, **value.keywords)
-        if _is_apply(value):
+        if _is_apply(value) or _is_asked(value):
             return self.as_node(value)
         if isinstance(value, MethodType):
             copy = self.value(value.__func__)
@@ -146,6 +150,8 @@ class _Copies:
         """Whether something stands in for a value, or for one that a function names."""
         if value is builtins.len or _is_apply(value) or _is_function_class(value):
             return True
+        if _is_asked(value):
+            return True
         if isinstance(value, (MethodType, staticmethod)):
             value = value.__func__
         if isinstance(value, partial):
@@ -159,7 +165,7 @@ class _Copies:
         if str(home.get("__name__")).split(".")[0] == "torch":  # it handles what is traced itself
             return False
         names = set(_names(value.__code__))
-        if home.get("torch") is torch and names.intersection(FACTORIES):
+        if home.get("torch") is torch and names & _NAMES:
             return True
         used = [home.get(name, getattr(builtins, name, None)) for name in names]
         used += [_held(cell) for cell in value.__closure__ or ()]
@@ -195,6 +201,10 @@ def _is_apply(value: Any) -> bool:
     if not isinstance(value, (MethodType, BuiltinMethodType)):
         return False
     return value.__name__ == "apply" and _is_function_class(value.__self__)
+
+
+def _is_asked(value: Any) -> bool:
+    return any(value is function for function in _ASKED)
 
 
 def _is_function_class(value: Any) -> TypeGuard[type[torch.autograd.Function]]:

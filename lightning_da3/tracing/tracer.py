@@ -19,9 +19,10 @@ from torch import Tensor, fx, nn
 from lightning_da3.layers import WRITES, as_pytorch, is_registered
 from lightning_da3.tracing import frames
 from lightning_da3.tracing.aliases import Aliases
+from lightning_da3.tracing.autocast import ASKED, Autocast, kind_asked
 from lightning_da3.tracing.first_calls import Left
 from lightning_da3.tracing.functions import PythonFunctions
-from lightning_da3.tracing.guards import may_check, must_be, must_be_default
+from lightning_da3.tracing.guards import asks_device, may_check, must_be, must_be_default
 from lightning_da3.tracing.hooks import Hooks, calling, has_others, next_number, why_not
 from lightning_da3.tracing.interception import FACTORIES, intercepted
 from lightning_da3.tracing.probes import PROBED, VARIES, Probes, SizeDecides, is_written, versions
@@ -169,6 +170,7 @@ class Tracer(Watched):
             return self._one_node(m, forward, args, kwargs, layer=layer)
         nodes, stack = len(self.graph.nodes), self.module_stack.copy()
         aliases, since, running = self.aliases.copy(), next_number(), self.running
+        off = self._autocast.off.copy()
         try:
             return super().call_here(
                 m, lambda *a, **k: self.look_into(m, forward, a, k), args, kwargs
@@ -180,7 +182,7 @@ class Tracer(Watched):
         for node in reversed(list(self.graph.nodes)[nodes:]):
             self.graph.erase_node(node)
             self.erased.add(node)
-        self.module_stack, self.aliases = stack, aliases
+        self.module_stack, self.aliases, self._autocast.off = stack, aliases, off
         self._snapshot.restore(since=since, but=[self.root, *running])
         return self._one_node(m, forward, args, kwargs)
 
@@ -226,14 +228,15 @@ class Tracer(Watched):
         with ExitStack() as stack:
             if self.after is not None:
                 stack.enter_context(self.after.left.applied())
-            stack.enter_context(plain_modes())
+            self._autocast = Autocast()
+            stack.enter_context(plain_modes(self._autocast))
             stack.enter_context(intercepted(self._as_node, self.leaves, looked_into))
             self.functions = PythonFunctions(root, self.leaves)
             self._snapshot = Snapshot(root)
             self._hooks: Hooks = (self.after or self)._snapshot.hooks
             stack.callback(self._snapshot.restore)
-            stack.enter_context(Draws(self._drawn, lambda: self._probing))
-            self._modes = Modes()
+            stack.enter_context(Draws(self._drawn, lambda: self._probing, self._autocast))
+            self._modes = Modes(self._autocast)
             before = random_states()
             try:
                 graph = super().trace(root, concrete_args)
@@ -246,6 +249,7 @@ class Tracer(Watched):
             finally:
                 self._modes = None
             self._check_gone()
+            self._autocast.check_(graph)
             self.left = self._snapshot.left()
             if self.left and not self.may_set_up:
                 raise CannotTrace("its forward leaves hooks behind")
@@ -270,7 +274,8 @@ class Tracer(Watched):
             leaf = frames.leafable(self._frames(), self.leaves, self._forwards)
             here = next(reversed(self.running), None if self.whole else self.root)
             alike = self.probes is not None and self.probes.alike
-            may = leaf is None and may_check(node, node.meta[VARIES], here, alike)
+            may = leaf is None or asks_device(node)
+            may = may and may_check(node, node.meta[VARIES], here, alike)
             differs = any(other != first for other in others)
             if may and differs and self.whole and not alike:
                 raise SizeDecides
@@ -297,7 +302,10 @@ class Tracer(Watched):
         """What is called for a function that is a node."""
         if function is len:
             return lambda x: self.noted(len, (x,)) if isinstance(x, fx.Proxy) else len(x)
-        factory = getattr(function, "__name__", "") in FACTORIES
+        name = getattr(function, "__name__", "")
+        if name in ASKED:
+            return lambda *args, **kwargs: self._asked(function, args, kwargs)
+        factory = name in FACTORIES
         known = function if factory else as_pytorch(function)
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -309,6 +317,14 @@ class Tracer(Watched):
             return structured(proxy)
 
         return call
+
+    def _asked(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What autocast is, where it is off; that is checked in every call."""
+        kind = kind_asked(function, args, kwargs)
+        kind = self.decided(kind) if isinstance(kind, Value) else kind
+        if not (self._probing or self._autocast.is_off(kind)):
+            self.cannot("it asks for autocast, which is on")
+        return function(kind) if args or kwargs else function()
 
     def _drawn(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Random numbers that no traced value is asked for are drawn in every call."""

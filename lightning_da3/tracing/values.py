@@ -42,7 +42,10 @@ class Value(fx.Proxy):
         structure = first is not None and not isinstance(first, Tensor)
         if structure and getattr(first, name) is None:  # an output that may have more
             return None
-        return Field(self, name)
+        field = Field(self, name)
+        if isinstance(first, torch.device) and name == "type":  # PyTorch takes no other
+            return self.tracer.decided(field)
+        return field
 
     def __int__(self) -> int:
         return int(self.tracer.decided(self))

@@ -13,9 +13,11 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_da3.layers import may_draw
+from lightning_da3.torch_private.autocast import ENTER, EXIT, ToldOfAutocast
 from lightning_da3.torch_private.autograd import version_of
 from lightning_da3.torch_private.fake import without_modes
 from lightning_da3.torch_private.modules import HOOKS
+from lightning_da3.tracing.autocast import Autocast
 from lightning_da3.tracing.first_calls import Left, is_plain
 from lightning_da3.tracing.hooks import Hooks
 
@@ -195,13 +197,18 @@ def _go_back(state: Tensor) -> bool:
 
 
 class Modes:
-    """The modes of PyTorch that a forward may change for a part of what it computes."""
+    """The modes of PyTorch that a forward may change for a part of what it computes.
 
-    def __init__(self) -> None:
+    Args:
+        autocast: What the forward wants of autocast.
+    """
+
+    def __init__(self, autocast: Autocast) -> None:
+        self._autocast = autocast
         self._before = self._now()
 
     def _now(self) -> tuple[Any, ...]:
-        nesting = torch.autocast_increment_nesting() - 1
+        nesting = torch.autocast_increment_nesting() - 1 - self._autocast.idle
         torch.autocast_decrement_nesting()
         return torch.is_grad_enabled(), nesting, torch.is_inference_mode_enabled()
 
@@ -213,23 +220,26 @@ class Modes:
 
 
 @contextlib.contextmanager
-def plain_modes() -> Iterator[None]:
+def plain_modes(autocast: Autocast) -> Iterator[None]:
     """Inside, gradients are on, and autocast and inference mode are off."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+    with torch.inference_mode(False), torch.enable_grad(), autocast.switched_off():
         yield
 
 
-class Draws(TorchFunctionMode):
+class Draws(ToldOfAutocast):
     """Inside, what draws random numbers of PyTorch from no traced value is told.
 
     Args:
         told: Takes a function and its arguments, and returns what the caller gets.
         paused: Whether nothing is told now.
+        autocast: Is told of its switches.
     """
 
-    def __init__(self, told: Callable[..., Any], paused: Callable[[], bool]) -> None:
-        super().__init__()
-        self.told, self.paused = told, paused
+    def __init__(
+        self, told: Callable[..., Any], paused: Callable[[], bool], autocast: Autocast
+    ) -> None:
+        TorchFunctionMode.__init__(self)
+        self.told, self.paused, self.autocast = told, paused, autocast
 
     def __torch_function__(
         self,
@@ -238,8 +248,10 @@ class Draws(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Call `func`."""
+        """Call `func`, unless it says that autocast is switched."""
         del types
+        if func in (ENTER, EXIT):
+            return self._switched(*args)
         if self.paused():
             return func(*args, **(kwargs or {}))
         before = _torch_state()
@@ -249,3 +261,12 @@ class Draws(TorchFunctionMode):
         if not (_go_back(before) or may_draw(func, args, kwargs or {})):
             return result
         return self.told(func, args, kwargs or {})
+
+    def _switched(self, kind: str = "", dtype: Any = None, enabled: bool = False, *_: Any) -> None:
+        del dtype
+        if self.paused():
+            return
+        if kind:
+            self.autocast.enter(kind, enabled)
+        else:
+            self.autocast.exit()
