@@ -71,7 +71,8 @@ def _inside(graph: fx.Graph, region: RecomputeRegion) -> Nodes:
         source = next(n for n in graph.nodes if region.source in stands_for(n))
         inside = set(Flow(graph).between(source, planned))
     for node in graph.nodes:
-        if node.target is operator.getitem and node.args[0] in inside:
+        is_item = node.target is operator.getitem and isinstance(node.args[1], int)
+        if is_item and node.args[0] in inside:  # a part of a tensor is a value of its own
             inside.add(node)
     return {node: None for node in graph.nodes if node in inside}
 

@@ -56,8 +56,7 @@ class Hooks:
                 if former.keys() - kept.keys():
                     kept = {**former, **kept}
                 if kept != hooks:
-                    hooks.clear()
-                    hooks.update(kept)
+                    _refill(hooks, kept)
 
     def left(self) -> list[tuple[dict[int, Any], dict[int, Any]]]:
         """What hooks are held in where they are not those that were there, and those now."""
@@ -101,34 +100,41 @@ def calling(module: nn.Module, hung: Hung, forward: Callable[..., Any]) -> Itera
     own = vars(module)
     before = {kind: dict(hooks) for kind, hooks in kinds_of(module)}
     former = own.get("forward", _ABSENT)
-    for kind, hooks in kinds_of(module):
-        hooks.clear()
-        hooks.update(hung.get(kind, {}))
 
-    def put_back() -> None:
+    def alone(now: Hung) -> None:
+        for kind, hooks in kinds_of(module):
+            _refill(hooks, now.get(kind, {}))
+        own["forward"] = instead
+
+    def put_back() -> Hung:
+        now = {kind: dict(hooks) for kind, hooks in kinds_of(module)}
+        for kind, hooks in kinds_of(module):
+            gone = hung.get(kind, {}).keys() - now[kind].keys()
+            kept = {n: hook for n, hook in before[kind].items() if n not in gone}
+            _refill(hooks, {**kept, **now[kind]})
         if former is _ABSENT:
             own.pop("forward", None)
         else:
             own["forward"] = former
+        return now
 
     def instead(*args: Any, **kwargs: Any) -> Any:
-        put_back()
+        now = put_back()
         try:
             return forward(*args, **kwargs)  # which may ask what the module's own gives
         finally:
-            own["forward"] = instead
+            alone(now)
 
-    own["forward"] = instead
+    alone(hung)
     try:
         yield
     finally:
         put_back()
-        for kind, hooks in kinds_of(module):
-            gone = hung.get(kind, {}).keys() - hooks.keys()
-            kept = {n: hook for n, hook in before[kind].items() if n not in gone}
-            kept.update(hooks)
-            hooks.clear()
-            hooks.update(kept)
+
+
+def _refill(hooks: dict[int, Any], others: dict[int, Any]) -> None:
+    hooks.clear()
+    hooks.update(others)
 
 
 def kinds_of(module: nn.Module) -> Iterator[tuple[str, dict[int, Any]]]:
