@@ -15,7 +15,7 @@ FOUND = {  # head, hosts, modules that stay Python
     "convnext": ("classifier", 5, 0),
     "resnet": ("classifier.1", 2, 0),
     "ast": ("classifier.dense", 3, 0),
-    "wav2vec2": ("classifier", 6, 0),
+    "wav2vec2": ("classifier", 5, 0),
     "bert": ("classifier", 3, 1),
     "siglip_vision": (None, 4, 0),
     "smp_unet": ("segmentation_head.0", 18, 0),

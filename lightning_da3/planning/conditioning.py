@@ -13,6 +13,7 @@ from lightning_da3.tracing.graphs import module_of
 
 # of many elements one: what is wrong with each cancels
 _MANY = tuple("mean sum norm var std logsumexp matmul bmm einsum vector_norm".split())
+_PRODUCTS = ("matmul", "bmm", "einsum")  # which are coded themselves, and may be next to zero
 _POOLS = (*ADAPTIVE_POOLS, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _POWERS = ("pow", "ipow", "float_power")
 
@@ -84,7 +85,7 @@ class Conditioning:
         waiting, seen = [node], {node}
         while waiting:
             node = waiting.pop()
-            if is_of_many(self.gm, node):
+            if is_of_many(self.gm, node) and operation(node) not in _PRODUCTS:
                 continue
             sources = self._sources(node)
             if not sources or not self._is_small(node):
