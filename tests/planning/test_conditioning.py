@@ -9,6 +9,14 @@ from torch import Tensor, nn
 
 from lightning_da3 import DA3Config, convert
 
+
+def _linear_attention(x: Tensor) -> Tensor:
+    keys = F.relu(x.flatten(2)).transpose(1, 2)
+    sums = keys @ (keys.transpose(1, 2) @ F.pad(keys, (0, 1), value=1.0))
+    found = sums[..., :-1] / (sums[..., -1:] + 1e-5)
+    return found.transpose(1, 2).reshape(x.shape)
+
+
 STEEP: dict[str, Callable[[Tensor], Tensor]] = {
     "reciprocal": lambda x: 1 / (x.abs() + 1e-3),
     "power": lambda x: (x.abs() + 1e-3) ** -1,
@@ -17,6 +25,7 @@ STEEP: dict[str, Callable[[Tensor], Tensor]] = {
     "root of a square": lambda x: torch.rsqrt(x * x + 1e-6),
     "quotient": lambda x: x / (x.flip(1).abs() + 1e-2),
     "angle": lambda x: torch.atan2(x, x.flip(1)),
+    "quotient by a product": _linear_attention,
     "sine of much": lambda x: torch.sin(30 * x),
 }
 DECIDING: dict[str, Callable[[Tensor], Tensor]] = {
