@@ -89,11 +89,12 @@ def _encode_any(rows: Tensor) -> Tensor:
     numbers = torch.where(strange, 0.0, rows)
     low, high = numbers.amin(dim=1, keepdim=True), numbers.amax(dim=1, keepdim=True)
     marked = strange.any(1, keepdim=True)
-    span, last = high - low + SMALL, torch.where(marked, _MINUS_INF - 1.0, 255.0)
+    span = (high - low).clamp_min(SMALL)
+    last = torch.where(marked, _MINUS_INF - 1.0, 255.0)
     codes = numbers.sub(low).mul_(last / span).round_()
     others = torch.where(rows > 0, _INF, torch.where(rows < 0, _MINUS_INF, _NAN))
     codes = torch.where(strange, others, codes.to(torch.uint8))
-    step = torch.where(marked, -span, high - low) / last
+    step = torch.where(marked, -span, span) / last
     ends = torch.cat((step, low), 1).view(torch.uint8)
     return torch.cat((codes.to(torch.uint8), ends), 1)
 

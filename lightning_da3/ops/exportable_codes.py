@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 EXTRA = 8  # bytes of a row's step and lowest value
-SMALL = 1e-36  # added to a range before it divides
+SMALL = 1e-36  # what a range counts as that is smaller, before it divides
 FBGEMM_SMALL = 1e-8  # what FBGEMM adds; its results are used where a step is no smaller
 
 
@@ -23,11 +23,10 @@ def code_parts(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = rows.float()
     low, high = rows.amin(dim=-1, keepdim=True), rows.amax(dim=-1, keepdim=True)
     span = high - low
-    added = torch.where(
-        span < 255 * FBGEMM_SMALL, SMALL, FBGEMM_SMALL
-    )  # to round as eager mode does
-    codes = rows.sub(low).mul_(255.0 / (span + added)).round_().to(torch.uint8)
-    return codes, span / 255.0, low
+    own = span < 255 * FBGEMM_SMALL  # to round as eager mode does
+    divisor = torch.where(own, span.clamp_min(SMALL), span + FBGEMM_SMALL)
+    codes = rows.sub(low).mul_(255.0 / divisor).round_().to(torch.uint8)
+    return codes, torch.where(own, divisor, span) / 255.0, low
 
 
 def from_parts(codes: Tensor, step: Tensor, low: Tensor) -> Tensor:

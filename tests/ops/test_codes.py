@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightning_da3.ops.bits import dense
@@ -82,6 +82,8 @@ def test_the_bound_is_no_wider_than_needed():
     numbers=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=40),
     groups=st.integers(1, 17),
 )
+@example(numbers=[0.0] * 7 + [3.851859888774472e-34], groups=2)
+@example(numbers=[0.0, 1e-35, 0.0, 3e-37], groups=2)
 def test_any_finite_numbers(numbers, groups):
     x = torch.tensor(numbers)
     errors = (there_and_back(x, groups) - x).abs().double()
