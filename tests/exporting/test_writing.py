@@ -12,7 +12,7 @@ from lightning_da3.errors import CheckpointError, ConversionError
 from lightning_da3.exporting import writing
 from lightning_da3.exporting.onnx_graph import OPSET, standard_operations
 from lightning_da3.exporting.program import Program
-from lightning_da3.exporting.writing import write_program
+from lightning_da3.exporting.writing import Example, write_program
 from lightning_da3.files.domain_file import write_domain
 
 
@@ -65,7 +65,9 @@ def test_what_belongs_to_a_file_is_written_with_it(tmp_path, monkeypatch, value)
         write_domain(tmp_path / "a.pt2.safetensors", {"x": torch.tensor(value)}, {})
 
     def write():
-        write_program(Program(None, [], []), tmp_path / "a.pt2", "pt2", {}, [([], [])], also=also)
+        write_program(
+            Program(None, [], []), tmp_path / "a.pt2", "pt2", {}, [Example([], [])], also=also
+        )
 
     monkeypatch.setitem(writing.WRITERS, "pt2", written)
     names = ["a.pt2", "a.pt2.json", "a.pt2.safetensors"]
