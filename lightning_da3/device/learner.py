@@ -13,12 +13,11 @@ from lightning_da3.device.domains import check_same_model, read_domain_for, writ
 from lightning_da3.device.predictor import Predictor, check_count, check_whole_parts
 from lightning_da3.device.session import Array, Session, parts_of
 from lightning_da3.errors import CheckpointError, DomainError, InputError
-from lightning_da3.exporting.manifest import START
+from lightning_da3.exporting.manifest import NEW, START
 from lightning_da3.formatting import shown
 from lightning_da3.schedule import LEAST_CHANCE, NOISE_UNTIL, annealed_target
 
 IGNORED = -100  # a target that cross entropy leaves out
-_NEW = "new."
 
 
 class Learner:
@@ -61,7 +60,7 @@ class Learner:
         self.part_size = self.session.samples or part_size
         self.random = np.random.default_rng(seed)
         self.steps = 0
-        kept = [n.removeprefix(_NEW) for n in self.session.outputs if n.startswith(_NEW)]
+        kept = [n.removeprefix(NEW) for n in self.session.outputs if n.startswith(NEW)]
         zeros = ("moment1.", "moment2.", "gradient.")
         self._names = [name for name in kept if not name.startswith(zeros)]
         start = os.fspath(path) + START if domain_file is None else domain_file
@@ -132,7 +131,7 @@ class Learner:
             done += samples
             said |= {"weight": samples / count, "apply": float(done == count)}
             found = self.session.run({**part, **self._numbers(said), **state})
-            state = {name: found[_NEW + name] for name in state}
+            state = {name: found[NEW + name] for name in state}
             loss += samples / count * float(found["loss"])
         if not math.isfinite(loss):
             raise InputError(

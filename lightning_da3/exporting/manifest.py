@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # a device reads manifests without PyTorch
 VERSION = 1
 KEY = "lightning_da3"  # in the file's own metadata
 SUFFIX = ".json"  # of the copy beside the file
+NEW = "new."  # in front of the name of what a training step changed
 START = ".safetensors"  # of the domain that a training step begins with, beside the file
 
 

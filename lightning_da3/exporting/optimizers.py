@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_da3.exporting.manifest import NEW
 from lightning_da3.exporting.program import Port
 
 Named = Mapping[str, Tensor]
@@ -43,7 +44,7 @@ class Optimizer(NamedTuple):
 def _sgd(trained: Named, grads: Named, given: Named) -> dict[str, Tensor]:
     """``p - lr g``."""
     rate = given["learning_rate"]
-    return {f"new.{n}": p - rate.to(p.dtype) * grads[n] for n, p in trained.items()}
+    return {f"{NEW}{n}": p - rate.to(p.dtype) * grads[n] for n, p in trained.items()}
 
 
 def _adam(trained: Named, grads: Named, given: Named) -> dict[str, Tensor]:
@@ -56,8 +57,8 @@ def _adam(trained: Named, grads: Named, given: Named) -> dict[str, Tensor]:
         first = BETA_1 * given[f"moment1.{n}"] + (1.0 - BETA_1) * grads[n]
         second = BETA_2 * given[f"moment2.{n}"] + (1.0 - BETA_2) * grads[n].square()
         spread = second.sqrt() / second_share.to(p.dtype) + EPS
-        found[f"new.{n}"] = p - (rate / first_share).to(p.dtype) * first / spread
-        moments[f"new.moment1.{n}"], moments[f"new.moment2.{n}"] = first, second
+        found[f"{NEW}{n}"] = p - (rate / first_share).to(p.dtype) * first / spread
+        moments[f"{NEW}moment1.{n}"], moments[f"{NEW}moment2.{n}"] = first, second
     return found | moments
 
 
@@ -72,11 +73,11 @@ def accumulating(optimizer: Optimizer) -> Optimizer:
         weight, applies = given["weight"], given["apply"] > 0
         sums = {n: given[f"gradient.{n}"] + weight.to(g.dtype) * g for n, g in grads.items()}
         found = {
-            name: torch.where(applies, tensor, given[name.removeprefix("new.")])
+            name: torch.where(applies, tensor, given[name.removeprefix(NEW)])
             for name, tensor in optimizer.update(trained, sums, given).items()
         }
         rest = {n: torch.where(applies, torch.zeros_like(g), g) for n, g in sums.items()}
-        return found | {f"new.gradient.{n}": g for n, g in rest.items()}
+        return found | {f"{NEW}gradient.{n}": g for n, g in rest.items()}
 
     return optimizer._replace(
         kept=(*optimizer.kept, "gradient"),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_da3.errors import CheckpointError, ConfigError, ConversionError, DA3Error
-from lightning_da3.exporting.manifest import KEY, SUFFIX
+from lightning_da3.exporting.manifest import KEY, NEW, SUFFIX
 from lightning_da3.exporting.onnx_graph import (
     OPSET,
     planned_peak_bytes,
@@ -111,7 +111,8 @@ def write_program(
         format: One of `WRITERS`.
         manifest: What the file says of itself; JSON.
         examples: Inputs, and what must come out for them.
-        tolerance: How far off that may be, for its largest value, beside what rounding does.
+        tolerance: How far off that may be, for its largest value, or that of the input whose new
+            value it is, beside what rounding does.
         also: Writes what else belongs to the file, before that takes its place.
 
     Returns:
@@ -142,10 +143,14 @@ def write_program(
 
 def _check(found: Tensors, example: Example, program: Program, tolerance: float) -> None:
     nearby = example.nearby or example.expected
+    given = {port.name: x for port, x in zip(program.inputs, example.inputs, strict=True)}
     rows = zip(program.outputs, found, example.expected, nearby, strict=True)
     for (name, *_), y, wanted, near in rows:
-        y, wanted, near = (t.detach().cpu().double() for t in (y, wanted, near))
-        allowed = tolerance * _largest(wanted) + _largest(near - wanted) + 1e-6
+        # a step may take a value to almost zero, and is no more exact there
+        before = given.get(name.removeprefix(NEW), wanted)
+        y, wanted, near, before = (t.detach().cpu().double() for t in (y, wanted, near, before))
+        largest = max(_largest(wanted), _largest(before))
+        allowed = tolerance * largest + _largest(near - wanted) + 1e-6
         same = y.shape == wanted.shape and torch.allclose(y, wanted, 0.0, allowed, equal_nan=True)
         if not same:
             raise ConversionError(
