@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import types
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
@@ -76,7 +77,7 @@ class Snapshot:
         found = []
         for module, before in self._attributes.items():
             now = _attributes(module)
-            names = [name for name in now if _differ(before, now, name)]
+            names = [n for n in now if _CLOSURE not in n and _differ(before, now, n)]
             found += [(module, name, now[name][0]) for name in names]
         return Left(found, self.hooks.left())
 
@@ -97,11 +98,12 @@ class Snapshot:
                 continue  # the first were made while tracing
             before = self._attributes[module]
             for name in set(_attributes(module)) - set(before):
-                vars(module).pop(name)
+                vars(module).pop(name, None)
             for name, (value, items) in before.items():
                 if items is not None:
                     _refill(value, items)
-                vars(module)[name] = value
+                if _CLOSURE not in name:
+                    vars(module)[name] = value
             module._buffers.clear()
             for name, buffer in self._buffers[module].items():
                 if buffer is not None and version_of(buffer) != self._versions[id(buffer)]:
@@ -122,12 +124,27 @@ def unchanged(root: nn.Module) -> Iterator[None]:
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Attributes, each with its items if it is a collection."""
-    return {
+    """Attributes, each with its items if it is a collection, and collections of their functions."""
+    found = {
         name: (value, _items(value))
         for name, value in vars(module).items()
         if name not in (*_MODULE_STATE, *HOOKS) and "_constant" not in name
     }
+    functions = [(n, v) for n, (v, _) in found.items() if isinstance(v, types.FunctionType)]
+    for name, function in functions:
+        for variable, cell in zip(
+            function.__code__.co_freevars, function.__closure__ or (), strict=True
+        ):
+            with contextlib.suppress(ValueError):  # of a variable without a value
+                if _items(cell.cell_contents) is not None:
+                    found[f"{name}{_CLOSURE}{variable}"] = (
+                        cell.cell_contents,
+                        _items(cell.cell_contents),
+                    )
+    return found
+
+
+_CLOSURE = " in "  # between the names of a function and of a variable that it closes over
 
 
 def _empty_cache(before: Any, now: Any, is_again: Callable[[Any], bool]) -> None:

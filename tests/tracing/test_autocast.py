@@ -236,3 +236,30 @@ def test_a_domain_learns_alike_with_autocast_and_without():
     assert without.keys() == within.keys()
     for name, gradient in without.items():
         assert (within[name] - gradient).norm() < 0.1 * gradient.norm() + 1e-3, name
+
+
+class Calls(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.conv, self.fc = nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.fc(self.function(self.conv(x)).mean((2, 3)))
+
+
+def test_what_a_function_leaves_in_a_list_that_it_closes_over_is_left_in_every_call():
+    seen = []
+
+    def function(x):
+        with torch.autocast("cpu", enabled=False):
+            y = x.float().relu()
+        seen.append(y.dtype)
+        return y
+
+    x = torch.randn(2, 3, 8, 8)
+    model = convert(Calls(function).eval())
+    assert all(type(dtype) is torch.dtype for dtype in seen)  # and nothing of the trace
+    seen.clear()
+    model(x), model(x)
+    assert seen == [torch.float32] * 2
