@@ -24,8 +24,8 @@ class Learner:
     """Learns a domain with a file that `DA3Model.export_training` wrote in ONNX.
 
     Gates, their noise and their target go as with a `DA3Callback`. The optimizer is that of the
-    file. A file with ``accumulate=True`` takes a batch of any size in parts, in the memory of a
-    part; the target of the gates then holds for every part.
+    file. A file with ``accumulate=True`` takes a batch of any size in parts; the target of the
+    gates then holds for every part.
 
     Args:
         path: The training file.

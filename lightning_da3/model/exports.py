@@ -108,7 +108,7 @@ class Exports(Running):
             format: "onnx", which needs the extra `export`; or "pt2", of `torch.export`.
             dynamic_batch: The first axis of inputs and targets may be of any size.
             accumulate: Gradients go in and come out as well, so that those of several calls add
-                up to one step: a batch in the memory of a part of it, even of one sample.
+                up to one step on a batch, which is taken in parts, even of one sample.
             example_targets: Targets, if they are no classes.
 
         Returns:
