@@ -33,7 +33,7 @@ from lightning_da3.metrics import AccuracyMatrix
 from lightning_da3.plotting.accuracies import plot_accuracy_matrix
 from lightning_da3.trainer.loggers import log_figure, log_summary
 
-LEARNING_RATES = {PROBE: 1e-2, TUNED: 1e-3, DA3: 3e-3}  # the middle of compare.py's grids
+LEARNING_RATES = {PROBE: 1e-2, TUNED: 1e-3, DA3: 1e-3}  # the middle of compare.py's grids
 NETWORKS = {PROBE: linear_probe, TUNED: fine_tuning, DA3: with_domain}
 START = time.perf_counter()
 

@@ -29,7 +29,7 @@ from lightning_da3 import DA3Config, DA3Model, convert
 from lightning_da3.files.domain_file import read_domain
 
 CLASSES = 10  # of every domain: one file serves all with as many
-RECIPE = {"batch_size": 32, "learning_rate": 3e-3}
+RECIPE = {"batch_size": 32, "learning_rate": 1e-3}
 START = time.perf_counter()
 
 

@@ -23,7 +23,7 @@ class Classifier(L.LightningModule):
         self.log("accuracy", (self.network(batch[0]).argmax(1) == batch[1]).float().mean())
 
     def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ METHODS: dict[str, Method] = {
     "TinyTL": Method(tinytl, MIDDLE, adam),
     "LoRA": Method(lora, MIDDLE, merge=merged, package="peft"),
     **{
-        name: Method(build, MIDDLE, da3.optimizer, partial(da3.callbacks, config))
+        name: Method(build, SMALL, callbacks=partial(da3.callbacks, config))
         for name, build, config in (
             (DA3, da3.default, da3.DEFAULT),
             (UNGATED, da3.without_gates, da3.WITHOUT_GATES),

@@ -1,11 +1,10 @@
-"""DA3: additive attention adapters, biases, gates and a head of the domain's own."""
+"""DA3: additive attention adapters, gates and a head of the domain's own."""
 
 from __future__ import annotations
 
 from functools import partial
 
 import lightning as L
-import torch
 from torch import nn
 
 from comparison.methods.plain import head_of
@@ -25,14 +24,6 @@ def da3(network: nn.Module, config: DA3Config) -> DA3Model:
     model.add_domain(DOMAIN, num_classes=classes)
     model.set_domain(DOMAIN)
     return model.train()
-
-
-def optimizer(network: DA3Model, rate: float) -> torch.optim.Optimizer:
-    """AdamW; the head, which `start_head` started, learns at a third of the rate."""
-    head = {*network.domain(DOMAIN).head.parameters()}
-    rest = [p for p in network.parameters() if p.requires_grad and p not in head]
-    groups = [{"params": rest}, {"params": [*head], "lr": rate / 3}]
-    return torch.optim.AdamW(groups, lr=rate, weight_decay=1e-4)
 
 
 def callbacks(config: DA3Config) -> list[L.Callback]:
