@@ -1,11 +1,11 @@
 """Every float model of torchvision: what learning a domain keeps beside fine-tuning, and how exact.
 
 Saved: activation bytes that autograd keeps for the backward, in train mode, fine-tuning beside DA3
-by default and in exact mode. Gradients: of every parameter of the domain (random, some gates shut)
-against plain autograd on the same folded network; the least cosine by default, the greatest
-relative error in exact mode. Where rounding let one ReLU, one gate or one matched box decide
-otherwise in float32, exact mode is measured in float64 as well. Weights are random: bytes do not
-depend on them.
+with gates, else by default, and in exact mode. Gradients: of every parameter of the domain (random,
+some gates shut) against plain autograd on the same folded network; the least cosine by default, the
+greatest relative error in exact mode. Where rounding let one ReLU, one gate or one matched box
+decide otherwise in float32, exact mode is measured in float64 as well. Weights are random: bytes do
+not depend on them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_with_path
 
-from lightning_da3 import DA3Config, DA3Model, MemoryConfig, convert
+from lightning_da3 import DA3Config, DA3Model, GateConfig, MemoryConfig, convert
 from lightning_da3.memory import SavedActivations
 from lightning_da3.reference import PlainPyTorch
 
@@ -121,7 +121,7 @@ def score(outputs: Any) -> Tensor:
 
 def with_domain(network: nn.Module, *, exact: bool) -> DA3Model:
     """Converted, with a domain of random parameters and gates that are partly closed."""
-    model = convert(network, DA3Config(memory=MemoryConfig(exact=exact)))
+    model = convert(network, DA3Config(gate=GateConfig(), memory=MemoryConfig(exact=exact)))
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model.add_domain("measured", None if model.plan.head is None else CLASSES)

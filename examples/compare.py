@@ -20,7 +20,7 @@ from typing import Any
 from comparison.backbones import LITE0, Backbone, load_backbone
 from comparison.images import Domain, folders, packaged
 from comparison.input_errors import InputError, check_installed
-from comparison.methods import BIASES, DA3, METHODS, PROBE, TUNED, UNGATED
+from comparison.methods import BIASES, DA3, GATED, METHODS, PROBE, TUNED
 from comparison.protocol import Comparison
 from comparison.protocols import PROTOCOLS, load_protocol
 from comparison.records import Records
@@ -32,7 +32,7 @@ from learning import silence_lightning
 from lightning_da3 import DA3Error
 
 START = time.perf_counter()
-QUICK = [TUNED, "checkpointing", PROBE, BIASES, "parallel adapters", "TinyTL", DA3, UNGATED]
+QUICK = [TUNED, "checkpointing", PROBE, BIASES, "parallel adapters", "TinyTL", DA3, GATED]
 SMOKE = [TUNED, PROBE, DA3]
 PACKAGED_IMAGES = 160  # of each packaged domain, to train and to test with, by default
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_da3 import DA3Config, DA3Model, GateConfig, convert
 
 TINY = "tiny"
-CONFIG = DA3Config(gate=GateConfig(noise=False))  # the noise of both would not be the same
+GATED = DA3Config(gate=GateConfig(noise=False))  # the noise of both would not be the same
 
 
 def network_of(name: str, image_size: int) -> nn.Module:
@@ -42,7 +42,7 @@ def tiny() -> nn.Module:
     return nn.Sequential(*first, *rest, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
 
 
-def learned(network: nn.Module, config: DA3Config = CONFIG) -> DA3Model:
+def learned(network: nn.Module, config: DA3Config | None = None) -> DA3Model:
     """The network converted, with an active domain that adds something."""
     model = convert(network, config)
     model.add_domain("measured", num_classes=CLASSES)

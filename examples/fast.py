@@ -5,7 +5,7 @@ one process, a fresh one for every network and batch, each in its faster memory 
 run finds out first; medians, by the clock and of all threads together. Saved activations, the peak
 and the FLOPs of the same steps stand in the same rows: whoever is fast is seen to be small at once,
 and by how much the machine has its part in it. But for fine-tuning, networks are held in eval.
-Inference: the original network beside the converted one with an active domain, all gates open.
+Inference: the original network beside the converted one with an active domain.
 Switching: among a hundred domains, and what one more of them adds to memory.
 The weights are random: neither bytes nor time depend on them.
 """
@@ -41,7 +41,6 @@ from measure import (
 from torch import Tensor, nn
 
 from lightning_da3 import DA3Config, DA3Model, MemoryConfig
-from lightning_da3.nn.adapter import Adapter
 
 FORMAT_ROUNDS = 9  # timed steps to choose a memory format by
 DOMAINS, SWITCHES, SWITCH_MS = 100, 300, 1.0
@@ -164,14 +163,6 @@ def _check(what: str, ratio: float, asked: float) -> bool:
 # --- inference ------------------------------------------------------------------------------------
 
 
-def with_open_gates(network: nn.Module) -> DA3Model:
-    model = with_domain(network)
-    for adapter in model.modules():
-        if isinstance(adapter, Adapter):
-            nn.init.zeros_(adapter.attend.weight)  # the bias alone opens them
-    return model.eval()
-
-
 def inference(name: str, batch_size: int, image_size: int, rounds: int) -> bool:
     """Prints how long one pass takes; whether that is no longer than the original's."""
     runs: dict[str, Callable[[], object]] = {}
@@ -180,7 +171,7 @@ def inference(name: str, batch_size: int, image_size: int, rounds: int) -> bool:
         x = torch.randn(batch_size, 3, image_size, image_size)
         x = x.contiguous(memory_format=memory_format)
         network = build(name, image_size).eval()
-        model = with_open_gates(network).to(memory_format=memory_format)
+        model = with_domain(network).eval().to(memory_format=memory_format)
         network.to(memory_format=memory_format)
         runs[f"original {layout}"] = lambda network=network, x=x: network(x)
         runs[f"{DA3} {layout}"] = lambda model=model, x=x: model(x)

@@ -2,9 +2,10 @@
 
 An EfficientNet-Lite0 with ImageNet weights learns three domains of real images, each with one
 Lightning Trainer and one DA3Callback, which logs curves, pictures and tables by itself. A linear
-probe and full fine-tuning learn the same data for as many epochs. The table at the end and all
-that is in the output folder are of this run. A run that was stopped goes on where it was when the
-command is given again. The images are small: a demonstration, not a benchmark.
+probe and full fine-tuning learn the same data for as many epochs. With --gates, half of the hosts'
+FLOPs are to be left out, and pictures show where. The table at the end and all that is in the
+output folder are of this run. A run that was stopped goes on where it was when the command is given
+again. The images are small: a demonstration, not a benchmark.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,13 @@ from results import DA3, METHODS, PROBE, TUNED, Run, headline, report
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from lightning_da3 import DA3Callback, DA3Config, DA3Model, convert
+from lightning_da3 import DA3Callback, DA3Config, DA3Model, GateConfig, convert
 from lightning_da3.metrics import AccuracyMatrix
 from lightning_da3.plotting.accuracies import plot_accuracy_matrix
 from lightning_da3.trainer.loggers import log_figure, log_summary
 
 LEARNING_RATES = {PROBE: 1e-2, TUNED: 1e-3, DA3: 1e-3}  # the middle of compare.py's grids
-NETWORKS = {PROBE: linear_probe, TUNED: fine_tuning, DA3: with_domain}
+ALONE = {PROBE: linear_probe, TUNED: fine_tuning}
 START = time.perf_counter()
 
 
@@ -42,26 +44,29 @@ def say(text: str) -> None:
     print(f"[{time.perf_counter() - START:4.0f} s] {text}", flush=True)
 
 
+def config_of(settings: dict[str, Any]) -> DA3Config:
+    return DA3Config(gate=GateConfig() if settings["gates"] else None)
+
+
 # --- learning -------------------------------------------------------------------------------------
 
 
 def learn_domains(run: Run, backbone: Backbone, data: dict[str, DomainData]) -> None:
     """One LightningModule and one network through all domains, a Trainer and a callback each."""
-    module = Classifier(backbone.make(), LEARNING_RATES[DA3])
+    module, config = Classifier(backbone.make(), LEARNING_RATES[DA3]), config_of(run.settings)
     matrix = AccuracyMatrix(DOMAINS)
     kept: dict[str, Tensor] = {}
     for number, domain in enumerate(DOMAINS, 1):
         if run.finished(DA3, domain):
             say(f"DA3 learned {domain} before: loaded from its file")
             if not isinstance(module.network, DA3Model):
-                module.network = convert(module.network)
+                module.network = convert(module.network, config)
             module.network.load_domain(run.path(domain))
         else:
             say(f"DA3 learns {domain} ({number} of {len(DOMAINS)})")
             L.seed_everything(run.settings["seed"], verbose=False)
-            callback = DA3Callback(
-                domain, num_classes=len(data[domain].classes), save_dir=str(run.folder / "domains")
-            )
+            classes, folder = len(data[domain].classes), str(run.folder / "domains")
+            callback = DA3Callback(domain, classes, config, save_dir=folder)
             _fit(run, module, domain, DA3, data[domain], callback)
         for earlier in DOMAINS[:number]:
             module.network.set_domain(earlier)
@@ -84,7 +89,7 @@ def learn_alone(run: Run, backbone: Backbone, method: str, domain: str, data: Do
         return
     say(f"{method} learns {domain}")
     L.seed_everything(run.settings["seed"], verbose=False)
-    network = NETWORKS[method](backbone.with_head(len(data.classes)))
+    network = ALONE[method](backbone.with_head(len(data.classes)))
     module = Classifier(network, LEARNING_RATES[method])
     _fit(run, module, domain, method, data)
     _finish(run, method, domain, scores_of(module, data.test.tensors[0]), data)
@@ -111,11 +116,14 @@ def _executed_share(module: Classifier, images: Tensor) -> float:
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def measure(backbone: Backbone, images: Tensor, labels: Tensor, rounds: int) -> dict[str, Cost]:
+def measure(
+    backbone: Backbone, images: Tensor, labels: Tensor, rounds: int, config: DA3Config
+) -> dict[str, Cost]:
     """What one step of every method costs, as it was trained."""
     images, steps = images.contiguous(memory_format=torch.channels_last), {}
+    networks = {**ALONE, DA3: partial(with_domain, config=config)}
     for method in METHODS:
-        network = NETWORKS[method](backbone.with_head(10)).to(memory_format=torch.channels_last)
+        network = networks[method](backbone.with_head(10)).to(memory_format=torch.channels_last)
         steps[method] = Step(network, images, labels, torch.optim.AdamW)
     return costs(steps, rounds)
 
@@ -142,7 +150,7 @@ def demonstrate(
     if with_costs:
         say("memory and time of a step, in turns")
         images, labels = (part[:BATCH_SIZE].clone() for part in data["digits"].train.tensors)
-        cost = measure(backbone, images, labels, rounds)
+        cost = measure(backbone, images, labels, rounds, config_of(run.settings))
     for logger in run.loggers:
         log_summary(logger, headline(run, cost))
     return cost
@@ -153,7 +161,7 @@ def track(arguments: argparse.Namespace, folder: Path, settings: dict[str, Any])
         return None
     name = f"learn_domains seed {settings['seed']}"
     tracker = WandbLogger(project="lightning-da3", name=name, save_dir=folder)
-    tracker.log_hyperparams({**settings, "da3": DA3Config().to_dict()})
+    tracker.log_hyperparams({**settings, "da3": config_of(settings).to_dict()})
     return tracker
 
 
@@ -168,6 +176,7 @@ def run_all(arguments: argparse.Namespace, runs: list[Run]) -> dict[str, Cost]:
             "seed": seed,
             "epochs": 1 if arguments.smoke else arguments.epochs,
             "most_batches": 4 if arguments.smoke else None,
+            "gates": arguments.gates,
         }
         run = Run(folder, settings, track(arguments, folder, settings))
         run.resume(fresh=arguments.fresh)
@@ -186,6 +195,7 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, default=8, help="for every method and domain")
     parser.add_argument("--seeds", type=int, default=1, help="repeat and print means")
+    parser.add_argument("--gates", action="store_true", help="DA3 with gate=GateConfig()")
     parser.add_argument("--logger", choices=("csv", "wandb"), default="csv")
     parser.add_argument("--output", type=Path, default=Path("outputs/learn_domains"))
     parser.add_argument("--fresh", action="store_true", help="learn again what is finished")

@@ -25,7 +25,7 @@ from datasets import DOMAINS, IMAGE_SIZE, DomainData, load_domain
 from device_side import rate_at
 from torch import Tensor, nn
 
-from lightning_da3 import DA3Config, DA3Model, convert
+from lightning_da3 import DA3Model, convert
 from lightning_da3.files.domain_file import read_domain
 
 CLASSES = 10  # of every domain: one file serves all with as many
@@ -73,7 +73,6 @@ def learn_here(
     images, labels = data.train.tensors
     domain = model.load_domain(file, name)
     model.set_domain(domain)
-    model.gate_loss_scale = 1.0
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, size = torch.optim.Adam(trained), recipe["batch_size"]
     torch.manual_seed(seed)
@@ -82,7 +81,7 @@ def learn_here(
         order = torch.randperm(len(images))
         for i, start in enumerate(starts):
             progress = (epoch + i / len(starts)) / recipe["epochs"]
-            model.train().set_progress(progress)
+            model.train()
             optimizer.param_groups[0]["lr"] = rate_at(progress, recipe["learning_rate"])
             chosen = order[start : start + size]
             F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
@@ -111,7 +110,7 @@ def demonstrate(folder: Path, network: nn.Module, domains: list[str], recipe: An
     """A row for every domain."""
     data = {domain: load_domain(domain) for domain in domains}
     torch.manual_seed(0)
-    model = convert(network, DA3Config())
+    model = convert(network)
     prepare(folder, model, data, recipe)
     say("a process without PyTorch learns")
     script = Path(__file__).with_name("device_side.py")

@@ -82,7 +82,8 @@ def report(runs: Sequence[Run], cost: Mapping[str, Cost]) -> None:
     _costs("FLOPs, 1e9", {m: cost[m].flops / 1e9 for m in METHODS})
     print(f"\n{'the domains of DA3':32}" + "".join(f"{domain:>16}" for domain in DOMAINS))
     print(f"  {'file, bytes':30}" + "".join(f"{runs[0].file_bytes[d]:16,}" for d in DOMAINS))
-    print(f"  {'hosts FLOPs executed, %':30}" + "".join(_executed(runs, d) for d in DOMAINS))
+    if runs[0].settings["gates"]:
+        print(f"  {'hosts FLOPs executed, %':30}" + "".join(_executed(runs, d) for d in DOMAINS))
     changes = {d: max(run.change[d] for run in runs) for d in DOMAINS[:-1]}
     cells = [f"{change:g}" for change in changes.values()] + ["-"]  # nothing follows the last one
     print(f"  {'outputs changed later by':30}" + "".join(f"{cell:>16}" for cell in cells))

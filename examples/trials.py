@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_da3 import AdapterConfig, CheckpointError, DA3Config, DA3Model, convert
+from lightning_da3 import AdapterConfig, CheckpointError, DA3Config, DA3Model, GateConfig, convert
 
-CONFIG = DA3Config(adapter=AdapterConfig(hidden_channels=4, min_stride=2))
+ADAPTER = AdapterConfig(hidden_channels=4, min_stride=2)
+CONFIG = DA3Config(ADAPTER, GateConfig())  # whose noise a resumed run has to draw again
 CLASSES = 3
 
 

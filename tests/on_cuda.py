@@ -23,7 +23,7 @@ from helpers.comparing import leaves, score
 from helpers.converted import converted
 from torch.utils._pytree import tree_map_only
 
-from lightning_da3 import DA3Config, MemoryConfig, convert
+from lightning_da3 import DA3Config, GateConfig, MemoryConfig, convert
 from lightning_da3.memory import measure_step, saved_activation_bytes
 
 EXACT = MemoryConfig(exact=True)
@@ -57,7 +57,7 @@ def same_on_both(model, inputs, device, tolerance=1e-3):
 
 
 def learns(network, images, device, dtype=None):
-    model = convert(network)
+    model = convert(network, DA3Config(gate=GateConfig()))
     model.add_domain("a", 5)
     model.set_domain("a")
     model = model.to(device).train()

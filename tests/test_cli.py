@@ -86,8 +86,9 @@ def test_options_reach_the_config(mine, capsys):
     plain = json.loads(run(capsys, *arguments))
     more = json.loads(run(capsys, *arguments, "--num-classes", "100"))
     assert more["domain_parameters"] == plain["domain_parameters"] + 95 * (8 + 1)
-    ungated = json.loads(run(capsys, *arguments, "--no-gates"))
-    assert ungated["domain_file_bytes"] != plain["domain_file_bytes"]
+    gated = json.loads(run(capsys, *arguments, "--gates"))
+    assert gated["domain_file_bytes"] != plain["domain_file_bytes"]
+    assert json.loads(run(capsys, *arguments, "--no-gates")) == plain
     assert json.loads(run(capsys, *arguments, "--min-stride", "1"))["hosts"] >= plain["hosts"]
     assert json.loads(run(capsys, *arguments, "--min-stride", "auto")) == plain
     assert json.loads(run(capsys, *arguments, "--min-depth", "1.0"))["hosts"] < plain["hosts"]

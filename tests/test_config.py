@@ -118,13 +118,13 @@ def test_configs_are_frozen_values():
     assert DA3Config() == DA3Config()
     assert hash(DA3Config()) == hash(DA3Config())
     assert DA3Config() != UNUSUAL
-    assert dataclasses.replace(DA3Config(), gate=None).gate is None
+    assert dataclasses.replace(UNUSUAL, gate=None).gate is None
 
 
 @pytest.mark.parametrize(
     "config",
-    [DA3Config(), DA3Config(gate=None, head=None), UNUSUAL],
-    ids=["default", "less", "all"],
+    [DA3Config(), DA3Config(gate=GateConfig(), head=None), UNUSUAL],
+    ids=["default", "gated", "all"],
 )
 def test_round_trip_through_json(config):
     values = json.loads(json.dumps(config.to_dict()))
@@ -134,13 +134,27 @@ def test_round_trip_through_json(config):
 
 def test_missing_fields_are_defaults():
     assert DA3Config.from_dict({}) == DA3Config()
-    config = DA3Config.from_dict({"adapter": {"min_stride": 2}, "gate": None})
-    assert config == DA3Config(adapter=AdapterConfig(min_stride=2), gate=None)
+    config = DA3Config.from_dict({"adapter": {"min_stride": 2}, "gate": {"noise": False}})
+    assert config == DA3Config(AdapterConfig(min_stride=2), GateConfig(noise=False))
+    assert DA3Config.from_dict({"gate": None}).gate is None
+
+
+def test_gates_are_off_unless_asked_for():
+    assert DA3Config().gate is None
+    assert DA3Config.from_dict({"version": CONFIG_VERSION}).gate is None
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_configs_of_before_had_gates_unless_they_say_otherwise(version):
+    old = {"version": version, "adapter": {"min_depth": 0}}
+    assert DA3Config.from_dict(old) == DA3Config(AdapterConfig(min_depth=0), GateConfig())
+    assert DA3Config.from_dict({**old, "gate": None}).gate is None
+    assert DA3Config.from_dict({**old, "gate": {"target": 0.3}}).gate == GateConfig(target=0.3)
 
 
 def test_configs_of_before_had_hosts_at_any_depth():
     old = {"version": 1, "adapter": {"hidden_channels": 3}}
-    assert DA3Config.from_dict(old) == DA3Config(AdapterConfig(hidden_channels=3, min_depth=0))
+    assert DA3Config.from_dict(old).adapter == AdapterConfig(hidden_channels=3, min_depth=0)
     assert DA3Config.from_dict({"version": 1}).adapter.min_depth == 0
     assert DA3Config.from_dict({"version": 1, "adapter": {"min_depth": 1}}).adapter.min_depth == 1
 
@@ -209,7 +223,7 @@ def test_presets_are_configs_by_name():
     small, accurate = DA3Config.preset("small"), DA3Config.preset("accurate")
     assert small.adapter == AdapterConfig(hidden_channels=16)
     assert accurate.adapter == AdapterConfig(max_cells=196)
-    assert accurate.gate is None
+    assert small.gate is accurate.gate is None
     assert len({small, DA3Config(), accurate}) == 3
 
 
@@ -285,13 +299,14 @@ def test_what_stands_for_no_config(value):
 
 
 def test_a_dict_is_a_config_as_in_yaml():
-    values = {"gate": None, "memory": {"budget": "1GiB"}, "adapter": {"hidden_channels": 3}}
-    want = DA3Config(gate=None, adapter=AdapterConfig(hidden_channels=3))
+    values = {"gate": {}, "memory": {"budget": "1GiB"}, "adapter": {"hidden_channels": 3}}
+    want = DA3Config(AdapterConfig(hidden_channels=3), GateConfig())
     config = DA3Config.of(values)
     assert config == want
     assert config.memory.budget == "1GiB"
     assert DA3Callback("a", 2, config=values).config == want
-    assert convert(nn.Sequential(nn.Conv2d(3, 4, 3)), {**values, "head": None}).config.gate is None
+    model = convert(nn.Sequential(nn.Conv2d(3, 4, 3)), {**values, "head": None})
+    assert model.config.gate == GateConfig()
     assert DA3Config.of({}) == DA3Config.of(None) == DA3Config()
     assert DA3Config.of(config) is config
     refused(lambda: DA3Callback("a", 2, config={"gates": None}), "DA3Config has no field ['gates']")

@@ -10,7 +10,7 @@ from helpers import zoo
 from helpers.comparing import add, assert_identical, mix_gates_, score
 from torch.utils.checkpoint import checkpoint
 
-from lightning_da3 import AdapterConfig, DA3Config, MemoryConfig, convert
+from lightning_da3 import AdapterConfig, DA3Config, GateConfig, MemoryConfig, convert
 from lightning_da3.eager import SMALL, KeepsLess
 from lightning_da3.memory import saved_activation_bytes
 
@@ -96,7 +96,8 @@ def test_sampling_at_points(exact):
 def converted(memory, size=12, dtype=torch.float32):
     adapter = AdapterConfig(hidden_channels=4, max_cells=16)
     net = zoo.network("RefinesStepwise").to(dtype)
-    model = add(convert(net, DA3Config(adapter=adapter, head=None, memory=memory)), "a")
+    config = DA3Config(adapter, GateConfig(), memory, head=None)
+    model = add(convert(net, config), "a")
     model.set_domain("a")
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
     mix_gates_(model, (x,))

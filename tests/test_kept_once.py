@@ -16,7 +16,7 @@ from helpers.comparing import (
 )
 from torch import nn
 
-from lightning_da3 import AdapterConfig, DA3Config, MemoryConfig, convert
+from lightning_da3 import AdapterConfig, DA3Config, GateConfig, MemoryConfig, convert
 from lightning_da3.memory import SavedActivations, StepPredictor, saved_activation_bytes
 from lightning_da3.nn import adapter as nn_adapter
 from lightning_da3.nn.adapter import HostInput
@@ -34,7 +34,7 @@ def _seed():
 def converted(network, x, cells=49, **memory):
     """With a domain that has learned something, and gates partly closed."""
     adapter = AdapterConfig(hidden_channels=4, max_cells=cells, min_stride=1, min_depth=0)
-    config = DA3Config(adapter=adapter, memory=MemoryConfig(**memory))
+    config = DA3Config(adapter, GateConfig(), MemoryConfig(**memory))
     model = add(convert(network.eval(), config), "a")
     model.set_domain("a")
     mix_gates_(model, (x,))

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from lightning_da3 import AdapterConfig, ConfigError, DA3Config, DA3Error, convert
+from lightning_da3 import AdapterConfig, ConfigError, DA3Config, DA3Error, GateConfig, convert
 from lightning_da3.memory import SavedActivations, predict_step
 from lightning_da3.plotting.accuracies import plot_accuracy_matrix
 from lightning_da3.plotting.gates import plot_executed_shares, plot_gate_maps
@@ -236,7 +236,7 @@ def test_gate_maps_pick_hosts_from_first_to_last():
 
 def test_gate_maps_of_a_converted_network():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
-    model = convert(network, DA3Config(adapter=AdapterConfig(min_stride=1)))
+    model = convert(network, DA3Config(AdapterConfig(min_stride=1), GateConfig()))
     model.add_domain("a", num_classes=2)
     model.set_domain("a")
     images = torch.rand(2, 3, 8, 8)

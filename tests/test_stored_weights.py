@@ -24,6 +24,7 @@ from lightning_da3 import (
     CheckpointError,
     DA3Callback,
     DA3Config,
+    GateConfig,
     MemoryConfig,
     convert,
 )
@@ -45,7 +46,8 @@ def _seed():
 
 
 def converted(name, memory, domain="a"):
-    model = convert(zoo.network(name), DA3Config(adapter=ADAPTER, head=None, memory=memory))
+    config = DA3Config(ADAPTER, GateConfig(), memory, head=None)
+    model = convert(zoo.network(name), config)
     torch.manual_seed(1)
     add(model, domain)
     model.set_domain(domain)
@@ -320,7 +322,7 @@ def test_an_example_may_differ_by_the_rounding():
 
 def test_in_a_trainer(tmp_path):
     module = lit()
-    config = DA3Config(adapter=LIT_CONFIG.adapter, memory=HALF)
+    config = DA3Config(LIT_CONFIG.adapter, LIT_CONFIG.gate, memory=HALF)
     da3 = DA3Callback("a", 2, config)
     trainer(tmp_path, da3).fit(module, data())
     before = {k: v.clone() for k, v in convert(lit().net, config).backbone.state_dict().items()}

@@ -6,7 +6,7 @@ from helpers.comparing import add, assert_relatively_close, mix_gates_, score
 from helpers.marks import others_by_hand
 from torch import nn
 
-from lightning_da3 import AdapterConfig, DA3Config, MemoryConfig, convert
+from lightning_da3 import AdapterConfig, DA3Config, GateConfig, MemoryConfig, convert
 from lightning_da3.memory import saved_activation_bytes
 from lightning_da3.reference import PlainPyTorch
 
@@ -100,7 +100,8 @@ def network(name):
 
 
 def converted(net, x, **choices):
-    model = add(convert(net, DA3Config(adapter=ADAPTER, **choices), x, verify=False), "a")
+    config = DA3Config(ADAPTER, GateConfig(), **choices)
+    model = add(convert(net, config, x, verify=False), "a")
     model.set_domain("a")
     mix_gates_(model, (x,))
     with torch.no_grad():

@@ -23,12 +23,19 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_da3 import AdapterConfig, CheckpointError, DA3Config, MemoryConfig, convert
+from lightning_da3 import (
+    AdapterConfig,
+    CheckpointError,
+    DA3Config,
+    GateConfig,
+    MemoryConfig,
+    convert,
+)
 from lightning_da3.memory import saved_activation_bytes
 
 EXACT = MemoryConfig(exact=True)
 ADAPTER = AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1)
-CONFIG = DA3Config(adapter=ADAPTER, head=None)
+CONFIG = DA3Config(adapter=ADAPTER, gate=GateConfig(), head=None)
 # convolutions, regions, tokens; what stays Python with graphs inside
 WHOLE = ["Transposed", "SqueezeExcite", "VisionTransformer"]
 KINDS = [*WHOLE, "Detector"]
@@ -41,7 +48,7 @@ def _seed():
 
 
 def converted(name, **choices):
-    config = DA3Config(**{"adapter": ADAPTER, "head": None, **choices})
+    config = DA3Config(**{"adapter": ADAPTER, "gate": GateConfig(), "head": None, **choices})
     model = add(convert(zoo.network(name), config), "a")
     model.set_domain("a")
     mix_gates_(model, zoo.batch(name))

@@ -28,7 +28,7 @@ EXACT = MemoryConfig(exact=True)
 ADAPTER = AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1)
 
 
-CONFIG = DA3Config(adapter=ADAPTER, head=None)
+CONFIG = DA3Config(adapter=ADAPTER, gate=GateConfig(), head=None)
 
 
 GATES = [None, GateConfig(target=0.3, weight=10.0)]
@@ -40,7 +40,7 @@ def _seed():
 
 
 def converted(name, dtype=torch.float32, **choices):
-    config = DA3Config(**{"adapter": ADAPTER, "head": None, **choices})
+    config = DA3Config(**{"adapter": ADAPTER, "gate": GateConfig(), "head": None, **choices})
     model = add(convert(zoo.network(name).to(dtype), config), "a")
     model.set_domain("a")
     mix_gates_(model, zoo.batch(name, dtype))

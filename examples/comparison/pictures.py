@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from comparison.methods import DA3, METHODS, TUNED, UNGATED
+from comparison.methods import DA3, GATED, METHODS, TUNED
 from comparison.tables import Row
 from lightning_da3.plotting.figure import new_figure
 
@@ -52,7 +52,7 @@ def plot_time(rows: Sequence[Row]) -> Figure:
 
 def _finding(rows: Sequence[Row], column: str, unit: str) -> str:
     """What the picture shows, in one line."""
-    ours = [row for row in rows if row.method in (DA3, UNGATED)]
+    ours = [row for row in rows if row.method in (DA3, GATED)]
     tuned = next((row for row in rows if row.method == TUNED), None)
     if not ours or tuned is None:
         best = max(rows, key=lambda row: row.mean)

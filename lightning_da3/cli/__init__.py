@@ -61,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--weights", choices=("same", "bfloat16"), default="same")
     shared.add_argument("--min-stride", help="AdapterConfig(min_stride=...), a number or auto")
     shared.add_argument("--min-depth", help="AdapterConfig(min_depth=...), a number or auto")
-    shared.add_argument("--no-gates", action="store_true", help="hosts always run whole")
+    gates = argparse.BooleanOptionalAction  # --no-gates was the way to what is the default now
+    shared.add_argument("--gates", action=gates, default=False, help="gate=GateConfig()")
 
     about = "what training a domain will cost"
     plan = commands.add_parser("plan", help=about, description=about, parents=[shared])

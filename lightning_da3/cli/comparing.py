@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_da3.cli.networks import factory_of, made, network_without_values
-from lightning_da3.config import AdapterConfig, DA3Config, MemoryConfig
+from lightning_da3.config import AdapterConfig, DA3Config, GateConfig, MemoryConfig
 from lightning_da3.converting import compared, convert
 from lightning_da3.costs.steps import step_costs
 from lightning_da3.errors import ConfigError
@@ -55,9 +55,8 @@ def _config(given: argparse.Namespace, **memory: Any) -> DA3Config:
     where: dict[str, Any] = {k: _number(text) for k, text in chosen.items() if text is not None}
     if where:
         options["adapter"] = AdapterConfig(**where)
-    if given.no_gates:
-        options["gate"] = None
     return DA3Config(
+        gate=GateConfig() if given.gates else None,
         memory=MemoryConfig(exact=given.exact, weights=given.weights, **memory),
         head=None if given.head.lower() == "none" else str(given.head),
         **options,

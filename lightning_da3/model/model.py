@@ -118,7 +118,8 @@ class DA3Model(Exports, StartsHeads):
             kwargs: As `forward` takes them.
 
         Returns:
-            Zeros and ones of shape (N, 1, *grid) by host name, in the order of the plan.
+            Zeros and ones of shape (N, 1, *grid) by host name, in the order of the plan; nothing
+            without gates.
         """
         maps = {
             name: executed.gate

@@ -216,7 +216,10 @@ class Running(SavesDomains):
 
     @property
     def executed_flops_fraction(self) -> Tensor | None:
-        """The share of the hosts' FLOPs that the last pass of this thread executed."""
+        """The share of the hosts' FLOPs that the last pass of this thread executed.
+
+        None without gates: hosts then run whole.
+        """
         return self.calls.here.executed
 
     def gate_loss(self, executed: Sequence[Executed]) -> Tensor:

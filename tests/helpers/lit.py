@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_da3 import AdapterConfig, DA3Callback, DA3Config
+from lightning_da3 import AdapterConfig, DA3Callback, DA3Config, GateConfig
 
-CONFIG = DA3Config(adapter=AdapterConfig(hidden_channels=4, min_stride=1))
+CONFIG = DA3Config(AdapterConfig(hidden_channels=4, min_stride=1), GateConfig())
 
 
 def network():

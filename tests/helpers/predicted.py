@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_da3 import DA3Config, MemoryConfig, convert
+from lightning_da3 import DA3Config, GateConfig, MemoryConfig, convert
 
 
 class Block(nn.Module):
@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 
 def domain_of(network, **memory):
-    model = convert(network, DA3Config(memory=MemoryConfig(**memory)))
+    model = convert(network, DA3Config(gate=GateConfig(), memory=MemoryConfig(**memory)))
     model.add_domain("d", num_classes=5)
     model.set_domain("d")
     return model.train()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_da3 import AdapterConfig, DA3Config, convert
+from lightning_da3 import AdapterConfig, DA3Config, GateConfig, convert
 from lightning_da3.nn.prologue import Prologue
 
 STEM = "backbone.stem.0"
@@ -36,7 +36,7 @@ class Net(nn.Module):
 
 def domain_of(network, **adapter):
     torch.manual_seed(0)
-    model = convert(network, DA3Config(adapter=AdapterConfig(**adapter)))
+    model = convert(network, DA3Config(AdapterConfig(**adapter), GateConfig()))
     model.add_domain("d", num_classes=2)
     model.set_domain("d")
     return model.train()

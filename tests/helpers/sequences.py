@@ -17,10 +17,11 @@ from torch.utils.data import (
     Sampler,
 )
 
-from lightning_da3 import AdapterConfig, DA3Config, fit_sequence
+from lightning_da3 import AdapterConfig, DA3Config, GateConfig, fit_sequence
 from lightning_da3.files.domain_file import read_domain
 
-CONFIG = DA3Config(adapter=AdapterConfig(hidden_channels=2, min_stride=1))  # gates draw noise
+ADAPTER = AdapterConfig(hidden_channels=2, min_stride=1)
+CONFIG = DA3Config(ADAPTER, GateConfig())  # gates draw noise
 
 
 class DeathError(Exception):

@@ -5,10 +5,18 @@ import torch
 from torch import nn
 
 from helpers.comparing import assert_relatively_close
-from lightning_da3 import AdapterConfig, ConversionWarning, DA3Config, MemoryConfig, convert
+from lightning_da3 import (
+    AdapterConfig,
+    ConversionWarning,
+    DA3Config,
+    GateConfig,
+    MemoryConfig,
+    convert,
+)
 
-CONFIG = DA3Config(adapter=AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1), head=None)
-EXACT = DA3Config(adapter=CONFIG.adapter, head=None, memory=MemoryConfig(exact=True))
+ADAPTER = AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1)
+CONFIG = DA3Config(adapter=ADAPTER, gate=GateConfig(), head=None)
+EXACT = DA3Config(ADAPTER, GateConfig(), MemoryConfig(exact=True), head=None)
 
 
 class Block(nn.Module):

@@ -69,7 +69,8 @@ def test_executed_flops_fraction_of_a_network_by_hand():
 
 
 def test_a_closed_gate_leaves_what_is_added_alone():
-    model = converted("a", name="ConvNorm", config=DA3Config(adapter=ADAPTER, head=None))
+    config = DA3Config(ADAPTER, GateConfig(), head=None)
+    model = converted("a", name="ConvNorm", config=config)
     with torch.no_grad():
         for adapter in model.domain("a").adapters.values():
             adapter.attend.bias.fill_(-100.0)

@@ -7,10 +7,11 @@ from helpers.comparing import add
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_da3 import AdapterConfig, DA3Config, convert
+from lightning_da3 import AdapterConfig, DA3Config, GateConfig, convert
 from lightning_da3.planning.macs import macs_per_position
 
-CONFIG = DA3Config(AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1), head=None)
+ADAPTER = AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1)
+CONFIG = DA3Config(ADAPTER, GateConfig(), head=None)
 
 
 class Residual(nn.Module):

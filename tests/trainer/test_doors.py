@@ -75,7 +75,7 @@ LENT = {"load_checkpoint", "load_model_state_dict", "lightning_module_state_dict
     ],
 )
 def test_a_strategy_is_lent_only_what_hooks_cannot_do(tmp_path, strategy, domains, split, lent):
-    config = DA3Config(adapter=CONFIG.adapter, memory=MemoryConfig(split=split))
+    config = DA3Config(CONFIG.adapter, CONFIG.gate, MemoryConfig(split=split))
     fitter = make_trainer(tmp_path, DA3Callback(domains, config=config), 1, strategy=strategy)
     fitter.fit(lit(), DomainLoader({n: data() for n in domains}) if len(domains) > 1 else data())
     own = fitter.strategy

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_da3 import (
     DA3Callback,
     DA3Config,
+    GateConfig,
     MemoryConfig,
     PredictionWarning,
     convert,
@@ -148,8 +149,10 @@ def test_a_prediction_changes_nothing(tmp_path):
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize(("exact", "most"), [(True, 0.7), (False, 1)])  # the rest is codes
 def test_lower_precision_is_predicted_as_such(tmp_path, precision, exact, most):
+    config = DA3Config(gate=GateConfig(), memory=MemoryConfig(exact=exact))
+
     def steps_of(**kwargs):
-        learner = DA3Callback("a", 2, config=DA3Config(memory=MemoryConfig(exact=exact)))
+        learner = DA3Callback("a", 2, config=config)
         return fit(tmp_path, wide(), DataLoader(images(), 8), learner, **kwargs)[0]
 
     steps, whole = steps_of(precision=precision), steps_of()

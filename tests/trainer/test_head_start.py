@@ -125,7 +125,8 @@ def test_several_domains_start_each_from_its_own(tmp_path):
 
 
 def test_steps_in_parts_start_as_whole_ones(tmp_path):
-    config = DA3Config(CONFIG.adapter, memory=MemoryConfig(budget="1MiB", split="accumulate"))
+    memory = MemoryConfig(budget="1MiB", split="accumulate")
+    config = DA3Config(CONFIG.adapter, CONFIG.gate, memory)
     da3 = DA3Callback("a", 2, config, start_head=True)
     seen = fitted(tmp_path, Lit(), data(), da3)
     torch.testing.assert_close(seen.heads["a"], want(data()))

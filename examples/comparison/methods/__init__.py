@@ -68,7 +68,7 @@ class Method:
 
 
 TUNED, PROBE, BIASES, DA3 = "fine-tuning", "linear probe", "biases only", "DA3"
-UNGATED, EXACT = "DA3 no gates", "DA3 exact"
+GATED, EXACT = "DA3 gates", "DA3 exact"
 SMALL, MIDDLE, LARGE = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
 
 METHODS: dict[str, Method] = {
@@ -91,7 +91,7 @@ METHODS: dict[str, Method] = {
         name: Method(build, SMALL, callbacks=partial(da3.callbacks, config))
         for name, build, config in (
             (DA3, da3.default, da3.DEFAULT),
-            (UNGATED, da3.without_gates, da3.WITHOUT_GATES),
+            (GATED, da3.gated, da3.GATED),
             (EXACT, da3.exact, da3.EXACT),
         )
     },

@@ -1,4 +1,4 @@
-"""DA3: additive attention adapters, gates and a head of the domain's own."""
+"""DA3: additive attention adapters and a head of the domain's own; gates on request."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import lightning as L
 from torch import nn
 
 from comparison.methods.plain import head_of
-from lightning_da3 import DA3Callback, DA3Config, DA3Model, MemoryConfig, convert
+from lightning_da3 import DA3Callback, DA3Config, DA3Model, GateConfig, MemoryConfig, convert
 
 DOMAIN = "learned"
 DEFAULT = DA3Config()
-WITHOUT_GATES = DA3Config(gate=None)
+GATED = DA3Config(gate=GateConfig())
 EXACT = DA3Config(memory=MemoryConfig(exact=True))
 
 
@@ -27,10 +27,10 @@ def da3(network: nn.Module, config: DA3Config) -> DA3Model:
 
 
 def callbacks(config: DA3Config) -> list[L.Callback]:
-    """What tells the gates how far training is."""
+    """What tells gates, where there are any, how far training is."""
     return [DA3Callback(DOMAIN, config=config, predict=False)]
 
 
 default = partial(da3, config=DEFAULT)
-without_gates = partial(da3, config=WITHOUT_GATES)
+gated = partial(da3, config=GATED)
 exact = partial(da3, config=EXACT)

@@ -42,7 +42,7 @@ def gradients(network, images, labels):
 
 NAMES = (
     "fine-tuning,checkpointing,linear probe,biases only,series adapters,parallel adapters,"
-    "Piggyback,TinyTL,LoRA,DA3,DA3 no gates,DA3 exact"
+    "Piggyback,TinyTL,LoRA,DA3,DA3 gates,DA3 exact"
 ).split(",")
 
 
@@ -324,7 +324,8 @@ def test_checkpointing_learns_what_fine_tuning_learns_and_keeps_less():
 
 
 def test_the_gates_of_da3_and_their_absence():
-    assert built("DA3").config.gate is not None
-    assert built("DA3 no gates").config.gate is None
-    assert built("DA3 exact").config.memory.exact
+    assert built("DA3").config.gate is None
+    assert built("DA3 gates").config.gate is not None
+    exact = built("DA3 exact").config
+    assert (exact.gate, exact.memory.exact) == (None, True)
     assert not any(n.startswith(("stem", "blocks")) for n in trained(built("DA3")))

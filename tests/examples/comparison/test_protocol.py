@@ -216,7 +216,7 @@ def test_a_state_of_another_network(tmp_path):
         comparison._put_back("linear probe")
 
 
-@pytest.mark.parametrize("name", ["DA3", "DA3 no gates", "TinyTL", "series adapters", "LoRA"])
+@pytest.mark.parametrize("name", ["DA3", "DA3 gates", "TinyTL", "series adapters", "LoRA"])
 def test_a_domains_state_is_all_that_it_needs(tmp_path, name):
     from comparison.methods import METHODS as KNOWN
     from comparison.training import learn, ready
