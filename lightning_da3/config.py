@@ -13,7 +13,7 @@ import torch
 from lightning_da3.errors import ConfigError
 from lightning_da3.formatting import UNITS, bytes_in, shown
 
-CONFIG_VERSION = 3  # 1: hosts in all blocks of tokens, unscaled addends; 2: gates by default
+CONFIG_VERSION = 2  # 1: hosts in all blocks of tokens, addends without a scale, gates by default
 
 Budget = int | str  # bytes; or "128MiB", or "auto"
 _Config = TypeVar("_Config")
@@ -314,10 +314,10 @@ class DA3Config:
                 f"Config version {version!r} cannot be read here (versions 1 to {CONFIG_VERSION} "
                 "can). Update lightning_da3."
             )
-        if version < 2 and isinstance(fields.get("adapter", {}), Mapping):
-            fields["adapter"] = {"min_depth": 0, **fields.get("adapter", {})}  # hosts were anywhere
-        if version < 3:
+        if version < 2:
             fields.setdefault("gate", GateConfig())  # the default was to have them
+            if isinstance(fields.get("adapter", {}), Mapping):
+                fields["adapter"] = {"min_depth": 0, **fields.get("adapter", {})}  # anywhere
         parts = {"adapter": AdapterConfig, "gate": GateConfig, "memory": MemoryConfig}
         for name, kind in parts.items():
             if isinstance(fields.get(name), Mapping):
