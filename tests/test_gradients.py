@@ -135,7 +135,7 @@ def test_saved_bytes_of_resnet18_are_far_below_fine_tuning():
     model.add_domain("a", 10)
     model.set_domain("a")
     ours = saved_activation_bytes(model.train(), x)
-    assert 0 < ours <= fine_tuning / 11  # measured: 1/11.8; the adapters weigh most on small maps
+    assert 0 < ours <= fine_tuning / 50  # measured: 1/61; the adapters weigh most on small maps
 
 
 @pytest.mark.parametrize("memory", [MemoryConfig(), EXACT], ids=["coded", "exact"])
