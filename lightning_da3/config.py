@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeGuard, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 
+from lightning_da3.choices import is_finite, is_int, is_one_of, refuse, require
 from lightning_da3.errors import ConfigError
 from lightning_da3.formatting import UNITS, bytes_in, shown
 
@@ -17,32 +17,6 @@ CONFIG_VERSION = 2  # 1: hosts in all blocks of tokens, addends without a scale,
 
 Budget = int | str  # bytes; or "128MiB", or "auto"
 _Config = TypeVar("_Config")
-
-
-def _require(problems: list[str], condition: bool, message: str) -> None:
-    if not condition:
-        problems.append(message)
-
-
-def _raise(problems: list[str]) -> None:
-    if problems:
-        raise ConfigError(" ".join(problems))
-
-
-def _is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_finite(value: object) -> TypeGuard[float]:
-    """Whether a value is a number that a float can hold, and no bool."""
-    try:
-        return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
-    except OverflowError:  # of an int
-        return False
-
-
-def _is_one_of(value: object, choices: Sequence[str]) -> bool:
-    return isinstance(value, str) and value in choices
 
 
 @dataclass(frozen=True)
@@ -77,69 +51,81 @@ class AdapterConfig:
         problems: list[str] = []
         for name in ("hidden_channels", "max_cells"):
             value = getattr(self, name)
-            _require(
+            require(
                 problems,
-                _is_int(value) and value >= 1,
+                is_int(value) and value >= 1,
                 f"`{name}` must be an int of at least 1, got {shown(value)}.",
             )
-        _require(
+        require(
             problems,
             self.min_stride >= 1
-            if _is_int(self.min_stride)
-            else _is_one_of(self.min_stride, ["auto"]),
+            if is_int(self.min_stride)
+            else is_one_of(self.min_stride, ["auto"]),
             f'`min_stride` must be "auto" or an int of at least 1, got {shown(self.min_stride)}.',
         )
-        _require(
+        require(
             problems,
             0 <= self.min_depth <= 1
             if is_finite(self.min_depth)
-            else _is_one_of(self.min_depth, ["auto"]),
+            else is_one_of(self.min_depth, ["auto"]),
             f'`min_depth` must be "auto" or a number from 0 to 1, got {shown(self.min_depth)}.',
         )
-        _require(
+        require(
             problems,
-            _is_int(self.kernel_size) and self.kernel_size in (1, 3),
+            is_int(self.kernel_size) and self.kernel_size in (1, 3),
             f"`kernel_size` must be 1 or 3, got {shown(self.kernel_size)}.",
         )
-        _raise(problems)
+        refuse(problems)
 
 
 @dataclass(frozen=True)
 class GateConfig:
-    """The dynamic gates, off by default: which cells of a host are computed at all.
+    """What is not computed; off by default.
 
     Args:
-        target: Fraction of the hosts' FLOPs to execute, in (0, 1]. Training moves there from 1
-            over its first half.
-        weight: Weight of the budget loss that does so.
-        noise: Logistic (Gumbel) noise on the gate logits while training, off for the last fifth
-            of it. A `DA3Callback` tells the model how far training is; without one, call
+        target: The share to execute, in (0, 1]: of the hosts' FLOPs, by cell; of the whole
+            network's, by domain.
+        weight: Weight of the budget loss that moves gates of cells there.
+        noise: Logistic (Gumbel) noise on the logits of gates of cells while training, off for the
+            last fifth of it. A `DA3Callback` tells the model how far training is; without one, call
             `set_progress`, or the target holds from the first step and there is no noise.
+        by: ``"cell"``: every sample has gates of its own, which say which cells of a host are
+            computed at all, and are learned; training moves from 1 to the target over its first
+            half. They multiply, and save no time. ``"domain"``: a domain skips whole residual
+            branches, the same ones for every sample, and so is a smaller network, which is faster
+            in inference, in training and in exported files. They are chosen before it learns: by a
+            `DA3Callback`, or by `DA3Model.choose_branches`. Adapters have no gates then.
     """
 
     target: float = 0.5
     weight: float = 5.0
     noise: bool = True
+    by: Literal["cell", "domain"] = "cell"
 
     def __post_init__(self) -> None:
         """Check every field and report all problems at once."""
         problems: list[str] = []
-        _require(
+        require(
             problems,
             is_finite(self.target) and 0.0 < self.target <= 1.0,
             f"`target` must lie in (0, 1], got {shown(self.target)}.",
         )
-        _require(
+        require(
             problems,
             is_finite(self.weight) and self.weight >= 0.0,
             f"`weight` must be finite and at least 0, got {shown(self.weight)}.",
         )
-        _require(
+        require(
             problems,
             isinstance(self.noise, bool),
             f"`noise` must be a bool, got {shown(self.noise)}.",
         )
-        _raise(problems)
+        require(
+            problems,
+            is_one_of(self.by, ("cell", "domain")),
+            f"`by` must be 'cell' or 'domain', got {shown(self.by)}.",
+        )
+        refuse(problems)
 
 
 @dataclass(frozen=True)
@@ -173,28 +159,28 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         """Check every field and report all problems at once."""
         problems: list[str] = []
-        _require(
+        require(
             problems,
             isinstance(self.exact, bool),
             f"`exact` must be a bool, got {shown(self.exact)}.",
         )
-        _require(
+        require(
             problems,
-            _is_one_of(self.weights, ("same", "bfloat16")),
+            is_one_of(self.weights, ("same", "bfloat16")),
             f"`weights` must be 'same' or 'bfloat16', got {shown(self.weights)}.",
         )
-        _require(
+        require(
             problems,
-            self.budget is None or _is_one_of(self.budget, ["auto"]) or bytes_in(self.budget) > 0,
+            self.budget is None or is_one_of(self.budget, ["auto"]) or bytes_in(self.budget) > 0,
             f"`budget` must be bytes, a number with a unit of {', '.join(UNITS)} such as "
             f"'128MiB', 'auto' or None, got {shown(self.budget)}.",
         )
-        _require(
+        require(
             problems,
-            _is_one_of(self.split, ("pieces", "accumulate")),
+            is_one_of(self.split, ("pieces", "accumulate")),
             f"`split` must be 'pieces' or 'accumulate', got {shown(self.split)}.",
         )
-        _raise(problems)
+        refuse(problems)
 
     @property
     def stored_dtype(self) -> torch.dtype | None:
@@ -212,7 +198,7 @@ class DA3Config:
     Args:
         adapter: The adapters.
         gate: The gates; None, the default, for a network whose hosts always run. Half-closed
-            gates cost accuracy, and dense kernels compute closed cells all the same.
+            gates of cells cost accuracy, and dense kernels compute closed cells all the same.
         memory: What may be kept for the backward pass.
         head: The classifier that every domain replaces by its own: ``"auto"`` finds it in the
             graph, a dotted module name takes that one, None keeps the backbone's own head.
@@ -228,22 +214,27 @@ class DA3Config:
         problems: list[str] = []
         for name, kind in (("adapter", AdapterConfig), ("memory", MemoryConfig)):
             value = getattr(self, name)
-            _require(
+            require(
                 problems,
                 isinstance(value, kind),
                 f"`{name}` must be of type {kind.__name__}, got {shown(value)}.",
             )
-        _require(
+        require(
             problems,
             self.gate is None or isinstance(self.gate, GateConfig),
             f"`gate` must be a GateConfig or None, got {shown(self.gate)}.",
         )
-        _require(
+        require(
             problems,
             self.head is None or (isinstance(self.head, str) and bool(self.head)),
             f"`head` must be 'auto', a module name or None, got {shown(self.head)}.",
         )
-        _raise(problems)
+        refuse(problems)
+
+    @property
+    def cell_gates(self) -> GateConfig | None:
+        """The gates of cells; None: hosts that run, run for every cell."""
+        return self.gate if self.gate is not None and self.gate.by == "cell" else None
 
     @classmethod
     def preset(cls, name: str) -> DA3Config:
@@ -256,7 +247,7 @@ class DA3Config:
         Raises:
             ConfigError: There is no such preset.
         """
-        if not _is_one_of(name, [*PRESETS]):
+        if not is_one_of(name, [*PRESETS]):
             raise ConfigError(f"`name` must be one of {[*PRESETS]}, got {shown(name)}.")
         return cls(**PRESETS[name])
 
@@ -309,7 +300,7 @@ class DA3Config:
             )
         fields = dict(values)
         version = fields.pop("version", CONFIG_VERSION)
-        if not _is_int(version) or not 1 <= version <= CONFIG_VERSION:
+        if not is_int(version) or not 1 <= version <= CONFIG_VERSION:
             raise ConfigError(
                 f"Config version {version!r} cannot be read here (versions 1 to {CONFIG_VERSION} "
                 "can). Update lightning_da3."

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import ConfigError, ConversionError
 from lightning_da3.files.domain_file import fingerprint
 from lightning_da3.memory import fake_mode_of
 from lightning_da3.memory.fake import tensors_of
+from lightning_da3.model.choosing import check_target
 from lightning_da3.model.identity import architecture, backbone_state, former_identity
 from lightning_da3.model.model import DA3Model
 from lightning_da3.model.original import Original
@@ -20,6 +22,7 @@ from lightning_da3.passes.rewriting import rewrite
 from lightning_da3.planning.planner import make_plan
 from lightning_da3.torch_private.fake import is_fake
 from lightning_da3.torch_private.modules import original_of
+from lightning_da3.torch_private.trees import tree_map_only
 from lightning_da3.tracing.islands import trace
 from lightning_da3.verifying.batches import Known, guessed, words_of
 from lightning_da3.verifying.comparing import Comparison
@@ -64,7 +67,8 @@ def convert(
             its classifier cannot be found, it does not take the example inputs, or its conversion
             computes something else whatever stays Python.
         ConfigError: An argument has a wrong type; or `verify` is True, and the inputs are neither
-            given nor can be guessed.
+            given nor can be guessed; or domains are to skip branches, and the network has none, or
+            not enough.
 
     Warns:
         ConversionWarning: A module stays Python, as its converted form computed something else.
@@ -75,6 +79,8 @@ def convert(
         model = builder({})
         if verify is not False and _has_values(backbone):
             model = verified(builder.backbone, model, builder, builder.known, thorough=verify)
+    if config.gate is not None and config.gate.by == "domain":
+        check_target(model.plan, config.gate.target)
     return model.train(backbone.training)
 
 
@@ -134,6 +140,7 @@ class _Builder:
         mark = self._fingerprint(decided.head)
         self.original = self.original or Original(self.backbone)
         self.original.keep(self.backbone, rewritten)
+        self.original.inputs = tree_map_only(Tensor, _shape_of, self.inputs)
         model = DA3Model(rewritten, decided, self.config, mark, layers, self.original)
         model.former = {} if self.mode else former_identity(self.given, decided.head)
         return model
@@ -143,6 +150,10 @@ class _Builder:
             state = backbone_state(self.backbone.state_dict(), head)
             self.marks[head] = NO_FINGERPRINT if self.mode else fingerprint(state)
         return self.marks[head]
+
+
+def _shape_of(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 def _has_values(network: nn.Module) -> bool:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_da3.errors import ConfigError
 from lightning_da3.memory.names import mutable
 from lightning_da3.model.model import DA3Model
 from lightning_da3.nn.call import Executed
@@ -54,6 +55,9 @@ class PlainPyTorch:
             and give every convolution the value that it has in `model`. Rounding then decides no
             ReLU, gate or matched box differently.
         example_inputs: The arguments that `model` was converted with, if any.
+
+    Raises:
+        ConfigError: The domain skips branches.
     """
 
     def __init__(
@@ -65,6 +69,11 @@ class PlainPyTorch:
         example_inputs: Sequence[Any] | None = None,
     ) -> None:
         self.model, self.domain = model, model.domain(str(model.active_domain))
+        if self.domain.skipped:
+            raise ConfigError(
+                f"{model.active_domain!r} skips {list(self.domain.skipped)}, which a comparison "
+                "does not know. Compare a domain that skips nothing."
+            )
         self.executed: list[Executed] = []
         traced, python = trace(backbone, example_inputs), dict(model.plan.python)
         if dict(traced.python) != python:  # the comparison of a conversion left more in Python
@@ -95,7 +104,7 @@ class PlainPyTorch:
 
         Added to a loss, it has the gradients of a model whose `gate_loss_scale` is 1.
         """
-        gate = self.model.config.gate
+        gate = self.model.config.cell_gates
         if gate is None or not self.executed:
             return 0.0
         target = annealed_target(gate.target, self.model.progress)
@@ -138,7 +147,7 @@ class PlainPyTorch:
             return self._write(host, f.unsqueeze(1), adapted).squeeze(1)
         place = self._place(host, f)
         size = f.shape[2:] if place is None else f.shape[1:-1]
-        if self.model.config.gate is None:
+        if self.model.config.cell_gates is None:
             return f + _spread(addend, f, place)
         self.executed.append(Executed(gate, host.macs_per_output * size.numel()))
         if place is None:

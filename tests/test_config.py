@@ -174,7 +174,7 @@ def test_unknown_fields_are_refused_with_the_known_ones():
     refused(
         lambda: DA3Config.from_dict({"gate": {"targets": 0.5}}),
         "GateConfig has no field ['targets'].",
-        "It has ['target', 'weight', 'noise'].",
+        "It has ['target', 'weight', 'noise', 'by'].",
     )
 
 

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "lightning_da3"
 
 # a file or folder may import what stands before it, and nothing behind it
 ORDER = (
-    "errors formatting schedule torch_private config ops memory nn layers tracing planning "
+    "errors formatting choices schedule torch_private config ops memory nn layers tracing planning "
     "passes eager files budget exporting device model reference verifying converting costs "
     "plotting metrics trainer cli __main__"
 ).split()

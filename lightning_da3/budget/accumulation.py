@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_da3.budget.microbatches import Microbatches, cut, samples_in
 from lightning_da3.budget.policy import BudgetPolicy
-from lightning_da3.config import is_finite
+from lightning_da3.choices import is_finite
 from lightning_da3.errors import ConfigError, DA3Error
 from lightning_da3.formatting import shown
 from lightning_da3.nn.call import Calls, Noise
@@ -32,6 +32,10 @@ class Budgeted(Protocol):
     gate_loss_scale: float | None
     gates_over_ranks: bool
     calls: Calls
+
+    @property
+    def skipped_now(self) -> frozenset[str]:
+        """The branches that new calls skip."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of the network and of its domains."""
@@ -93,7 +97,8 @@ def accumulated(
     sums: list[Tensor | None] = [None] * len(known)
     value, fraction, count = torch.zeros(()), torch.zeros(()), samples_in(batch)
     here, noise, start = model.calls.here, Noise(count), 0
-    for part, samples, last in _parts(model.budget_policy, batch, count):
+    kind = model.skipped_now, _kind(batch, count)
+    for part, samples, last in _parts(model.budget_policy, kind, batch, count):
         weight, own = samples / count, noise.part(start, samples)
         start += samples
         factor = model.gate_loss_scale if last else scale
@@ -115,13 +120,15 @@ def accumulated(
     return {**output, "loss": total} if isinstance(output, Mapping) else total
 
 
-def _parts(policy: BudgetPolicy, batch: Any, count: int) -> Iterator[tuple[Any, int, bool]]:
+def _parts(
+    policy: BudgetPolicy, kind: Any, batch: Any, count: int
+) -> Iterator[tuple[Any, int, bool]]:
     """The parts of the batch, their numbers of samples, and whether it is the last one.
 
     The first part of a new kind of batch is one sample: it shows what the step gives the network,
     and so how large the others may be.
     """
-    kind, counts = _kind(batch, count), []
+    counts: list[int] = []
     if policy.part_of(kind) is None:
         yield next(cut(batch, [1, count - 1], lists=True)), 1, count == 1
         policy.remember_part(kind)

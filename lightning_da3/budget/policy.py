@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -63,7 +64,7 @@ class BudgetPolicy:
         self.tell: Callable[[str], object] | None = None
         self._costs = Recent[MicrobatchCosts](MOST_KINDS)
         self._chosen = Recent[Choice | None](MOST_CHOICES)
-        self._keeping: tuple[Names, list[Recomputed]] | None = None  # what keeps now
+        self._keeping: tuple[Any, list[Recomputed]] | None = None  # what keeps now
         self._parts = Recent[int](MOST_CHOICES)  # the most samples of a part, by kind of batch
         self._part: int | None = None  # the same for what the network was given last
 
@@ -129,7 +130,7 @@ class BudgetPolicy:
                 "along axis 0 first. If the training step's loss is a mean over samples, "
                 "MemoryConfig(split='accumulate') splits the step instead."
             )
-        key = (method, _signature(args, kwargs, count), count)
+        key = (method, model.skipped_now, _signature(args, kwargs, count), count)
         choice = self._chosen.get(key, lambda: self._choice(model, args, kwargs, check, method))
         self._keep(model, () if choice is None else choice.kept)
         self.predicted = None if choice is None else choice.step
@@ -158,7 +159,7 @@ class BudgetPolicy:
         choice = costs.hold(args, kwargs, self.bytes_on(_device(model)))
         if choice.split is not WHOLE:
             check(args, kwargs)
-        kept = len(choice.kept), len(model.plan.regions)
+        kept = len(choice.kept), len(model.plan_now.regions)
         self._say(f"a batch of {count}: {how_split(choice.parts, choice.again, kept=kept)}")
         return choice
 
@@ -202,9 +203,10 @@ class BudgetPolicy:
             return False
         return True
 
-    def _keep(self, model: nn.Module, names: Names) -> None:
-        if self._keeping is None or self._keeping[0] != names:
-            self._keeping = names, keep_only(model, names)
+    def _keep(self, model: Any, names: Names) -> None:
+        what = names, model.skipped_now
+        if self._keeping is None or self._keeping[0] != what:
+            self._keeping = what, keep_only(model.network_now, names, "backbone")
 
     @property
     def holds(self) -> bool:
@@ -265,13 +267,13 @@ class BudgetPolicy:
             DA3Error: The step cannot be predicted.
         """
         count = batch_size(args, kwargs)
-        key = (method, _signature(args, kwargs, count))
+        key = (method, model.skipped_now, _signature(args, kwargs, count))
 
         def make() -> MicrobatchCosts:
             predictor = StepPredictor(
                 model,
                 loss=None if method is None else mean_of,
-                prepare=without_budget,
+                prepare=partial(without_budget, method=method),
                 call=method,
             )
             return microbatch_costs(predictor, args, kwargs)
@@ -321,8 +323,10 @@ def how_split(
     return f"the batch goes through the network in {len(parts)} pieces of {most} at most, {stay}"
 
 
-def without_budget(twin: Any) -> None:
-    """Let a copy compute whole batches, without a budget and without other ranks."""
+def without_budget(twin: Any, method: Called | None = None) -> None:
+    """Let a copy compute whole batches, without a budget, other ranks and what is skipped."""
+    if method is None:
+        twin.settle_()
     twin.budget_policy.hold(MemoryConfig())
     keep_only(twin, ())
     twin.gates_over_ranks = False

@@ -19,14 +19,19 @@ from lightning_da3.planning.plan import Plan
 Names = tuple[str, ...]
 
 
-def keep_only(model: nn.Module, names: Collection[str]) -> list[Recomputed]:
+def keep_only(model: nn.Module, names: Collection[str], prefix: str = "") -> list[Recomputed]:
     """Let these regions of a DA3Model, and no others, keep instead of computing again.
+
+    Args:
+        model: The model, or the part of it that computes.
+        names: Names of the regions' modules in the model.
+        prefix: What the model calls that part.
 
     Returns:
         The regions that keep.
     """
     kept = []
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(prefix=prefix):
         if isinstance(module, Recomputed):
             module.kept = name in names
             kept += [module] if module.kept else []

@@ -77,11 +77,10 @@ def step_costs(
     domain = twin.domain(cast(str, twin.active_domain))
     finetune, network, why = _fine_tuning(model, domain, given, optimizer)
     kept = held.get("kept", ())
-    rows = rows_of(
-        model.plan, ours if kept else whole, finetune, kept, exact=model.config.memory.exact
-    )
+    plan = twin.plan
+    rows = rows_of(plan, ours if kept else whole, finetune, kept, exact=model.config.memory.exact)
     return StepCosts(
-        plan=model.plan,
+        plan=plan,
         inputs=tuple(tuple(x.shape) for x in tree_leaves(given) if isinstance(x, Tensor)),
         guessed=inputs is None and image_size is None,
         ours=ours,

@@ -27,7 +27,6 @@ class Model(Protocol):
     """What is used here of a DA3Model."""
 
     plan: Plan
-    backbone: nn.Module
 
     def run_domain(self, name: str | None, *args: Any) -> Any:
         """The output for a domain, whichever is active."""
@@ -35,6 +34,7 @@ class Model(Protocol):
 
 def export_inference(
     model: Model,
+    network: nn.Module,
     name: str | None,
     domain: nn.Module | None,
     parameters: Mapping[str, Tensor],
@@ -50,6 +50,7 @@ def export_inference(
 
     Args:
         model: The model.
+        network: Its rewritten network that the domain computes with.
         name: One of its domains; None: the backbone alone.
         domain: What the domain owns.
         parameters: Those of it that the network reads, by their names in its file.
@@ -69,7 +70,7 @@ def export_inference(
     ports = [Port(n, x, dynamic_batch) for n, x in zip(names, inputs, strict=True)]
     given = [Port(n, p.detach()) for n, p in parameters.items()] if domains == "inputs" else []
     run = partial(model.run_domain, name)
-    program = _recorded(run, model, domain, ports, given)
+    program = _recorded(run, model.plan.network, network, domain, ports, given)
     own = [port.example for port in given]
     with torch.no_grad():
         examples = [
@@ -103,18 +104,19 @@ def check_graphs(plan: Plan) -> None:
 
 def _recorded(
     run: Run,
-    model: Model,
+    name: str,
+    network: nn.Module,
     domain: nn.Module | None,
     inputs: Sequence[Port],
     given: Sequence[Port],
 ) -> Program:
     try:
-        return program_of(run, model.backbone, domain, inputs, given)
+        return program_of(run, network, domain, inputs, given)
     except DA3Error:
         raise
     except Exception as error:  # whatever torch.export cannot follow
         raise ConversionError(
-            f"{model.plan.network} cannot be exported: {type(error).__name__}: {error}. A shape or "
+            f"{name} cannot be exported: {type(error).__name__}: {error}. A shape or "
             "a branch that depends on values, or on the number of samples, has no place in a file: "
             "try dynamic_batch=False, or rewrite that part."
         ) from error

@@ -34,7 +34,6 @@ class Model(Protocol):
     """What is used here of a DA3Model."""
 
     plan: Plan
-    backbone: nn.Module
     config: Any
 
     def run_noisy(
@@ -45,6 +44,7 @@ class Model(Protocol):
 
 def export_training(
     model: Model,
+    network: nn.Module,
     name: str,
     domain: nn.Module,
     trained: Named,
@@ -64,6 +64,7 @@ def export_training(
 
     Args:
         model: The model.
+        network: Its rewritten network that the domain computes with.
         name: One of its domains.
         domain: What the domain owns.
         trained: Those of its tensors that learn, by their names in its file.
@@ -92,9 +93,9 @@ def export_training(
     with torch.no_grad():
         output, executed = run(noise, *inputs)
     targets = _targets(the_tensor_of(output), example_targets)
-    gate = model.config.gate if executed else None
+    gate = model.config.cell_gates if executed else None
     step = Step(
-        {"backbone": model.backbone, "domain": domain},
+        {"backbone": network, "domain": domain},
         run,
         list(trained),
         input_names(len(inputs)),

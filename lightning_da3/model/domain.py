@@ -34,11 +34,19 @@ class Domain(nn.Module):
 
     Attributes:
         loss_unit: In what unit its losses come.
+        skipped: Names of residual branches that it skips, in the order of the plan.
+        closed: Names of the hosts in them, whose adapters do not act.
+        held_open: These require gradients as well: optimizers that are being made take what does,
+            in runs that know what is skipped and in those that are about to choose it.
         outside: What trains with it in the module that holds the network; None: nothing.
 
     Raises:
         ConfigError: `class_names` are no strings, or not as many as there are classes.
     """
+
+    skipped: tuple[str, ...] = ()
+    closed: tuple[str, ...] = ()
+    held_open = False
 
     def __init__(
         self,
@@ -55,6 +63,22 @@ class Domain(nn.Module):
         self.num_classes = num_classes
         self.class_names = checked_class_names(class_names, num_classes)
         self.loss_unit = LossUnit()
+
+    def requires_grad_(self, requires_grad: bool = True) -> Domain:
+        """Of all that acts: adapters of hosts that are skipped require no gradient."""
+        super().requires_grad_(requires_grad)
+        for host in () if self.held_open else self.closed:
+            self.adapter(host).requires_grad_(False)
+        return self
+
+    @property
+    def acting(self) -> nn.Module:
+        """Its adapters that act, and its head, under the same names."""
+        part, closed = nn.Module(), {host_key(host) for host in self.closed}
+        acting = {key: a for key, a in self.adapters.items() if key not in closed}
+        part.add_module("adapters", nn.ModuleDict(acting))
+        part.add_module("head", self.head)
+        return part
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Domain:
         """Move the unit along; whatever else becomes of the domain, it stays a float32."""
@@ -121,7 +145,7 @@ def _new_adapter(host: HostPlan, config: DA3Config) -> Adapter:
         choice.hidden_channels,
         1 if host.stride is None else choice.kernel_size,
         host.axes,
-        gated=config.gate is not None,
+        gated=config.cell_gates is not None,
         exact=config.memory.exact,
     )
 

@@ -21,6 +21,7 @@ class Entry:
         structure: Of its arguments.
         others: What is no tensor among them, by position among their leaves.
         tensors: The number of tensors.
+        skipped: Names of branches of the network that are skipped.
     """
 
     path: str
@@ -28,14 +29,22 @@ class Entry:
     structure: Any
     others: tuple[tuple[int, Any], ...]
     tensors: int
+    skipped: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, path: str, method: str, args: Any, kwargs: Any) -> tuple[Entry, list[Tensor]]:
+    def of(
+        cls,
+        path: str,
+        method: str,
+        args: Any,
+        kwargs: Any,
+        skipped: frozenset[str] = frozenset(),
+    ) -> tuple[Entry, list[Tensor]]:
         """The entry of a call, and the call's tensors."""
         leaves, structure = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         others = tuple((i, x) for i, x in enumerate(leaves) if not isinstance(x, Tensor))
-        return cls(path, method, structure, others, len(tensors)), tensors
+        return cls(path, method, structure, others, len(tensors), skipped), tensors
 
     @property
     def name(self) -> str:
@@ -46,7 +55,7 @@ class Entry:
     def key(self) -> Any:
         """Equal for calls that one graph serves."""
         others = tuple((i, type(x), x if _is_plain(x) else repr(x)) for i, x in self.others)
-        return self.path, self.method, str(self.structure), others
+        return self.path, self.method, str(self.structure), others, self.skipped
 
     def arguments(self, tensors: Sequence[Tensor]) -> tuple[Any, Any]:
         """Arguments and named arguments with these tensors among them."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_da3.errors import ConversionError
+from lightning_da3.errors import ConfigError, ConversionError
 from lightning_da3.exporting.inference import Format, Place, export_inference
 from lightning_da3.exporting.steps import Loss
 from lightning_da3.exporting.training import export_training
 from lightning_da3.files.domain_file import write_domain
 from lightning_da3.model.batches import check_input, laid_out
+from lightning_da3.model.domain import Domain
 from lightning_da3.model.identity import identity
 from lightning_da3.model.running import Running
 from lightning_da3.model.state import OUTSIDE
@@ -38,7 +41,8 @@ class Exports(Running):
 
         The file has standard operations only, and says in its metadata, and in ``<path>.json``
         beside it, what goes in and comes out. Before it takes its place its outputs are compared
-        with the model's. Closed gates save no time in it.
+        with the model's. Closed gates of cells save no time in it; branches that the domain skips
+        are not in it.
 
         Args:
             domain: One of `domains`, active or not; None: the backbone alone.
@@ -47,7 +51,7 @@ class Exports(Running):
             format: "onnx", which needs the extra `export`; or "pt2", of `torch.export`.
             domains: "inside": the domain's tensors are constants of the file. "inputs": they are
                 inputs, by their names in the domain's own file; so one file serves all domains
-                with as many classes.
+                with as many classes that skip nothing.
             dynamic_batch: The first axis of every input may be of any size.
 
         Returns:
@@ -55,7 +59,8 @@ class Exports(Running):
 
         Raises:
             DomainError: There is no such domain.
-            ConfigError: `format` or `domains` is none of these, or `domains` needs a domain.
+            ConfigError: `format` or `domains` is none of these, or `domains` needs a domain, or
+                one that skips no branches.
             InputError: The examples do not fit the network.
             ConversionError: The network has parts that stay Python or that the format lacks, or
                 the file would compute something else.
@@ -68,14 +73,21 @@ class Exports(Running):
         check_input(args, self.plan)
         self.refresh()
         own = None if domain is None else self.domain(domain)
-        named = {} if own is None else dict(own.named_parameters())
-        parameters = {n: p for n, p in named.items() if not n.startswith(OUTSIDE)}
-        return export_inference(
-            *(self, domain, own, parameters, about, path, example_inputs),
-            format=format,
-            domains=domains,
-            dynamic_batch=dynamic_batch,
-        )
+        if domains == "inputs" and own is not None and own.skipped:
+            raise ConfigError(
+                f"domains='inputs' is for domains that compute the whole network, but {domain!r} "
+                f"skips {list(own.skipped)}: the file would be right for no other domain. Say "
+                "domains='inside'."
+            )
+        acting = None if own is None else own.acting
+        parameters = {} if acting is None else dict(acting.named_parameters())
+        with self._held_still(own) as network:
+            return export_inference(
+                *(self, network, domain, acting, parameters, about, path, example_inputs),
+                format=format,
+                domains=domains,
+                dynamic_batch=dynamic_batch,
+            )
 
     def export_training(
         self,
@@ -137,16 +149,29 @@ class Exports(Running):
                 "the training step of the network does not hold. Export a model that was made by "
                 "`convert` of the whole module."
             )
-        return export_training(
-            *(self, domain, own, named, about, path, example_inputs),
-            loss=loss,
-            optimizer=optimizer,
-            format=format,
-            dynamic_batch=dynamic_batch,
-            accumulate=accumulate,
-            example_targets=example_targets,
-            start=partial(write_domain, tensors=self._tensors(domain), metadata=about),
-        )
+        acting = own.acting
+        trained = dict(acting.named_parameters())
+        with self._held_still(own) as network:
+            return export_training(
+                *(self, network, domain, acting, trained, about, path, example_inputs),
+                loss=loss,
+                optimizer=optimizer,
+                format=format,
+                dynamic_batch=dynamic_batch,
+                accumulate=accumulate,
+                example_targets=example_targets,
+                start=partial(write_domain, tensors=self._tensors(domain), metadata=about),
+            )
+
+    @contextmanager
+    def _held_still(self, domain: Domain | None) -> Iterator[nn.Module]:
+        """The rewritten network that a domain computes with, which may get other tensors inside."""
+        network, _ = self._computing_for(self._slots.call(domain))
+        self._follows = False
+        try:
+            yield network
+        finally:
+            self._follows = True
 
     def run_domain(self, name: str | None, *args: Any) -> Any:
         """The output for a domain, whichever is active, without noise or loss.

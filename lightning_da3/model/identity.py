@@ -188,8 +188,10 @@ def config_in(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 def computing(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of a config the outputs depend on: that there are gates, not how they are trained."""
-    gate = {"gate": "GateConfig(...)"} if config.get("gate") is not None else {}
-    return {**config, **gate}
+    gate = config.get("gate")
+    if gate is None or "gate" not in config:
+        return dict(config)
+    return {**config, "gate": "GateConfig(...)" if gate["by"] == "cell" else None}
 
 
 def other_hosts(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:

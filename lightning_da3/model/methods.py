@@ -9,28 +9,24 @@ from __future__ import annotations
 import dataclasses
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from lightning_da3.config import DA3Config
 from lightning_da3.errors import DA3Error
 from lightning_da3.memory import fake_mode_of
+from lightning_da3.model.binding import Bound, without_values_of
 from lightning_da3.model.entries import Entry
-from lightning_da3.model.modes import set_mode_
-from lightning_da3.model.original import Original, UserState, identity_of, tensors_in
-from lightning_da3.model.slots import connect_
+from lightning_da3.model.original import Original
+from lightning_da3.model.smaller import Smaller
 from lightning_da3.nn.call import Call, Calls
-from lightning_da3.nn.convolution import FrozenConv, FrozenConvTranspose
-from lightning_da3.nn.frozen import frozen
-from lightning_da3.nn.normalization import FrozenAffine
+from lightning_da3.passes.branches import without_branches
 from lightning_da3.passes.rewriting import rewrite
 from lightning_da3.planning.plan import PartPlan, Plan
 from lightning_da3.planning.planner import make_plan
-from lightning_da3.torch_private.fake import is_fake
 from lightning_da3.tracing.guards import GuardError
 from lightning_da3.tracing.islands import trace
 
@@ -77,18 +73,19 @@ class Method:
             stays[""] = python
         with warnings.catch_warnings(), fake_mode_of(network) or nullcontext():
             warnings.simplefilter("ignore")  # of PyTorch, about copies of what has no values
-            given = [_without_values(x, network, backbone) for x in tensors]
+            given = [without_values_of(x, network, backbone) for x in tensors]
             traced = trace(_entering(network, entry), given, stays)
+            hosts: Any = plan
+            if entry.skipped:
+                traced, hosts = without_branches(traced, plan, entry.skipped)
             head = plan.head if _has(traced.root, plan.head) else None
             known = dataclasses.replace(config, head=head)
-            self.plan = make_plan(traced, known, None, hosts_of=plan)
+            self.plan = make_plan(traced, known, None, hosts_of=hosts)
             self.root = rewrite(traced, self.plan, known)
         if not isinstance(self.root, fx.GraphModule):
             self.root.__class__ = type(network)  # it stays Python: called as it is
         self.apart = dict(_apart(plan, self.plan, network))
-        self._places = list(_bound(entry, self.root, backbone, original))
-        connect_(self.root, calls)
-        set_mode_(self.root, self.plan, backbone.training)
+        self._bound = Bound(self.root, self.plan, backbone, original, calls, entry.name)
 
     def __call__(self, backbone: nn.Module, call: Call, tensors: Sequence[Tensor]) -> Any:
         """What the method returns."""
@@ -100,12 +97,7 @@ class Method:
                 "it, such as the block or the stage; or the backbone alone, inside `with "
                 "model.disable_adapters():`."
             )
-        for held, key, module, name in self._places:
-            value = getattr(module, name)
-            if held[key] is not value:
-                held[key] = value
-        if self.root.training != backbone.training:
-            set_mode_(self.root, self.plan, backbone.training)
+        self._bound.follow(backbone)
         if isinstance(self.root, fx.GraphModule):
             return self.root(*tensors)
         return self.entry.call(self.root, tensors)
@@ -116,13 +108,6 @@ def _has(root: nn.Module, path: str | None) -> bool:
         return path is not None and root.get_submodule(path) is not None
     except AttributeError:
         return False
-
-
-def _without_values(x: Tensor, network: nn.Module, backbone: nn.Module) -> Tensor:
-    """A tensor of the copy's device and type, wherever the model is by now."""
-    own, ours = next(network.parameters()), {p.dtype for p in backbone.parameters()}
-    dtype = own.dtype if x.dtype in ours and x.is_floating_point() else x.dtype
-    return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=own.device)
 
 
 class _Silent:
@@ -177,67 +162,6 @@ def _has_weights(network: nn.Module, path: str) -> bool:
     return _has(network, path) and any(True for _ in network.get_submodule(path).parameters())
 
 
-Place = tuple[dict[str, Any], str, nn.Module, str]
-
-
-def _bound(
-    entry: Entry, root: nn.Module, backbone: nn.Module, original: Original
-) -> Iterator[Place]:
-    """Put the rewritten network's tensors in; says where, and which of its modules holds them."""
-    theirs: dict[tuple[Any, ...], tuple[nn.Module, str]] = {}
-    for path, module, key, _ in tensors_in(backbone):
-        theirs.setdefault(identity_of(path, module, key), (module, key))
-    state = UserState(backbone, original.spare)
-    found: dict[int, Tensor | tuple[nn.Module, str]] = {}
-    for path, module, key, value in tensors_in(root):
-        same = theirs.get(identity_of(path, module, key))
-        found[id(value)] = _own(entry, path, module, key, state) if same is None else same
-    for held, key in _all_places(root):
-        source = found.get(id(held[key]))
-        if isinstance(source, tuple):
-            held[key] = getattr(*source)
-            yield held, key, *source
-        elif source is not None:
-            held[key] = source
-
-
-def _own(entry: Entry, path: str, module: nn.Module, key: str, state: UserState) -> Tensor:
-    """A tensor that the rewritten network does not hold."""
-    like = getattr(module, key)
-    try:
-        if isinstance(module, (FrozenConv, FrozenConvTranspose, FrozenAffine)):
-            value = module.translate(state)[key]
-        else:
-            value = state[identity_of(path, module, key)[1]]
-    except KeyError as error:
-        raise DA3Error(
-            f"`{entry.name}` cannot be called: it needs {error.args[0]!r} by itself, which was "
-            "folded into another layer or computed from others. Call a larger part of the network, "
-            "or keep an unconverted copy for this."
-        ) from error
-    layout = torch.channels_last if value.dim() == 4 else torch.contiguous_format
-    value = value.to(like.dtype)
-    is_conv = isinstance(module, FrozenConv)
-    return frozen(value.contiguous(memory_format=layout) if is_conv else value)
-
-
-def _all_places(root: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Everywhere in a rewritten network where a tensor without values is held."""
-    waiting: list[nn.Module] = [root]
-    seen: set[int] = set()
-    while waiting:
-        module = waiting.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        waiting += [child for child in module._modules.values() if child is not None]
-        waiting += [owned for owned in vars(module).values() if isinstance(owned, nn.Module)]
-        for held in (module._parameters, module._buffers, vars(module)):
-            for key, value in [*held.items()]:
-                if isinstance(value, Tensor) and is_fake(value):
-                    yield held, key
-
-
 _MOST_WAYS = 8  # in which one method decides; what decides in more stays Python
 _MANY_WAYS = f"it decides on its inputs in more than {_MOST_WAYS} ways"
 
@@ -248,11 +172,13 @@ class Methods:
     Attributes:
         made: The methods by the key of their entry: one for every way in which it decides on its
             inputs, as far as they came.
+        smaller: Forms of the whole network without some branches, by their names.
         view: The view of the whole network, once it was asked for.
     """
 
     def __init__(self) -> None:
         self.made: dict[Any, list[Method]] = {}
+        self.smaller: dict[frozenset[str], Smaller] = {}
         self.view: nn.Module | None = None
         self._lock = threading.Lock()
 
@@ -280,6 +206,20 @@ class Methods:
                 if is_new:
                     raise
             number += 1
+
+    def smaller_of(self, skipped: frozenset[str], make: Callable[[], Smaller]) -> Smaller:
+        """The network without some branches, made now if it is not there."""
+        with self._lock:
+            if skipped not in self.smaller:
+                self.smaller[skipped] = make()
+            return self.smaller[skipped]
+
+    def keep_only(self, used: Collection[frozenset[str]]) -> None:
+        """Forget what skips other branches than one of these sets, and any at all."""
+        with self._lock:
+            self.smaller = {key: form for key, form in self.smaller.items() if key in used}
+            gone = {key for key in self.made if key[-1] and key[-1] not in used}
+            self.made = {key: found for key, found in self.made.items() if key not in gone}
 
     def has(self, path: str, method: str) -> bool:
         """Whether a method of a part was made."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from lightning_da3.budget.microbatches import cut
@@ -50,6 +51,43 @@ def check_outside(domains: Sequence[Domain | None], holder: Holder | None) -> No
             f"{type(holder.root).__name__} has {names} outside of the network, which are of one "
             "domain at a time: call `set_domain(name)`, then compute the samples of that domain."
         )
+
+
+def alike(domains: Sequence[Domain | None]) -> list[list[int]]:
+    """The positions of samples in groups that skip the same branches."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for i, domain in enumerate(domains):
+        groups.setdefault(() if domain is None else domain.skipped, []).append(i)
+    return list(groups.values())
+
+
+def chosen(batch: tuple[Any, Any], samples: Sequence[int], count: int) -> Any:
+    """Some samples of a batch.
+
+    Args:
+        batch: Arguments and named arguments. Tensors with all samples along axis 0 count, whatever
+            holds them; lists with one entry for every sample where the first argument is one.
+        samples: Their positions.
+        count: The number of samples of the batch.
+    """
+    listed = isinstance(next(iter([*batch[0], *batch[1].values()]), None), (list, tuple))
+
+    def is_of_samples(x: Any) -> bool:
+        if isinstance(x, Tensor):
+            return x.dim() > 0 and len(x) == count
+        is_list = isinstance(x, (list, tuple)) and len(x) == count
+        return listed and is_list and x is not batch and x is not batch[0]
+
+    leaves, structure = tree_flatten(batch, is_leaf=is_of_samples)
+    some: list[Any] = []
+    for x in leaves:
+        if isinstance(x, Tensor) and is_of_samples(x):
+            some.append(x[torch.tensor(samples, device=x.device)])
+        elif isinstance(x, (list, tuple)):
+            some.append(type(x)(x[i] for i in samples))
+        else:
+            some.append(x)
+    return tree_unflatten(some, structure)
 
 
 def by_sample(

@@ -4,36 +4,36 @@ from __future__ import annotations
 
 import html
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_da3.budget.microbatches import samples_in
-from lightning_da3.config import is_finite
+from lightning_da3.choices import is_finite
 from lightning_da3.errors import ConfigError, InputError
 from lightning_da3.formatting import shown
 from lightning_da3.model.batches import check_input
+from lightning_da3.model.choosing import ChoosesBranches
 from lightning_da3.model.exports import Exports
-from lightning_da3.model.mixed import NEAREST, Domains, by_sample, check_domains, check_outside
-from lightning_da3.model.modes import set_mode_
-from lightning_da3.model.nearest import (
-    check_known,
-    joined_features,
-    likeliest,
-    new_statistics,
-    read_hosts,
+from lightning_da3.model.mixed import (
+    NEAREST,
+    Domains,
+    alike,
+    by_sample,
+    check_domains,
+    check_outside,
+    chosen,
 )
-from lightning_da3.model.starting import StartsHeads
+from lightning_da3.model.modes import set_mode_
+from lightning_da3.model.recognizing import Recognizes
 from lightning_da3.model.status import Status, StepFigures, percentage
 from lightning_da3.model.views import has_name, view_of
-from lightning_da3.nn.call import Call
 from lightning_da3.nn.head import class_axis, classes_of
-from lightning_da3.torch_private.trees import tree_map_only
 
 
-class DA3Model(Exports, StartsHeads):
+class DA3Model(Exports, ChoosesBranches, Recognizes):
     """A network whose backbone is frozen and held in eval, with domains to switch between.
 
     Made by `lightning_da3.convert`. Calls like the network it was made from. With no domain active
@@ -69,7 +69,8 @@ class DA3Model(Exports, StartsHeads):
             args: As the network takes them.
             domains: For inference, the domain of every sample along axis 0, None for the backbone
                 alone; or ``"nearest"``, what `nearest_domains` says. All samples share one pass
-                through the backbone; the active domain plays no part and stays active.
+                through the backbone, or all that skip the same branches; the active domain plays no
+                part and stays active.
             kwargs: As the network takes them.
 
         Returns:
@@ -100,14 +101,35 @@ class DA3Model(Exports, StartsHeads):
         check_domains(domains, count)
         own = [None if name is None else self.domain(name) for name in domains]
         check_outside(own, self.holder)
+        groups = alike(own)
+        if len(groups) > 1:
+            return self._run_groups(domains, groups, args, kwargs)
         slots = self._slots
         with torch.no_grad():
-            output, ledger = self._run(slots.mixed(own, self._device), *args, **kwargs)
-        self._executed(ledger)
+            call = slots.mixed(own, self._device)
+            output, ledger = self._run(call, *args, **kwargs)
+        self._executed(ledger, call)
         heads = [head for domain in own if (head := slots.head_of(domain)) is not None]
         axis = class_axis(heads[0]) if heads else -1
         listed = isinstance(batch[0], (list, tuple))
         return by_sample(output, count, [classes_of(h) for h in heads], axis, listed=listed)
+
+    def _run_groups(
+        self, domains: Sequence[str | None], groups: Sequence[Sequence[int]], args: Any, kwargs: Any
+    ) -> list[Any]:
+        """The outputs of samples that skip different branches, from one pass for each group."""
+        found: dict[int, Any] = {}
+        shares: list[Tensor | None] = []
+        for own in groups:
+            some, named = chosen((args, kwargs), own, len(domains))
+            outputs = self._run_mixed([domains[i] for i in own], some, named)
+            found.update(zip(own, outputs, strict=True))
+            shares.append(self.executed_flops_fraction)
+        known = [(s, len(own)) for s, own in zip(shares, groups, strict=True) if s is not None]
+        count = sum(number for _, number in known)
+        mean = [share * (number / count) for share, number in known]
+        self.calls.here.executed = torch.stack(mean).sum() if mean else None
+        return [found[i] for i in range(len(domains))]
 
     @torch.no_grad()
     def gate_maps(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -127,65 +149,6 @@ class DA3Model(Exports, StartsHeads):
         }
         return {host.name: maps[host.name] for host in self.plan.hosts if host.name in maps}
 
-    # --- the nearest domain -----------------------------------------------------------------------
-
-    @torch.no_grad()
-    def fit_statistics(self, name: str, batches: Iterable[Any]) -> None:
-        """Learn what a domain's samples look like to the backbone, for `nearest_domains`.
-
-        One pass over the samples, forward only. The statistics are saved with the domain; as the
-        backbone never changes, they stay right however the domain is trained.
-
-        Args:
-            name: One of `domains`.
-            batches: Its samples: tensors, as `forward` takes them first, or tuples or lists that
-                begin with what it takes first, as loaders give them.
-
-        Raises:
-            DomainError: There is no such domain.
-            ConfigError: `batches` are none.
-            InputError: A batch does not fit the network, or there are fewer than two samples.
-        """
-        domain, device = self.domain(name), self._device
-        if not isinstance(batches, Iterable):
-            raise ConfigError(
-                f"`batches` must be a list or a loader of batches, got {type(batches).__name__}."
-            )
-        statistics = new_statistics(self.plan, device)
-        firsts = (batch[0] if isinstance(batch, (list, tuple)) else batch for batch in batches)
-        statistics.fit(
-            self._features(tree_map_only(Tensor, lambda x: x.to(device), first)) for first in firsts
-        )
-        domain.statistics = statistics
-
-    @torch.no_grad()
-    def nearest_domains(self, *args: Any, **kwargs: Any) -> list[str]:
-        """The domain that each sample most likely belongs to, by the backbone's features of it.
-
-        The one under whose Gaussian the features are likeliest (`lightning_da3.nn.statistics`).
-
-        Args:
-            args: As `forward` takes them.
-            kwargs: As `forward` takes them.
-
-        Returns:
-            One of `domains` for every sample.
-
-        Raises:
-            DomainError: There is no domain, or one without statistics.
-            InputError: The batch does not fit the network.
-        """
-        known = check_known({name: self.domain(name).statistics for name in self.domains})
-        return likeliest(known, self._features(*args, **kwargs))
-
-    def _features(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What the backbone alone gives the adapters to read first and last, pooled: (N, D)."""
-        check_input(args, self.plan)
-        count = samples_in((*args, *kwargs.values()))
-        found: dict[str, Tensor | None] = {host.name: None for host in read_hosts(self.plan)}
-        self._run(Call(features=found), *args, **kwargs)
-        return joined_features(found, count)
-
     # --- modes ------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> DA3Model:
@@ -197,6 +160,7 @@ class DA3Model(Exports, StartsHeads):
         """
         super().train(mode)
         set_mode_(self.backbone, self.plan, mode)
+        self._let_follow()
         return self
 
     # --- the user's network -----------------------------------------------------------------------

@@ -65,6 +65,7 @@ class MultiDomain(nn.Module):
         self.holder: Holder | None = None
         self.plan, self.config = plan, config
         self.fingerprint, self.architecture = fingerprint, architecture
+        self._whole = plan  # whatever `settle_` makes of the other
         self._active: str | None = None
         self._may_wait = False  # for its backward: a loss of the active domain
         self._was_set = False  # somebody said which domain is to be active, or that none is
@@ -172,6 +173,7 @@ class MultiDomain(nn.Module):
                 )
             holder.take_back()
         if domain is not None:
+            self._make_smaller(frozenset(domain.skipped))  # now: a compiler could not make it
             domain.requires_grad_(not self.follows)
             domain.loss_unit.on(self._device)  # now: a compiler could not make it
         before, self._active, self._was_set = self._active, name, True
@@ -296,6 +298,9 @@ class MultiDomain(nn.Module):
             self.domain(name).loss_unit.value = torch.tensor(unit)
 
     # --- parts ------------------------------------------------------------------------------------
+
+    def _make_smaller(self, skipped: frozenset[str]) -> None:
+        """Make the network without these branches, unless it is there."""
 
     @property
     def dtype(self) -> torch.dtype:

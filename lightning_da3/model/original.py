@@ -36,12 +36,14 @@ class Original:
 
     Attributes:
         network: The copy; None if there is none, or if the network cannot be copied.
+        inputs: What the conversion was told that the network takes, without values; None: nothing.
         spare: Tensors of the network that its rewritten form does not hold, by their names: folded
             statistics, and layers that `forward` does not use.
     """
 
     def __init__(self, network: nn.Module | None = None) -> None:
         self.network: nn.Module | None = None
+        self.inputs: tuple[Any, ...] | None = None
         self.spare: dict[str, Tensor] = {}
         if network is not None:
             with suppress(DA3Error):  # then only the figures of fine-tuning are missing
@@ -70,7 +72,8 @@ class Original:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (None if self.network is None else _pickled(self.network), self.spare)
+        network = None if self.network is None else _pickled(self.network)
+        return _unpickled, (network, self.spare, self.inputs)
 
 
 def _pickled(network: nn.Module) -> bytes | None:
@@ -85,9 +88,11 @@ def _pickled(network: nn.Module) -> bytes | None:
     return None
 
 
-def _unpickled(network: bytes | None, spare: dict[str, Tensor]) -> Original:
+def _unpickled(
+    network: bytes | None, spare: dict[str, Tensor], inputs: tuple[Any, ...] | None = None
+) -> Original:
     found = Original()
-    found.spare = spare
+    found.spare, found.inputs = spare, inputs
     if network is not None:
         with suppress(Exception):  # its class may be unknown here: then it is forgotten
             found.network = without_values(pickle.loads(network), new_fake_mode())

@@ -29,7 +29,8 @@ from lightning_da3.model.methods import Method, Methods
 from lightning_da3.model.original import Original
 from lightning_da3.model.pending import trains_later_
 from lightning_da3.model.saving import SavesDomains
-from lightning_da3.nn.call import Call, Executed, Noise
+from lightning_da3.model.smaller import Candidates, Smaller
+from lightning_da3.nn.call import Call, Calls, Executed, Noise
 from lightning_da3.nn.gate import budget_loss, executed_fraction
 from lightning_da3.planning.plan import Plan
 from lightning_da3.schedule import NOISE_UNTIL, annealed_target
@@ -38,6 +39,10 @@ from lightning_da3.tracing.guards import GuardError
 
 class Running(SavesDomains):
     """A backbone with domains that runs. Everything is an attribute of `DA3Model`; see there."""
+
+    candidates: Candidates | None = None  # while branches are chosen
+    _settled: frozenset[str] = frozenset()  # what the backbone itself skips
+    _follows = True  # what is skipped computes with the tensors that the backbone has by now
 
     def __init__(
         self,
@@ -72,12 +77,12 @@ class Running(SavesDomains):
         """
         call, name = self.calls.resting, self._active
         output, ledger = run(self._noisy(call, args, kwargs), args, kwargs)
-        executed = self._executed(ledger)
+        executed = self._executed(ledger, call)
         output = laid_out(output, (args, kwargs))
         trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if trains and self.bank and not self._was_set and call is self.calls.everywhere:
             self._was_set = tell_that_nothing_trains(output, self.domains)
-        if executed and self.config.gate and self.training and torch.is_grad_enabled():
+        if executed and self.config.cell_gates and self.training and torch.is_grad_enabled():
             loss, scale = self.gate_loss(executed), self.gate_loss_scale
             if scale is None and call.unit is not None:
                 output = carrying(output, loss, call.unit.beside(loss))
@@ -111,7 +116,8 @@ class Running(SavesDomains):
         """A pass through a method; a training step's batch is split as `forward`'s would be."""
 
         def run(call: Call, *args: Any, **kwargs: Any) -> tuple[Any, Ledger]:
-            return self._run_entry(call, *Entry.of(method.path, method.method, args, kwargs))
+            entry, tensors = Entry.of(method.path, method.method, args, kwargs, call.skipped)
+            return self._run_entry(call, entry, tensors)
 
         if not self.budget_policy.holds or batch_size(args, kwargs) is None:
             return run(call, *args, **kwargs)
@@ -121,8 +127,7 @@ class Running(SavesDomains):
         """One pass through a method, rewritten now if that is needed."""
 
         def make(python: str | None) -> Method:
-            about = (self.original, self.backbone, self.plan, self.config, self.calls)
-            return Method(entry, *about, tensors, python)
+            return Method(entry, *self._about_network, tensors, python)
 
         def run(found: Method) -> tuple[Any, Ledger]:
             ledger: Ledger = []
@@ -143,7 +148,7 @@ class Running(SavesDomains):
 
     def _noisy(self, call: Call, args: Any, kwargs: Any) -> Call:
         """The call of a whole batch, with noise on its gates while they are learned."""
-        gate = self.config.gate
+        gate = self.config.cell_gates
         if gate is None or not (gate.noise and self.training and self.progress < NOISE_UNTIL):
             return call
         noise = self.calls.here.noise or Noise(batch_size(args, kwargs) or 0)
@@ -181,9 +186,10 @@ class Running(SavesDomains):
     def _run(self, call: Call, *args: Any, **kwargs: Any) -> tuple[Any, Ledger]:
         """One pass through the backbone: the output, and how much of every host was executed."""
         ledger: Ledger = []
-        with self.calls.running(call.noted_in(ledger)), self._python(self.plan):
+        network, plan = self._computing_for(call)
+        with self.calls.running(call.noted_in(ledger)), self._python(plan):
             try:
-                return self.backbone(*args, **kwargs), ledger
+                return network(*args, **kwargs), ledger
             except RuntimeError as error:
                 explain_types((args, kwargs), self.dtype, self.plan.network, error)
                 raise
@@ -191,7 +197,80 @@ class Running(SavesDomains):
                 if torch.compiler.is_compiling() or self.original.network is None:
                     raise
                 self._tell_of_another_way(error)
-        return self._run_entry(call, *Entry.of("", "forward", args, kwargs))
+        return self._run_entry(call, *Entry.of("", "forward", args, kwargs, call.skipped))
+
+    def _computing_for(self, call: Call) -> tuple[nn.Module, Plan]:
+        """The rewritten network that a call runs, without the branches that it skips."""
+        if not call.skipped or call.skipped == self._settled:
+            return self.backbone, self.plan
+        if torch.compiler.is_compiling():  # it was made before
+            form: Smaller | Candidates = self.methods.smaller[call.skipped]
+            return form.root, form.plan
+        form = self.candidates or self.smaller(call.skipped)
+        if self._follows:
+            form.follow(self.backbone)
+        return form.root, form.plan
+
+    def smaller(self, skipped: frozenset[str]) -> Smaller:
+        """The network without these branches, made now if it is not there.
+
+        Raises:
+            DA3Error: The model does not know its network any more.
+        """
+        make = partial(Smaller, skipped, *self._about_network)
+        return self.methods.smaller_of(skipped, make)
+
+    def _make_smaller(self, skipped: frozenset[str]) -> None:
+        if skipped and skipped != self._settled and self.candidates is None:
+            self.smaller(skipped)
+
+    def _forget_smaller(self) -> None:
+        if self.candidates is None:
+            self.methods.keep_only([frozenset(self.domain(name).skipped) for name in self.domains])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Running:
+        """Move what is skipped by domains along."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._let_follow()
+        return self
+
+    def _let_follow(self) -> None:
+        for form in self.methods.smaller.values():
+            form.follow(self.backbone)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is there for a choice of branches."""
+        return {**super().__getstate__(), "candidates": None}
+
+    @property
+    def _about_network(self) -> tuple[Original, nn.Module, Plan, DA3Config, Calls]:
+        return self.original, self.backbone, self._whole, self.config, self.calls
+
+    @property
+    def skipped_now(self) -> frozenset[str]:
+        """The branches that new calls of this thread skip."""
+        return self.calls.resting.skipped
+
+    @property
+    def network_now(self) -> nn.Module:
+        """The rewritten network that new calls of this thread compute with."""
+        return self._computing_for(self.calls.resting)[0]
+
+    @property
+    def plan_now(self) -> Plan:
+        """Its plan."""
+        return self._computing_for(self.calls.resting)[1]
+
+    def settle_(self) -> None:
+        """Become the smaller network that the active domain computes with, if it skips any.
+
+        For copies that predict what steps cost: what is asked of the network and its plan is then
+        of what runs.
+        """
+        call = self.calls.resting
+        if call.skipped != self._settled:
+            form = self.smaller(call.skipped)
+            self.backbone, self.plan, self._settled = form.root, form.plan, call.skipped
 
     def _tell_of_another_way(self, error: GuardError) -> None:
         if not self.methods.has("", "forward"):
@@ -207,24 +286,30 @@ class Running(SavesDomains):
             return nullcontext()
         return KeepsLess(exact=self.config.memory.exact)
 
-    def _executed(self, ledger: Ledger) -> list[Executed]:
+    def _executed(self, ledger: Ledger, call: Call) -> list[Executed]:
         """What was executed; its share is remembered."""
         executed = [entry for _, entry in ledger]
-        share = executed_fraction(executed).detach() if executed else None
-        self.calls.here.executed = share
+        if executed:
+            self.calls.here.executed = executed_fraction(executed).detach()
+        elif call.skipped:
+            self.calls.here.executed = torch.tensor(self._whole.executed_share(call.skipped))
+        else:
+            self.calls.here.executed = None
         return executed
 
     @property
     def executed_flops_fraction(self) -> Tensor | None:
-        """The share of the hosts' FLOPs that the last pass of this thread executed.
+        """The share of the hosts' FLOPs that gates let run in the last pass of this thread.
 
-        None without gates: hosts then run whole.
+        Of a domain that skips branches, without gates of cells: the share of the whole network's.
+        None of others without gates: hosts then run whole.
         """
         return self.calls.here.executed
 
     def gate_loss(self, executed: Sequence[Executed]) -> Tensor:
         """The weighted budget loss of one forward pass, a scalar."""
-        assert self.config.gate is not None
-        target = annealed_target(self.config.gate.target, self.progress)
+        gate = self.config.cell_gates
+        assert gate is not None
+        target = annealed_target(gate.target, self.progress)
         loss = budget_loss(executed, target, over_ranks=self.gates_over_ranks)
-        return loss * self.config.gate.weight
+        return loss * gate.weight

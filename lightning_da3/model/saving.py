@@ -11,14 +11,15 @@ from lightning_da3.errors import CheckpointError, DA3Error
 from lightning_da3.files.artifacts import local_file
 from lightning_da3.files.domain_file import domain_file_bytes, read_domain, write_domain
 from lightning_da3.files.names import check_name
+from lightning_da3.model.branches import ordered_branches
 from lightning_da3.model.identity import check_identity, identity
-from lightning_da3.model.multi_domain import MultiDomain
 from lightning_da3.model.outside import tensors_of
+from lightning_da3.model.skipping import SkipsBranches
 from lightning_da3.model.state import HAS_STATISTICS, OUTSIDE, check_tensors, outside_in
 from lightning_da3.model.versions import scaled_today
 
 
-class SavesDomains(MultiDomain):
+class SavesDomains(SkipsBranches):
     """A backbone whose domains are saved, each in a file of its own."""
 
     def save_domain(self, name: str, path: str | os.PathLike[str], **metadata: Any) -> None:
@@ -58,6 +59,8 @@ class SavesDomains(MultiDomain):
         }
         if domain.class_names is not None:
             about["class_names"] = domain.class_names
+        if domain.skipped:
+            about["skipped"] = list(domain.skipped)
         return {**about, **identity(self)}
 
     def load_domain(self, path: str | os.PathLike[str], name: str | None = None) -> str:
@@ -87,6 +90,7 @@ class SavesDomains(MultiDomain):
             expected = self.expected_tensors(*classes, statistics=has_statistics)
             outside = outside_in(file.tensors)
             check_tensors(file.tensors, {**expected, **self.expected_outside(None, outside)})
+            skipped = ordered_branches(self._whole, about.get("skipped", ()))
         except DA3Error as error:
             raise CheckpointError(
                 f"The domain file {str(path)!r} does not fit this model: {error}"
@@ -99,4 +103,5 @@ class SavesDomains(MultiDomain):
         domain = self.domain(name)
         own = {f"{OUTSIDE}{key}": value for key, value in tensors_of(domain.outside).items()}
         domain.load_state_dict({**own, **scaled_today(file.tensors, about["config"])})
+        self.skip(name, skipped)
         return name

@@ -42,13 +42,14 @@ class Slots:
         if domain is None:
             return Call()
         adapters = {host: domain.adapter(host) for host in self.hosts}
-        return Call(adapters, domain.head, domain.loss_unit)
+        return Call(adapters, domain.head, domain.loss_unit, skipped=frozenset(domain.skipped))
 
     def mixed(self, domains: Sequence[Domain | None], device: torch.device) -> Call:
         """Each sample is computed by its own domain.
 
         Args:
-            domains: The domain of every sample of the batch; None: the backbone alone.
+            domains: The domain of every sample of the batch; None: the backbone alone. All skip
+                the same branches.
             device: Where the network computes.
         """
         if len(set(domains)) < 2:  # there is nothing to tell apart
@@ -63,10 +64,11 @@ class Slots:
             host: MixedAdapters(host, [d.adapter(host) for d in named], own, len(domains))
             for host in self.hosts
         }
+        skipped = frozenset(named[0].skipped)
         if self.head is None:
-            return Call(adapters)
+            return Call(adapters, skipped=skipped)
         heads = [cast(nn.Module, self.head_of(domain)) for domain in positions]
-        return Call(adapters, MixedHeads(heads, list(positions.values())))
+        return Call(adapters, MixedHeads(heads, list(positions.values())), skipped=skipped)
 
 
 def _slot_in(place: nn.Module) -> HeadSlot:

@@ -93,7 +93,7 @@ class HeadStart:
     """
 
     def __init__(self, head: nn.Module | None, name: str) -> None:
-        self._name, self._head = name, _linear(head, name)
+        self._name, self._head = name, linear_head(head, name)
         self._ridge = Ridge(centred=self._head.bias is not None)
 
     def see(self, computes: Callable[[], Any]) -> None:
@@ -106,30 +106,8 @@ class HeadStart:
         Raises:
             InputError: The loss does not depend on the head.
         """
-        read: list[tuple[Tensor, Tensor]] = []
-
-        def silent(_: nn.Module, inputs: Any, scores: Tensor) -> Tensor:
-            torch.set_grad_enabled(True)  # for what follows; the call began without
-            read.append((inputs[0].detach(), torch.zeros_like(scores).requires_grad_()))
-            return read[-1][1]
-
-        handle = self._head.register_forward_hook(silent)
-        try:
-            with torch.no_grad():
-                value = computes()
-        finally:
-            handle.remove()
-        if not isinstance(value, Tensor) or not value.requires_grad:
-            raise InputError(
-                f"The loss of {self._name!r} does not depend on the domain's head. Give one that "
-                "takes the network's output and a batch's second entry."
-            )
-        zeros = [scores for _, scores in read]
-        asked = torch.autograd.grad(value, zeros, torch.ones_like(value))
-        axis = -1 if isinstance(self._head, nn.Linear) else 1
-        count = sum(scores.numel() // scores.shape[axis] for scores in zeros)
-        for (features, _), gradient in zip(read, asked, strict=True):
-            self._ridge.add(_rows(features, axis), _rows(gradient, axis) * -count)
+        for features, asked in asked_of(self._head, computes, self._name):
+            self._ridge.add(features.flatten(0, -2), asked.flatten(0, -2))
 
     def finish(self, others: Callable[[Ridge], Ridge] = lambda ridge: ridge) -> None:
         """Start the head.
@@ -155,7 +133,7 @@ class HeadStart:
                 self._head.bias.copy_(bias)
 
 
-def _linear(head: nn.Module | None, name: str) -> Head:
+def linear_head(head: nn.Module | None, name: str) -> Head:
     """The head, which maps every position alone.
 
     Raises:
@@ -174,5 +152,39 @@ def _linear(head: nn.Module | None, name: str) -> Head:
     return cast(Head, head)
 
 
-def _rows(x: Tensor, axis: int) -> Tensor:
-    return x.movedim(axis, -1).flatten(0, -2)
+def asked_of(head: Head, computes: Callable[[], Any], name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a head reads, (N, *in, D), and what the loss asks of scores that are all zero, (.., K).
+
+    Args:
+        head: The head.
+        computes: Calls the network, whose domain is active, and gives the loss of its output: a
+            mean over samples.
+        name: The domain's, for errors.
+
+    Raises:
+        InputError: The loss does not depend on the head.
+    """
+    read: list[tuple[Tensor, Tensor]] = []
+
+    def silent(_: nn.Module, inputs: Any, scores: Tensor) -> Tensor:
+        torch.set_grad_enabled(True)  # for what follows; the call began without
+        read.append((inputs[0].detach(), torch.zeros_like(scores).requires_grad_()))
+        return read[-1][1]
+
+    handle = head.register_forward_hook(silent)
+    try:
+        with torch.no_grad():
+            value = computes()
+    finally:
+        handle.remove()
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        raise InputError(
+            f"The loss of {name!r} does not depend on the domain's head. Give one that takes the "
+            "network's output and a batch's second entry."
+        )
+    zeros = [scores for _, scores in read]
+    asked = torch.autograd.grad(value, zeros, torch.ones_like(value))
+    axis = -1 if isinstance(head, nn.Linear) else 1
+    count = sum(scores.numel() // scores.shape[axis] for scores in zeros)
+    for (features, _), gradient in zip(read, asked, strict=True):
+        yield features.movedim(axis, -1), gradient.movedim(axis, -1) * -count

@@ -12,6 +12,7 @@ from lightning_da3.errors import CheckpointError, ConfigError, DA3Error
 from lightning_da3.files.domain_file import fingerprint
 from lightning_da3.files.fitting import config_differences
 from lightning_da3.files.names import check_name
+from lightning_da3.model.branches import check_saved
 from lightning_da3.model.domain import Bank, Domain
 from lightning_da3.model.holder import Holder
 from lightning_da3.model.identity import (
@@ -98,14 +99,10 @@ def domain_state(module: nn.Module) -> dict[str, Any]:
 def without_backbones(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     """A state of `module`, without the backbones of the DA3Models in it."""
     models = [
-        name for name, child in module.named_modules() if isinstance(_child(child, "bank"), Bank)
+        name for name, m in module.named_modules() if isinstance(m._modules.get("bank"), Bank)
     ]
     prefixes = tuple(f"{name}.backbone." if name else "backbone." for name in models)
     return {key: value for key, value in state.items() if not key.startswith(prefixes)}
-
-
-def _child(module: nn.Module, name: str) -> nn.Module | None:
-    return dict(module.named_children()).get(name)
 
 
 def check_tensors(tensors: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
@@ -244,6 +241,7 @@ def _check_extra(model: HoldsDomains, extra: Mapping[str, Any]) -> None:
         raise CheckpointError(f"The checkpoint's config cannot be read: {error}.") from error
     if others:
         raise CheckpointError(f"The checkpoint does not fit this model: {' '.join(others)}")
+    check_saved(model.plan, extra)
 
 
 def _check_domains(

@@ -114,9 +114,10 @@ class Call:
         noise: Noise on the gates, or None.
         features: To be filled with what the hosts of these names read, pooled.
         ledger: To be filled with how much of every host ran; None: nothing is noted.
+        skipped: Names of residual branches that are skipped.
     """
 
-    __slots__ = ("adapters", "features", "head", "ledger", "noise", "unit")
+    __slots__ = ("adapters", "features", "head", "ledger", "noise", "skipped", "unit")
 
     def __init__(
         self,
@@ -126,13 +127,15 @@ class Call:
         noise: Noise | None = None,
         features: dict[str, Tensor | None] | None = None,
         ledger: list[tuple[str, Executed]] | None = None,
+        skipped: frozenset[str] = frozenset(),
     ) -> None:
         self.adapters, self.head, self.unit = adapters or {}, head, unit
         self.noise, self.features, self.ledger = noise, features, ledger
+        self.skipped = skipped
 
     def with_noise(self, noise: Noise | None) -> Call:
         """This call, with other noise."""
-        return Call(self.adapters, self.head, self.unit, noise, self.features)
+        return self._with(noise, None)
 
     def part(self, start: int, samples: int) -> Call:
         """This call, for some samples of its batch."""
@@ -140,7 +143,11 @@ class Call:
 
     def noted_in(self, ledger: list[tuple[str, Executed]]) -> Call:
         """This call, with what is executed noted in `ledger`."""
-        return Call(self.adapters, self.head, self.unit, self.noise, self.features, ledger)
+        return self._with(self.noise, ledger)
+
+    def _with(self, noise: Noise | None, ledger: list[tuple[str, Executed]] | None) -> Call:
+        about = (self.adapters, self.head, self.unit)
+        return Call(*about, noise, self.features, ledger, self.skipped)
 
     @property
     def alone(self) -> bool:

@@ -45,6 +45,22 @@ class Ridge:
             setattr(both, name, getattr(self, name) + getattr(other, name))
         return both
 
+    def error(self, weights: Tensor, bias: Tensor) -> float:
+        """The sum of the squared errors that such a prediction makes of these rows.
+
+        Of the sums alone: ``|Y - X W' - b|^2`` is ``|Y|^2 - 2 tr(W X'Y) + tr(W X'X W')
+        + 2 b . (W X'1 - Y'1) + N |b|^2``.
+
+        Args:
+            weights: W (K, D).
+            bias: b (K).
+        """
+        crossed = (weights * self.cross.T).sum()
+        products = ((weights @ self.gram) * weights).sum()
+        offset = 2 * bias.dot(weights @ self.features - self.targets)
+        error = self.squares - 2 * crossed + products + offset + self.count * bias.dot(bias)
+        return float(error.clamp_min(0))
+
     def is_finite(self) -> bool:
         """Whether all features and targets were."""
         return all(bool(sums.isfinite().all()) for sums in (self.gram, self.cross, self.targets))

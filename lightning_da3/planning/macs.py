@@ -31,12 +31,25 @@ def macs_per_position(
         shapes: Shapes of one sample's values, by node.
         positions: Output positions of a sample, as far as these are known.
     """
-    nodes = list(inside)
     if positions is not None:
-        macs = sum(_macs_of(gm, node, shapes) for node in nodes) / positions
-    else:
-        macs = sum(float(_weight_of(gm, node) or 0) for node in nodes)
-    return macs or 1.0
+        return macs_of_all(gm, inside, shapes) / positions or 1.0
+    return macs_of_all(gm, inside, None) or 1.0
+
+
+def macs_of_all(
+    gm: fx.GraphModule, nodes: Iterable[fx.Node], shapes: Mapping[fx.Node, Shape] | None
+) -> float:
+    """Multiply-accumulates of these nodes for one sample.
+
+    Args:
+        gm: A traced network.
+        nodes: Of its graph.
+        shapes: Shapes of one sample's values, by node; None: all maps count as if they had one
+            size, which is one position.
+    """
+    if shapes is None:
+        return sum(float(_weight_of(gm, node) or 0) for node in nodes)
+    return sum(_macs_of(gm, node, shapes) for node in nodes)
 
 
 def _weight_of(gm: fx.GraphModule, node: fx.Node) -> int | None:

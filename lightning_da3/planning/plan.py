@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,27 @@ class HostPlan:
     def axes(self) -> int:
         """The axes of the coarse grid. The cells of tokens stand in one row."""
         return 1 if self.stride is None else len(self.stride)
+
+
+@dataclass(frozen=True)
+class BranchPlan:
+    """A residual branch that can be skipped as a whole: ``x + f(x)`` becomes ``x``.
+
+    Attributes:
+        name: The branch's name, unique in the network.
+        total: The node that adds it to what it reads.
+        modules: The modules that it calls, as the user's network would say it, in order.
+        macs: Its multiply-accumulates for one sample.
+        hosts: The names of the hosts in it, which do not act where it is skipped.
+        within: The names of the branches that it is a part of.
+    """
+
+    name: str
+    total: str
+    modules: tuple[str, ...]
+    macs: float
+    hosts: tuple[str, ...] = ()
+    within: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,6 +151,8 @@ class PartPlan:
         hosts: In the order in which data meets them.
         regions: What is computed again.
         prologue: What takes a large batch in microbatches, if anything.
+        branches: What can be skipped, in the order in which data meets it.
+        macs: Its multiply-accumulates for one sample.
     """
 
     path: str
@@ -136,6 +160,8 @@ class PartPlan:
     hosts: tuple[HostPlan, ...]
     regions: tuple[RecomputeRegion, ...] = ()
     prologue: ProloguePlan | None = None
+    branches: tuple[BranchPlan, ...] = ()
+    macs: float = 0.0
 
     @property
     def prefix(self) -> str:
@@ -179,6 +205,24 @@ class Plan:
         return tuple(region for part in self.parts for region in part.regions)
 
     @property
+    def branches(self) -> tuple[BranchPlan, ...]:
+        """The branches of all graphs."""
+        return tuple(branch for part in self.parts for branch in part.branches)
+
+    def executed_share(self, skipped: Collection[str]) -> float:
+        """The share of the network's FLOPs that run where these branches are skipped.
+
+        Args:
+            skipped: Names of branches.
+        """
+        gone = sum(
+            branch.macs
+            for branch in self.branches
+            if branch.name in skipped and not any(outer in skipped for outer in branch.within)
+        )
+        return 1.0 - gone / sum(part.macs for part in self.parts) if gone else 1.0
+
+    @property
     def left_to_pytorch(self) -> tuple[str, ...]:
         """Kinds of layers whose backward keeps whatever PyTorch keeps."""
         return tuple(sorted({node.layer for node in self.nodes if node.keeps == "kept"}))
@@ -205,6 +249,10 @@ class Plan:
                 where = f"{part.path}: " if part.path else ""
                 ends = " to ".join(dict.fromkeys((first, last)))
                 lines.append(f"{where}prologue {ends}: a large batch in microbatches (on CPU)")
+        if self.branches:
+            share = 1 - self.executed_share([branch.name for branch in self.branches])
+            count = f"{len(self.branches)} branch{'' if len(self.branches) == 1 else 'es'}"
+            lines.append(f"{count} can be skipped, {share:.0%} of the network's FLOPs")
         lines += [f"stays Python: {path or 'the network'}, {why}" for path, why in self.python]
         lines += [f"called as it is: {path}, {why}" for path, why in self.functions]
         return "\n".join(lines)

@@ -13,12 +13,14 @@ from torch import fx
 from lightning_da3.config import AdapterConfig, DA3Config
 from lightning_da3.errors import ConversionError
 from lightning_da3.layers import CONVS
+from lightning_da3.planning.branches import plan_branches
 from lightning_da3.planning.depths import Graph, depths
 from lightning_da3.planning.flow import Flow
 from lightning_da3.planning.folding import find_folds
 from lightning_da3.planning.forms import FormFinder
 from lightning_da3.planning.head import find_head
 from lightning_da3.planning.hosts import POOLED, HostFinder
+from lightning_da3.planning.known_hosts import hosts_found_again
 from lightning_da3.planning.means import find_means
 from lightning_da3.planning.nodes import plan_nodes, trained_through
 from lightning_da3.planning.places import common_owner, find_places, free_name
@@ -37,6 +39,7 @@ from lightning_da3.planning.spans import SpanFinder
 from lightning_da3.planning.stored import find_stored
 from lightning_da3.tracing.graphs import Part, Traced, module_of
 
+Hosts = Mapping[str, Sequence[HostPlan]]
 NEAR = 0.9  # of tokens, a class token among them counts as a position
 
 
@@ -57,7 +60,7 @@ def make_plan(
     traced: Traced,
     config: DA3Config,
     examples: Sequence[Any] | None = None,
-    hosts_of: Plan | None = None,
+    hosts_of: Plan | Hosts | None = None,
 ) -> Plan:
     """Decide what becomes of every node.
 
@@ -67,7 +70,8 @@ def make_plan(
         examples: The network's arguments, whose shapes decide what is computed again; guessed if
             left out.
         hosts_of: The plan of the whole network, if `traced` is a part or another method of it: of
-            its hosts those that are in this graph whole, which may be none.
+            its hosts those that are in this graph whole, which may be none. Or these, by the path
+            of their graph.
 
     Raises:
         ConversionError: There is nothing to adapt, or the head cannot be found.
@@ -80,7 +84,9 @@ def make_plan(
     ]
     _count_from_the_input_(drafts)
     if hosts_of is not None:
-        _take_known_(drafts, hosts_of)
+        hosts = _known_in(drafts, hosts_of) if isinstance(hosts_of, Plan) else hosts_of
+        for draft in drafts:
+            draft.candidates = [(1.0, host) for host in hosts[draft.part.path]]
     elif not any(draft.candidates for draft in drafts):
         for draft in drafts:
             draft.candidates = [(1.0, host) for host in draft.finder.any_layers()]
@@ -91,9 +97,27 @@ def make_plan(
         _choose_(drafts, config.adapter)
     training = [draft.part.path for draft in drafts if draft.head or draft.candidates]
     parts = tuple(_plan_part(draft, config, training) for draft in drafts)
+    if not every:
+        parts = tuple(_with_branches(drafts, parts))
     python = tuple(traced.python.items())
     functions = tuple(traced.functions.items())
     return Plan(traced.network, parts, head, _input_channels(traced), python, functions)
+
+
+def known_hosts(traced: Traced, plan: Plan) -> Hosts:
+    """The hosts of a plan that a traced network has whole, by the path of their graph."""
+    size = input_size(traced)
+    drafts = [_draft(p, plan.head, p.inputs if p.path else None, size, True) for p in traced.parts]
+    return _known_in(drafts, plan)
+
+
+def _known_in(drafts: Sequence[_Draft], plan: Plan) -> Hosts:
+    return {
+        draft.part.path: hosts_found_again(
+            draft.part, draft.finder, [host for _, host in draft.candidates], plan
+        )
+        for draft in drafts
+    }
 
 
 def _count_from_the_input_(drafts: Sequence[_Draft]) -> None:
@@ -149,53 +173,6 @@ def _least_depth(min_depth: float | str, candidates: Sequence[HostPlan]) -> floa
     # one linear layer alone is none
     blocks = sum(host.stride is None and host.readers != (host.last,) for host in candidates)
     return 1 / 3 if 2 * blocks > len(candidates) else 0.0
-
-
-def _take_known_(drafts: Sequence[_Draft], plan: Plan) -> None:
-    """Take the hosts that `plan` has as well, from the same layer to the same."""
-    known = [
-        (host, ends)
-        for part in plan.parts
-        for host, ends in zip(part.hosts, _ends(part.hosts, _places(part)), strict=True)
-    ]
-    for draft in drafts:
-        places = find_places(draft.part.gm)
-        whole = {name: f"{draft.part.path}.{p}".lstrip(".") for name, p in places.items()}
-        for found in (draft.candidates, [(1.0, host) for host in draft.finder.any_layers()]):
-            ends = _ends([host for _, host in found], whole)
-            draft.candidates = [
-                (reduction, dataclasses.replace(host, macs_per_output=same.macs_per_output))
-                for (reduction, host), own in zip(found, ends, strict=True)
-                for same, theirs in known
-                if _are_same(host, own, same, theirs)
-            ]
-            if draft.candidates:
-                break
-
-
-def _are_same(
-    host: HostPlan, ends: Sequence[str | None], other: HostPlan, others: Sequence[str | None]
-) -> bool:
-    """Whether two hosts are; where one ends, a module may be one node that the other looks into."""
-    return _about(host) == _about(other) and all(
-        end == there or (end is not None and f"{there}.".startswith(f"{end}."))
-        for end, there in zip(ends, others, strict=True)
-    )
-
-
-def _about(host: HostPlan) -> tuple[Any, ...]:
-    return host.name, host.in_channels, host.out_channels, host.stride
-
-
-def _places(part: PartPlan) -> dict[str, str]:
-    return {node.name: f"{part.path}.{node.place}".lstrip(".") for node in part.nodes}
-
-
-def _ends(
-    hosts: Sequence[HostPlan], places: Mapping[str, str]
-) -> list[tuple[str | None, str | None]]:
-    """Where hosts begin and end."""
-    return [(places.get(host.readers[0]), places.get(host.last)) for host in hosts]
 
 
 def _draft(
@@ -272,6 +249,13 @@ def _plan_part(draft: _Draft, config: DA3Config, training: Sequence[str]) -> Par
         tuple(_named(gm, nodes, regions, exact)),
         find_prologue(gm, draft.flow, draft.shapes, nodes, hosts),
     )
+
+
+def _with_branches(drafts: Sequence[_Draft], parts: Sequence[PartPlan]) -> Iterator[PartPlan]:
+    known = [(draft.part, draft.flow, draft.shapes) for draft in drafts]
+    branches, macs = plan_branches(known, [part.hosts for part in parts])
+    for part, own, count in zip(parts, branches, macs, strict=True):
+        yield dataclasses.replace(part, branches=own, macs=count)
 
 
 def _named(

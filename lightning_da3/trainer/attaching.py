@@ -168,22 +168,26 @@ def _unchanged_on_error(module: nn.Module, state: Mapping[str, Any]) -> Iterator
     try:
         yield
     except BaseException:
-        for model, fingerprint, former, statistics in models:
+        for model, fingerprint, former, statistics, skipped in models:
             model.fingerprint, model.former = fingerprint, former
             for name in model.domains:
                 if name not in statistics:
                     model.delete_domain(name)
                 else:
                     model.domain(name).statistics = statistics[name]
+                    model.skip(name, skipped[name])
         for key, value in before.items():
             tensors[key].copy_(value)
         raise
 
 
-def _about(model: DA3Model) -> tuple[str, Mapping[str, str], dict[str, Statistics | None]]:
-    """What loading a state changes of a model beside its tensors; domains by their statistics."""
+def _about(
+    model: DA3Model,
+) -> tuple[str, Mapping[str, str], dict[str, Statistics | None], dict[str, tuple[str, ...]]]:
+    """What loading a state changes of a model beside its tensors; domains by what they have."""
     statistics = {name: model.domain(name).statistics for name in model.domains}
-    return model.fingerprint, model.former, statistics
+    skipped = {name: model.skipped(name) for name in model.domains}
+    return model.fingerprint, model.former, statistics, skipped
 
 
 def _load_(

@@ -18,6 +18,7 @@ from lightning_da3.config import DA3Config
 from lightning_da3.errors import ConfigError, DA3Error
 from lightning_da3.formatting import shown
 from lightning_da3.model.model import DA3Model
+from lightning_da3.trainer.branch_choice import choose_branches
 from lightning_da3.trainer.building import stop_waiting, when_built
 from lightning_da3.trainer.domain_files import DomainFiles
 from lightning_da3.trainer.evaluation import EvaluatesByDomain
@@ -69,11 +70,11 @@ class DA3Callback(EvaluatesByDomain):
       beside the network takes memory as well.
     * ``da3/resident_bytes``: largest resident set of the process so far, by epoch (on CPU, where
       the system tells).
-    * ``da3/executed_flops_fraction``, with gates: share of the hosts' FLOPs that they let run, by
-      epoch; of several domains also ``da3/executed_flops_fraction/<domain>``.
+    * ``da3/executed_flops_fraction``: with gates, the share of the hosts' FLOPs that they let run;
+      of domains that skip, of the network's; by epoch. Of several domains also ``../<domain>``.
 
-    Beside them settings, tables, pictures where matplotlib is, and with Weights & Biases curves of
-    every domain and the domains themselves (`lightning_da3.trainer.tracking`).
+    Beside them settings, tables, pictures, and with Weights & Biases curves of every domain and the
+    domains themselves (`lightning_da3.trainer.tracking`).
 
     Args:
         domain: The name of the domain; or, to learn several, numbers of classes by name.
@@ -95,11 +96,10 @@ class DA3Callback(EvaluatesByDomain):
             in which it is at least as good. None: by every epoch. Of several domains, each by
             ``<monitor>/<domain>`` where that is logged.
         mode: Whether less of it is better (``"min"``) or more (``"max"``).
-        outside: What becomes of what requires a gradient beside the network, such as
-            ``self.classifier`` beside ``self.feature_extractor``, with the buffers next to it.
-            ``"domain"``: it belongs to the domain, as its adapters do. ``"shared"``: all domains
-            train the same, and so change each other, which a warning says. ``"frozen"``: it does
-            not train; statistics next to it are the domain's.
+        outside: What becomes of what requires a gradient beside the network, and of buffers next to
+            it. ``"domain"``: it belongs to the domain, as its adapters do. ``"shared"``: all
+            domains train the same, and so change each other, which a warning says. ``"frozen"``: it
+            does not train; statistics next to it are the domain's.
         start_head: Start the head of a domain that has learned nothing yet where its training
             batches say, as `DA3Model.start_head` does: one more pass over them, through
             `training_step`, before the first step. It is worth most where training is short.
@@ -198,7 +198,7 @@ class DA3Callback(EvaluatesByDomain):
         lend_summary_(trainer, UsersSummary)
         if trainer.state.fn == "fit":
             self.session.open_domains()
-            if len(self.session.domains) > 1:  # those of inactive domains
+            if self.session.may_leave_out:
                 find_unused_parameters_(trainer.strategy)
 
     @override
@@ -231,6 +231,7 @@ class DA3Callback(EvaluatesByDomain):
         model.train()  # Lightning leaves a module in eval that came in eval
         model.gates_over_ranks = trainer.world_size > 1
         model.budget_policy.tell = rank_zero_info
+        choose_branches(trainer, pl_module, self.session)
         if self.start_head:
             start_heads(trainer, pl_module, self.session)
         self.figures.start(trainer, pl_module, model)

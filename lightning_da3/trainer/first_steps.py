@@ -209,9 +209,14 @@ class _Call:
 
     def prepare(self, twin: nn.Module) -> None:
         """Let a network compute as it did in this call."""
+        getattr(twin, "settle_", _nothing)()  # a DA3Model
         if self.autocast is not None:
             kind = next(twin.parameters()).device.type
             twin.forward = torch.autocast(kind, self.autocast)(twin.forward)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _without_values(x: Tensor) -> Tensor:

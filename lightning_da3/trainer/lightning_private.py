@@ -6,7 +6,7 @@ because the `lightning` and `pytorch_lightning` packages each have their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
 
@@ -74,11 +74,16 @@ def count_logged_(trainer: Any, samples: int | None) -> None:
         results.batch_size = samples
 
 
-def training_batches(trainer: Any) -> Iterator[Any]:
+def training_batches(trainer: Any, asked: str, instead: str) -> Generator[Any]:
     """The batches of an epoch, each as a training step gets it, before training begins.
 
     Reads ``fit_loop._data_fetcher`` and the module's ``_on_before_batch_transfer``. The fetcher
     begins anew afterwards, as it does in every epoch.
+
+    Args:
+        trainer: About to train.
+        asked: What needs them, for the error.
+        instead: What to call instead.
 
     Raises:
         ConfigError: This version of Lightning has either no longer, or `training_step` takes an
@@ -89,9 +94,8 @@ def training_batches(trainer: Any) -> Iterator[Any]:
     prepare = getattr(module, "_on_before_batch_transfer", None)
     if fetcher is None or prepare is None or is_of_lightning(fetcher, "_DataLoaderIterDataFetcher"):
         raise ConfigError(
-            "DA3Callback(start_head=True) cannot see the batches before training starts: "
-            "`training_step` takes an iterator of them, or this version of Lightning hides them. "
-            "Call `model.start_head(domain, batches)` yourself."
+            f"{asked} cannot see the batches before training starts: `training_step` takes an "
+            f"iterator of them, or this version of Lightning hides them. Call `{instead}` yourself."
         )
     try:
         for batch, *_ in fetcher:

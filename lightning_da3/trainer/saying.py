@@ -75,7 +75,7 @@ class Saying:
 
     def end(self, trainer: L.Trainer, model: DA3Model) -> None:
         """A training is over."""
-        gate = model.config.gate
+        gate = model.config.cell_gates
         if gate is None or trainer.global_step < ENOUGH_STEPS:
             return
         for name, (total, count) in self._executed.items():

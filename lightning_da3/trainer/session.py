@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -132,6 +132,13 @@ class TrainingSession:
         if self._module is not None:
             follow_(self._module, self.network, domain)
 
+    def skip(self, domain: str, branches: Sequence[str]) -> None:
+        """Let a domain skip branches, in averages of the network and teachers as well."""
+        for model in (self.network, *self._copies):
+            model.skip(domain, branches)
+        if self._module is not None:
+            follow_(self._module, self.network, self.network.active_domain)
+
     def turn_to(self, domain: str) -> None:
         """A batch of a domain comes next, of several domains that take turns."""
         self.activate(domain)
@@ -141,12 +148,21 @@ class TrainingSession:
         """Let every domain require gradients: DDP and optimizers take what does."""
         self.network.set_domain(next(iter(self.domains)))  # their order is to be the same each time
         for name in self.domains:
+            self.network.domain(name).held_open = True
             self.network.domain(name).requires_grad_(True)
+
+    @property
+    def may_leave_out(self) -> bool:
+        """Whether some of what requires a gradient when a run begins may get none in a step."""
+        gate = self.network.config.gate
+        skips = any(self.network.skipped(name) for name in self.domains)
+        return len(self.domains) > 1 or skips or (gate is not None and gate.by == "domain")
 
     def close_domains(self) -> None:
         """Let the active domain alone require gradients."""
         for name in self.domains:
             if self.model is not None and name in self.model.domains:
+                self.model.domain(name).held_open = False
                 self.model.domain(name).requires_grad_(name == self.model.active_domain)
 
     def begin_fit(self, trainer: Any) -> None:

@@ -81,6 +81,7 @@ def follow_(module: nn.Module, model: DA3Model, domain: str | None) -> None:
                 if name not in twin.domains:
                     twin.bank[name] = copy.deepcopy(model.domain(name)).requires_grad_(False)
                     twin.domain(name).outside = None
+                twin.skip(name, model.skipped(name))
             twin.set_domain(domain)
 
 

@@ -107,7 +107,7 @@ class Tracking:
         """A training begins."""
         self._batches, self._shown, self._status = 0, False, None
         self._samples = Samples()
-        gated = self._session.network.config.gate is not None
+        gated = self._session.network.config.cell_gates is not None
         self._wants_samples = gated and not is_compiled(pl_module) and self._draws
         runs = watching_runs(filter(is_wandb, self._loggers)) if self._logs else []
         for run in runs:

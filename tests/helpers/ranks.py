@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from helpers.apart import ALONE, PARAMETERS, Apart, learned
 from helpers.lit import CONFIG, Lit, LitConfigure, data
+from helpers.skips import BY_DOMAIN, config, network
 from lightning_da3 import (
     DA3Callback,
     DA3Config,
@@ -228,6 +229,25 @@ def head_start(folder, strategy):
     fitter.fit(Lit(), data())
     assert torch.equal(seen.weight, fitter.strategy.broadcast(seen.weight))
     save(fitter, folder, "learned", seen.weight)
+
+
+def skips(folder, strategy):
+    """Every rank sees its own samples, and both choose alike, after DDP wrapped the module."""
+
+    class Skips(Lit):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+
+    module = Skips()
+    callback = DA3Callback("a", 2, config(gate=BY_DOMAIN))
+    fitter = trainer(folder, strategy, callbacks=[callback], max_epochs=2)
+    fitter.fit(module, data())
+    skipped = module.net.skipped("a")
+    assert skipped == fitter.strategy.broadcast(skipped)
+    for name, value in module.net.domain("a").state_dict().items():  # the same on every rank
+        assert torch.equal(value, fitter.strategy.broadcast(value)), name
+    save(fitter, folder, "learned", list(skipped))
 
 
 def dies(folder, strategy):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ranks
+from helpers.skips import BY_DOMAIN, config, network
 
 import lightning_da3
 from lightning_da3 import convert
@@ -85,6 +86,12 @@ def head_start(folder, learned):
     torch.testing.assert_close(learned, model.domain("a").head.weight.detach())
 
 
+def skips(folder, learned):
+    del folder
+    model = convert(network(), config(gate=BY_DOMAIN))
+    assert model.plan.executed_share(learned) <= BY_DOMAIN.target
+
+
 def saves_the_best(folder, learned):
     del learned
     extra = read_domain(folder / "a.safetensors").metadata["extra"]
@@ -114,13 +121,14 @@ CHECKS = [
     interleaved,
     saves_the_best,
     head_start,
+    skips,
 ]
 
 
 @pytest.mark.parametrize(
     ("strategy", "checks"),
     [
-        ("ddp", [CHECKS[0], metrics_add_up, pictures]),
+        ("ddp", [CHECKS[0], metrics_add_up, pictures, skips]),
         pytest.param("ddp", CHECKS[1:], marks=pytest.mark.exhaustive),
         ("da3_ddp", CHECKS),
     ],

@@ -1,0 +1,92 @@
+"""Branches that domains skip, chosen by the training batches before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_da3.budget.microbatches import samples_in
+from lightning_da3.model.choosing import MOST_SAMPLES, BranchChoice
+from lightning_da3.model.modes import in_use
+from lightning_da3.trainer.asking import (
+    check_automatic,
+    is_fresh,
+    loss_of_step,
+    of_all_ranks,
+    silent,
+)
+from lightning_da3.trainer.lightning_private import training_batches
+from lightning_da3.trainer.session import TrainingSession
+from lightning_da3.trainer.steps import domain_of
+
+ASKED = 'GateConfig(by="domain")'
+INSTEAD = "model.choose_branches(domain, batches, target)"
+
+
+def choose_branches(trainer: Any, pl_module: Any, session: TrainingSession) -> None:
+    """Choose what domains skip that have learned nothing yet, if the config says so.
+
+    Domains that skip something already keep to it. `training_step` is called for the first batches
+    of an epoch again and again, in eval, for its loss alone, as for `start_heads`.
+
+    Args:
+        trainer: About to train.
+        pl_module: Its module.
+        session: What is learned.
+
+    Raises:
+        ConfigError: The module's steps optimize by themselves, their batches cannot be seen, a
+            domain has no linear head of its own, or the target cannot be reached.
+        InputError: A loss does not depend on the head, or is not finite.
+    """
+    model = session.network
+    gate = model.config.gate
+    if gate is None or gate.by != "domain":
+        return
+    choices = {
+        name: BranchChoice(model, name, gate.target, of_all_ranks)
+        for name in session.domains
+        if is_fresh(model.domain(name)) and not model.skipped(name)
+    }
+    if not choices:
+        return
+    check_automatic(pl_module, ASKED, INSTEAD)
+    before = model.active_domain
+    with torch.random.fork_rng(), silent(pl_module, model), in_use(pl_module), model.choosing():
+        losses = _losses(trainer, pl_module, session, list(choices))
+        try:
+            for name, choice in choices.items():
+                session.activate(name)
+                choice.make(losses.pop(name))
+        finally:
+            session.activate(before)
+    for name, choice in choices.items():
+        session.skip(name, choice.skipped)
+        left = model.plan.executed_share(choice.skipped)
+        rank_zero_info(
+            f"DA3: {name!r} skips {list(choice.skipped)}: {left:.0%} of the network's FLOPs are "
+            "left."
+        )
+
+
+def _losses(
+    trainer: Any, pl_module: Any, session: TrainingSession, domains: list[str]
+) -> dict[str, list[Callable[[], Any]]]:
+    """What computes the losses of the first batches of every domain."""
+    step, most = loss_of_step(trainer, pl_module), -(-MOST_SAMPLES // trainer.world_size)
+    losses: dict[str, list[Callable[[], Any]]] = {name: [] for name in domains}
+    counts = dict.fromkeys(domains, 0)
+    batches = training_batches(trainer, ASKED, INSTEAD)
+    for index, each in enumerate(batches):
+        name, batch = domain_of(session, each)
+        if counts.get(name, most) < most:
+            losses[name].append(partial(step, batch, index))
+            counts[name] += samples_in(batch)
+        if min(counts.values()) >= most:
+            break
+    batches.close()
+    return losses
