@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ from torch import Tensor, nn
 
 from comparison.backbones import load_backbone
 from comparison.methods import METHODS
-from comparison.training import ready
+from comparison.methods.da3 import DOMAIN
+from comparison.training import load_, ready
+from lightning_da3 import DA3Model
 
 ANY_RATE = 1e-4  # costs do not depend on it
 
 
 def measure(
     network: tuple[str, Path | None, int],
-    states: dict[str, Path | None],
+    states: dict[str, tuple[Path, Sequence[str]] | None],
     classes: int,
     batch_size: int,
     rounds: int,
@@ -27,8 +30,9 @@ def measure(
 
     Args:
         network: Name, weights and image size, as `load_backbone` takes them.
-        states: Of every method to measure, a file of the state of a domain that it learned, with
-            which inference is timed; None: with a fresh domain.
+        states: Of every method to measure, a file of the state of a domain that it learned, and
+            what that skips; None: with a fresh domain. Training starts from a fresh one that skips
+            the same.
         classes: Of that domain.
         batch_size: Images of a step.
         rounds: Timed steps of every method.
@@ -44,14 +48,16 @@ def measure(
         return built.to(memory_format=torch.channels_last)
 
     steps = {}
-    for name in states:
+    for name, state in states.items():
         model = build(name)
+        if isinstance(model, DA3Model) and state is not None:
+            model.skip(DOMAIN, state[1])
         make = METHODS[name].optimizer
         steps[name] = Step(
             model, images, labels, lambda _, model=model, make=make: make(model, ANY_RATE)
         )
     paid = costs(steps, rounds)
-    users = {name: _user(name, steps[name].network, path, images) for name, path in states.items()}
+    users = {name: _user(name, steps[name].network, s, images) for name, s in states.items()}
     used = alternate(users, rounds)
     return {
         name: {
@@ -65,10 +71,12 @@ def measure(
     }
 
 
-def _user(name: str, network: nn.Module, path: Path | None, images: Tensor) -> Any:
+def _user(
+    name: str, network: nn.Module, state: tuple[Path, Sequence[str]] | None, images: Tensor
+) -> Any:
     """Runs the network as it is used, once a call."""
-    if path is not None and path.exists():
-        network.load_state_dict(torch.load(path, weights_only=True), strict=False)
+    if state is not None and state[0].exists():
+        load_(network, *state)
     network = METHODS[name].merge(ready(network))
 
     @torch.no_grad()

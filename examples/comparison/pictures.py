@@ -1,4 +1,4 @@
-"""Two pictures that say it at a glance: accuracy against peak memory, and against time."""
+"""Pictures that say it at a glance: accuracy against peak memory, training and inference time."""
 
 from __future__ import annotations
 
@@ -23,15 +23,25 @@ LABEL_HEIGHT = 0.055  # of the axes
 
 def plot_memory(rows: Sequence[Row]) -> Figure:
     """Mean accuracy against the peak of a step; up and left is better."""
-    figure, axes = _axes(_finding(rows, "peak MiB", "MiB"))
+    label = "peak memory of a training step above the resting model, MiB"
+    return _points(rows, "peak MiB", "MiB", label)
+
+
+def _points(rows: Sequence[Row], column: str, unit: str, label: str) -> Figure:
+    figure, axes = _axes(_finding(rows, column, unit))
     points = {}
     for row in rows:
-        x, y = row.values["peak MiB"], 100 * row.mean
+        x, y = row.values[column], 100 * row.mean
         axes.plot([x], [y], "o", markersize=9, color=_colour(row), clip_on=False)
         points[row.method] = (x, y)
-    axes.set_xlabel("peak memory of a training step above the resting model, MiB")
+    axes.set_xlabel(label)
     _finish(axes, rows, points)
     return figure
+
+
+def plot_inference(rows: Sequence[Row]) -> Figure:
+    """Mean accuracy against the time of an inference; up and left is better."""
+    return _points(rows, "inference ms", "ms", "time of an inference of one batch, ms")
 
 
 def plot_time(rows: Sequence[Row]) -> Figure:

@@ -29,7 +29,7 @@ from comparison.input_errors import InputError
 from comparison.methods import METHODS
 from comparison.methods.plain import head_of
 from comparison.records import Key, Records, write_whole
-from comparison.training import Schedule, evaluate, learn, learn_on, ready
+from comparison.training import Schedule, evaluate, learn, learn_on, load_, ready
 from lightning_da3 import DA3Error
 
 LARGEST_LOSS = 1e9  # also of what is not finite
@@ -142,6 +142,7 @@ class Comparison:
             "accuracy": accuracy,
             "rate": rate,
             "curve": learned.curve,
+            "skipped": list(learned.skipped),
             "stored_parameters": sum(value.numel() for value in learned.state.values()),
             "stored_bytes": stored_bytes(learned.state, METHODS[method].stored_as_bits),
             "steps": self.schedule.steps(len(domain.train_labels)),
@@ -187,10 +188,18 @@ class Comparison:
             return
         self.say(f"memory and time of a step, {len(missing)} methods in turns")
         domain = self.domains[0]
-        states = {m: self.state_path(m, domain.name, "0") for m in missing}
+        sources = {m: METHODS[m].learns_as or m for m in missing}
+        states = {
+            m: (self.state_path(m, domain.name, "0"), self._skipped(source, domain.name))
+            for m, source in sources.items()
+        }
         sizes = len(domain.classes), self.schedule.batch_size, self.rounds
         for method, paid in apart(measure, self.source, states, *sizes).items():
             self.records.add(("cost", method), {**paid, "processor": processor()})
+
+    def _skipped(self, method: str, domain: str) -> list[str]:
+        learned = self.records.get("learn", method, domain, "0") or {}
+        return list(learned.get("skipped", ()))
 
     # --- states -----------------------------------------------------------------------------------
 
@@ -203,12 +212,10 @@ class Comparison:
         write_whole(path, content.getvalue())
 
     def _with_state(self, network: nn.Module, method: str, domain: str) -> nn.Module:
-        state = torch.load(self.state_path(method, domain, "0"), weights_only=True)
-        left = network.load_state_dict(state, strict=False).unexpected_keys
-        if left:
+        path = self.state_path(method, domain, "0")
+        if load_(network, path, self._skipped(method, domain)):
             raise InputError(
-                f"{self.state_path(method, domain, '0')} is of another network: begin anew with "
-                "--fresh, or give another --output."
+                f"{path} is of another network: begin anew with --fresh, or give another --output."
             )
         return ready(network)
 

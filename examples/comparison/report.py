@@ -1,4 +1,4 @@
-"""Writes what was found: tables, two pictures, one page, and a run of W&B."""
+"""Writes what was found: tables, pictures, one page, and a run of W&B."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comparison.pictures import plot_memory, plot_time
+from comparison.pictures import plot_inference, plot_memory, plot_time
 from comparison.records import write_whole
 from comparison.tables import FORMATS, Row, as_csv, as_markdown, cells, rates_text
 
@@ -26,7 +26,7 @@ NOTES = (
     "Stored: what one domain needs beside the pretrained network, head included; masks as bits.",
     "Kept: what autograd keeps for the backward pass. Peak: above the resting model, forward, "
     "backward and optimizer. A step and an inference are of one batch; FLOPs do not depend on the "
-    "machine.",
+    "machine. Of domains that skip branches, those of the first.",
     "Checkpointing learns what fine-tuning learns, to the bit: its accuracy is fine-tuning's.",
 )
 STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem}
@@ -54,6 +54,7 @@ def write_report(folder: Path, title: str, about: str, rows: Sequence[Row]) -> d
         pictures = {
             "accuracy_memory.png": _png(plot_memory(measured)),
             "accuracy_time.png": _png(plot_time(measured)),
+            "accuracy_inference.png": _png(plot_inference(measured)),
         }
     content |= pictures
     content["report.html"] = _page(title, about, rows, pictures).encode()

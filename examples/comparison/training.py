@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from comparison.backbones import Backbone
 from comparison.images import Domain
 from comparison.methods import Method
-from comparison.methods.da3 import DOMAIN
+from comparison.methods.da3 import DOMAIN, prepare
 from lightning_da3 import DA3Model
 
 TEST_BATCH = 64
@@ -41,11 +43,13 @@ class Learned:
         state: What the domain needs beside the pretrained network: all that trained, and the
             buffers that changed.
         curve: Accuracy on the test images after every epoch, a fraction each.
+        skipped: What of the pretrained network the domain does without.
     """
 
     network: nn.Module
     state: dict[str, Tensor]
     curve: list[float]
+    skipped: tuple[str, ...] = ()
 
 
 class _Curve(L.Callback):
@@ -65,7 +69,7 @@ def learn(
     L.seed_everything(seed, verbose=False)
     network = method.build(backbone.with_head(len(domain.classes)))
     if isinstance(network, DA3Model):
-        network.start_head(DOMAIN, DataLoader(domain.train, TEST_BATCH))
+        prepare(network, DataLoader(domain.train, TEST_BATCH))
     return learn_on(method, network, domain, rate, schedule)
 
 
@@ -85,12 +89,21 @@ def learn_on(
         for name, value in _tensors(network).items()
         if name in trained or not torch.equal(value, before[name])
     }
-    return Learned(network, state, curve.values)
+    skipped = network.skipped(DOMAIN) if isinstance(network, DA3Model) else ()
+    return Learned(network, state, curve.values, skipped)
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
     """The state, without what some networks say of themselves beside it."""
     return {name: v for name, v in network.state_dict().items() if isinstance(v, Tensor)}
+
+
+def load_(network: nn.Module, path: Path, skipped: Sequence[str] = ()) -> list[str]:
+    """Put a domain's state into a fresh network; names that the network does not have."""
+    if isinstance(network, DA3Model):
+        network.skip(DOMAIN, skipped)
+    state = torch.load(path, weights_only=True)
+    return network.load_state_dict(state, strict=False).unexpected_keys
 
 
 def ready(network: nn.Module) -> nn.Module:

@@ -69,6 +69,7 @@ class Method:
 
 TUNED, PROBE, BIASES, DA3 = "fine-tuning", "linear probe", "biases only", "DA3"
 GATED, EXACT = "DA3 gates", "DA3 exact"
+SHARES = 0.8, 0.65, 0.5  # of the network's FLOPs, left where domains skip branches
 SMALL, MIDDLE, LARGE = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
 
 METHODS: dict[str, Method] = {
@@ -88,11 +89,12 @@ METHODS: dict[str, Method] = {
     "TinyTL": Method(tinytl, MIDDLE, adam),
     "LoRA": Method(lora, MIDDLE, merge=merged, package="peft"),
     **{
-        name: Method(build, SMALL, callbacks=partial(da3.callbacks, config))
-        for name, build, config in (
-            (DA3, da3.default, da3.DEFAULT),
-            (GATED, da3.gated, da3.GATED),
-            (EXACT, da3.exact, da3.EXACT),
+        name: Method(partial(da3.da3, config=c), SMALL, callbacks=partial(da3.callbacks, c))
+        for name, c in (
+            (DA3, da3.DEFAULT),
+            (GATED, da3.GATED),
+            (EXACT, da3.EXACT),
+            *((f"{DA3} {target:.0%} of FLOPs", da3.skipping(target)) for target in SHARES),
         )
     },
 }

@@ -1,8 +1,9 @@
-"""DA3: additive attention adapters and a head of the domain's own; gates on request."""
+"""DA3: additive attention adapters and a head of the domain's own; gates and skips on request."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterable
+from typing import Any
 
 import lightning as L
 from torch import nn
@@ -26,11 +27,19 @@ def da3(network: nn.Module, config: DA3Config) -> DA3Model:
     return model.train()
 
 
+def skipping(target: float) -> DA3Config:
+    """Domains skip residual branches until such a share of the network's FLOPs is left."""
+    return DA3Config(gate=GateConfig(by="domain", target=target))
+
+
+def prepare(model: DA3Model, batches: Iterable[Any]) -> None:
+    """What the domain takes from its samples before the first step: what it skips, and a head."""
+    gate = model.config.gate
+    if gate is not None and gate.by == "domain":
+        model.choose_branches(DOMAIN, batches, gate.target)
+    model.start_head(DOMAIN, batches)
+
+
 def callbacks(config: DA3Config) -> list[L.Callback]:
     """What tells gates, where there are any, how far training is."""
     return [DA3Callback(DOMAIN, config=config, predict=False)]
-
-
-default = partial(da3, config=DEFAULT)
-gated = partial(da3, config=GATED)
-exact = partial(da3, config=EXACT)

@@ -32,7 +32,7 @@ def test_defaults_that_depend_on_each_other(tmp_path):
     assert parsed("--data", str(tmp_path)).train_images is None
     assert parsed("--smoke").methods == ["fine-tuning", "linear probe", "DA3"]
     assert parsed("--protocol", "visual-decathlon").image_size == 64
-    assert len(parsed("--methods", "all").methods) == 12
+    assert len(parsed("--methods", "all").methods) == 15
     # its accuracy is fine-tuning's, and the order is always the same
     assert parsed("--methods", "DA3", "checkpointing").methods == [
         "fine-tuning",
@@ -113,7 +113,11 @@ def test_a_corrupt_image_in_the_middle_and_the_run_after_it(monkeypatch, capsys,
     assert "1/1 learn, linear probe, a, 0: " in printed
     names = {path.name for path in (tmp_path / "out").iterdir() if path.is_file()}
     tables = {"results.csv", "results.md", "report.html", "finished.jsonl"}
-    assert names == tables | {"accuracy_memory.png", "accuracy_time.png"}
+    assert names == tables | {
+        "accuracy_memory.png",
+        "accuracy_time.png",
+        "accuracy_inference.png",
+    }
     code, printed = main(monkeypatch, capsys, *options)
     assert code == 0
     assert "learn," not in printed  # all is finished

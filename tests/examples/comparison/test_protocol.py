@@ -1,11 +1,14 @@
 """The comparison itself on a small network: its stages, and that it goes on where it stopped."""
 
+import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 from helpers.blocks import small_net
 from helpers.images import write_domain
+from torch import nn
 
 METHODS = ["fine-tuning", "checkpointing", "linear probe", "Piggyback"]
 pytestmark = pytest.mark.filterwarnings(
@@ -238,6 +241,43 @@ def test_a_domains_state_is_all_that_it_needs(tmp_path, name):
         assert sum(v.numel() for v in learned.state.values()) < sum(
             map(torch.numel, backbone.values())
         )
+
+
+class Residual(nn.Module):
+    """Two branches that can be skipped, of equal cost."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 4, padding=1)
+        self.one = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())
+        self.two = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())
+        self.classifier = nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = x + self.one(x)
+        x = x + self.two(x)
+        return self.classifier(x.mean((2, 3)))
+
+
+@pytest.mark.slow
+def test_domains_that_skip_branches(tmp_path, monkeypatch):
+    from comparison.backbones import Backbone
+
+    torch.manual_seed(0)
+    pretrained = Residual()
+    backbone = Backbone("residual", lambda: copy.deepcopy(pretrained), (0.5,) * 3, (0.5,) * 3)
+    monkeypatch.setattr("comparison.costs.load_backbone", lambda *_: backbone)
+    name = "DA3 65% of FLOPs"
+    comparison = prepared(tmp_path, ["DA3", name], rates=1)
+    comparison = dataclasses.replace(comparison, backbone=backbone)
+    comparison.run()
+    learned = [comparison.records["learn", name, domain, "0"] for domain in ("a", "b")]
+    assert all(each["skipped"] in (["one.0"], ["two.0"]) for each in learned)
+    assert comparison.records["learn", "DA3", "a", "0"]["skipped"] == []
+    assert comparison.records["forget", name, "a, b"]["forgetting"] == 0
+    whole, smaller = (comparison.records["cost", method] for method in ("DA3", name))
+    assert smaller["step_flops"] < 0.75 * whole["step_flops"]
 
 
 @pytest.mark.slow

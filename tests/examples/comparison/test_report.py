@@ -126,10 +126,10 @@ def test_rates_at_an_end_of_their_grid_are_marked(rows):
 
 
 def test_pictures_say_the_finding_on_linear_axes(rows):
-    from comparison.pictures import plot_memory, plot_time
+    from comparison.pictures import plot_inference, plot_memory, plot_time
 
     titles = []
-    for plot in (plot_memory, plot_time):
+    for plot in (plot_memory, plot_time, plot_inference):
         figure = plot(rows)
         (axes,) = figure.axes
         titles.append(figure.get_suptitle())
@@ -154,13 +154,14 @@ def test_a_page_that_needs_no_other_file(tmp_path, rows):
     from comparison.report import write_report
 
     paths = write_report(tmp_path / "out", "4 ways <of> learning", "on a chip", rows)
-    names = ["results.csv", "results.md", "accuracy_memory.png", "accuracy_time.png", "report.html"]
+    pictures = [f"accuracy_{what}.png" for what in ("memory", "time", "inference")]
+    names = ["results.csv", "results.md", *pictures, "report.html"]
     assert list(paths) == names
     page = paths["report.html"].read_text()
     assert "4 ways &lt;of&gt; learning" in page
     assert "on a chip" in page
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert [base64.b64decode(p) for p in pictures] == [paths[n].read_bytes() for n in names[2:4]]
+    assert [base64.b64decode(p) for p in pictures] == [paths[n].read_bytes() for n in names[2:5]]
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert page.count("<tr>") == 5
 
