@@ -242,7 +242,8 @@ class DA3Config:
 
         Args:
             name: ``"small"``: domain files of about a quarter. ``"default"``: ``DA3Config()``.
-                ``"accurate"``: on a finer grid.
+                ``"accurate"``: on a finer grid. ``"fast"``: domains skip a fifth of the network's
+                FLOPs, in whole residual branches.
 
         Raises:
             ConfigError: There is no such preset.
@@ -320,6 +321,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {"adapter": AdapterConfig(hidden_channels=16)},
     "default": {},
     "accurate": {"adapter": AdapterConfig(max_cells=196)},
+    "fast": {"gate": GateConfig(by="domain", target=0.8)},
 }
 
 

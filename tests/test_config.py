@@ -219,16 +219,17 @@ def test_configs_from_before_the_weights_could_rest():
 
 def test_presets_are_configs_by_name():
     assert DA3Config.preset("default") == DA3Config()
-    small, accurate = DA3Config.preset("small"), DA3Config.preset("accurate")
+    small, accurate, fast = (DA3Config.preset(name) for name in ("small", "accurate", "fast"))
     assert small.adapter == AdapterConfig(hidden_channels=16)
     assert accurate.adapter == AdapterConfig(max_cells=196)
     assert small.gate is accurate.gate is None
-    assert len({small, DA3Config(), accurate}) == 3
+    assert fast == DA3Config(gate=GateConfig(by="domain", target=0.8))
+    assert len({small, DA3Config(), accurate, fast}) == 4
 
 
 @pytest.mark.parametrize("name", ["large", "", None, 1])
 def test_unknown_presets_are_refused_with_the_known_ones(name):
-    message = f"`name` must be one of ['small', 'default', 'accurate'], got {name!r}."
+    message = f"`name` must be one of ['small', 'default', 'accurate', 'fast'], got {name!r}."
     refused(lambda: DA3Config.preset(name), message)
 
 

@@ -230,7 +230,7 @@ class DA3Model(Exports, ChoosesBranches, Recognizes):
         """
         active = [] if self.active_domain is None else [self.active_domain]
         shown = {d: self.domain(d) for d in (active if domains is None else domains)}
-        trained = sum(_size(domain) for domain in shown.values())
+        trained = sum(_size(domain.acting) for domain in shown.values())
         plan, hosts = self.plan, self.plan.hosts
         return Status(
             name=name,
@@ -246,6 +246,11 @@ class DA3Model(Exports, ChoosesBranches, Recognizes):
             python=len(plan.python) + len(plan.functions),
             again=len(plan.regions),
             step=step,
+            shares={
+                d: self._whole.executed_share(domain.skipped)
+                for d, domain in shown.items()
+                if domain.skipped
+            },
         )
 
     def print_trainable_parameters(self) -> None:

@@ -56,6 +56,8 @@ class Status:
         python: The number of modules and functions that stay Python.
         again: The number of regions that are computed again.
         step: What a training step takes; None: not known.
+        shares: Shares of the network's FLOPs that are left, by the names of those of `domains` that
+            skip branches.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Status:
     python: int
     again: int
     step: StepFigures | None = None
+    shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for programs and loggers; bytes and counts."""
@@ -110,7 +113,10 @@ class Status:
             return "no domain" if not count else f"no active domain of {list(self.others)}"
         said = []
         for name, classes in self.domains.items():
-            said.append(f"{name!r}" if classes is None else f"{name!r}, {classes} classes")
+            parts = [f"{name!r}"] if classes is None else [f"{name!r}, {classes} classes"]
+            if name in self.shares:
+                parts.append(f"{self.shares[name]:.0%} of the FLOPs")
+            said.append(", ".join(parts))
         return f"domain{'s' if len(said) > 1 else ''} {'; '.join(said)}"
 
 

@@ -109,6 +109,21 @@ def test_names_and_what_is_said():
     assert model.skipped("a") == (names[0], names[3])
 
 
+def test_the_status_counts_what_trains_and_names_the_share():
+    model = converted("a", "b")
+    model.set_domain("a")
+    before = model.status()
+    assert before.shares == {}
+    branch = model.plan.branches[-1].name
+    model.skip("a", [branch])
+    status = model.status()
+    assert status.shares == {"a": model.plan.executed_share([branch])}
+    assert status.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert status.trained < before.trained
+    assert f"{status.shares['a']:.0%} of the FLOPs, head" in str(status)
+    assert status.to_dict()["shares"] == status.shares
+
+
 def test_others_stay_as_they_are_bit_for_bit():
     model = converted("a", "b")
     before = {name: outputs(model, name) for name in (None, "a", "b")}
