@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_da3.budget.microbatches import samples_in
 from lightning_da3.choices import is_finite
 from lightning_da3.errors import ConfigError, InputError
 from lightning_da3.formatting import shown
 from lightning_da3.model.branches import nothing_to_skip
+from lightning_da3.model.mixed import chosen
 from lightning_da3.model.smaller import Candidates
 from lightning_da3.model.starting import StartsHeads, asked_of, linear_head
 from lightning_da3.nn.ridge import Ridge
@@ -44,7 +46,7 @@ class ChoosesBranches(StartsHeads):
 
         Args:
             name: One of `domains`.
-            batches: Its samples, as for `start_head`; of more than 256, the first are taken.
+            batches: Its samples, as for `start_head`; of more than 256, as many are drawn.
             target: The share of the network's FLOPs that is to be left at most, in (0, 1].
             loss: As for `start_head`.
 
@@ -62,7 +64,7 @@ class ChoosesBranches(StartsHeads):
                 f"`batches` must be a list or a loader of batches, got {type(batches).__name__}."
             )
         choice = BranchChoice(self, name, target)
-        some = list(first_samples(batches))
+        some = drawn_samples(batches)
         with self._as_in_use(name), self.choosing():
             choice.make([partial(self._loss_of, batch, loss) for batch in some])
         self.skip(name, choice.skipped)
@@ -206,15 +208,24 @@ def check_target(plan: Plan, target: object) -> None:
         )
 
 
-def first_samples(batches: Iterable[Any], most: int = MOST_SAMPLES) -> Iterator[Any]:
-    """The first batches, of so many samples or a few more."""
-    count = 0
+def drawn_samples(batches: Iterable[Any], most: int = MOST_SAMPLES) -> list[Any]:
+    """So many samples at most, drawn from all batches: these may come sorted by class."""
+    generator = torch.Generator().manual_seed(0)
+    kept: list[tuple[Tensor, Any]] = []
     for batch in batches:
-        if count >= most:
-            return
-        yield batch
-        first = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
-        counted = isinstance(first, (Tensor, list, tuple)) and not (
-            isinstance(first, Tensor) and first.dim() == 0
-        )
-        count += len(first) if counted else 1
+        if not isinstance(batch, (list, tuple)) or len(batch) < 2:
+            return [batch]  # whoever computes its loss says what is wrong
+        pair = tuple(batch[:2])
+        kept.append((torch.rand(samples_in(pair), generator=generator), pair))
+        numbers = torch.cat([own for own, _ in kept])
+        if len(numbers) > most:
+            kept = [*_below(kept, float(numbers.kthvalue(most).values))]
+    return [pair for _, pair in kept]
+
+
+def _below(kept: Iterable[tuple[Tensor, Any]], largest: float) -> Iterator[tuple[Tensor, Any]]:
+    """The samples whose numbers are not larger."""
+    for numbers, pair in kept:
+        own = (numbers <= largest).nonzero().flatten().tolist()
+        if own:
+            yield numbers[own], chosen((pair, {}), own, len(numbers))[0]

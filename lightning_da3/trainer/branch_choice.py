@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from random import Random
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ INSTEAD = "model.choose_branches(domain, batches, target)"
 def choose_branches(trainer: Any, pl_module: Any, session: TrainingSession) -> None:
     """Choose what domains skip that have learned nothing yet, if the config says so.
 
-    Domains that skip something already keep to it. `training_step` is called for the first batches
-    of an epoch again and again, in eval, for its loss alone, as for `start_heads`.
+    Domains that skip something already keep to it. `training_step` is called for some batches of an
+    epoch again and again, in eval, for its loss alone, as for `start_heads`.
 
     Args:
         trainer: About to train.
@@ -76,17 +77,17 @@ def choose_branches(trainer: Any, pl_module: Any, session: TrainingSession) -> N
 def _losses(
     trainer: Any, pl_module: Any, session: TrainingSession, domains: list[str]
 ) -> dict[str, list[Callable[[], Any]]]:
-    """What computes the losses of the first batches of every domain."""
+    """What computes the losses of batches of every domain, drawn from an epoch of them."""
     step, most = loss_of_step(trainer, pl_module), -(-MOST_SAMPLES // trainer.world_size)
-    losses: dict[str, list[Callable[[], Any]]] = {name: [] for name in domains}
-    counts = dict.fromkeys(domains, 0)
-    batches = training_batches(trainer, ASKED, INSTEAD)
-    for index, each in enumerate(batches):
+    drawn: dict[str, list[tuple[float, int, Callable[[], Any]]]] = {name: [] for name in domains}
+    numbers = Random(0)
+    for index, each in enumerate(training_batches(trainer, ASKED, INSTEAD)):
         name, batch = domain_of(session, each)
-        if counts.get(name, most) < most:
-            losses[name].append(partial(step, batch, index))
-            counts[name] += samples_in(batch)
-        if min(counts.values()) >= most:
-            break
-    batches.close()
-    return losses
+        if name not in drawn:
+            continue
+        kept = drawn[name]
+        kept.append((numbers.random(), samples_in(batch), partial(step, batch, index)))
+        kept.sort(key=lambda one: one[0])
+        while sum(count for _, count, _ in kept[:-1]) >= most:
+            kept.pop()
+    return {name: [loss for *_, loss in kept] for name, kept in drawn.items()}

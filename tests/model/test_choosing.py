@@ -9,6 +9,7 @@ from helpers.skips import BY_DOMAIN, config, converted, images, network, scaled
 from torch import nn
 
 from lightning_da3 import ConfigError, DA3Config, InputError, convert
+from lightning_da3.model.choosing import drawn_samples
 from lightning_da3.nn.ridge import Ridge
 
 
@@ -57,6 +58,17 @@ def test_useless_branches_go_first_and_the_needed_one_stays():
     assert model.skipped("a") == found
     assert model.candidates is None
     assert [*model.methods.smaller] == [frozenset(found)]
+
+
+def test_samples_are_drawn_from_all_batches_which_may_come_sorted_by_class():
+    batches = [(torch.full((8, 3), float(i)), torch.full((8,), i), "more") for i in range(20)]
+    drawn = drawn_samples(iter(batches), 32)
+    x, labels = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    assert torch.equal(x[:, 0], labels.float())
+    assert len(labels) == 32
+    assert len(set(labels.tolist())) > 10
+    everything = [pair[1] for pair in drawn_samples(batches, 160)]
+    assert torch.equal(torch.cat(everything), torch.arange(20).repeat_interleave(8))
 
 
 @pytest.mark.parametrize("target", [1.0, 0.9, 0.6, 0.4])
