@@ -87,7 +87,7 @@ def _losses(
             continue
         kept = drawn[name]
         kept.append((numbers.random(), samples_in(batch), partial(step, batch, index)))
-        kept.sort(key=lambda one: one[0])
-        while sum(count for _, count, _ in kept[:-1]) >= most:
-            kept.pop()
+        last = max(kept, key=lambda one: one[0])
+        if sum(count for _, count, _ in kept) - last[1] >= most:
+            kept.remove(last)
     return {name: [loss for *_, loss in kept] for name, kept in drawn.items()}
