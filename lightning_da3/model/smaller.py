@@ -10,6 +10,7 @@ import dataclasses
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -53,10 +54,7 @@ class Smaller(Bound):
         config: DA3Config,
         calls: Calls,
     ) -> None:
-        network = _known(original)
-        with warnings.catch_warnings(), fake_mode_of(network) or nullcontext():
-            warnings.simplefilter("ignore")  # they were said of the whole network
-            traced, inputs = _traced(network, original, backbone, plan)
+        with _traced_again(original, backbone, plan) as (traced, inputs):
             traced, hosts = without_branches(traced, plan, skipped)
             known = dataclasses.replace(config, head=plan.head)
             decided = make_plan(traced, known, inputs, hosts_of=hosts)
@@ -89,10 +87,7 @@ class Candidates(Bound):
         config: DA3Config,
         calls: Calls,
     ) -> None:
-        network = _known(original)
-        with warnings.catch_warnings(), fake_mode_of(network) or nullcontext():
-            warnings.simplefilter("ignore")  # they were said of the whole network
-            traced, inputs = _traced(network, original, backbone, plan)
+        with _traced_again(original, backbone, plan) as (traced, inputs):
             found = [
                 (part.gm, [(n, _Sum.of(b)) for n, b in branches.items()])
                 for part, branches in found_again(traced, plan)
@@ -149,23 +144,25 @@ def _skipping(gm: fx.GraphModule, graph: fx.Graph, sums: Collection[_Sum]) -> fx
     return edited
 
 
-def _known(original: Original) -> nn.Module:
-    if original.network is None:
+@contextmanager
+def _traced_again(
+    original: Original, backbone: nn.Module, plan: Plan
+) -> Iterator[tuple[Traced, Any]]:
+    """The network, traced as it was before, and its arguments if they are known; to be rewritten.
+
+    Raises:
+        DA3Error: The model does not know its network any more.
+    """
+    network = original.network
+    if network is None:
         raise DA3Error(
             "Branches cannot be skipped: a model that was saved forgets the network that it was "
             "made from. Convert the network here, and load the domains."
         )
-    return original.network
-
-
-def _traced(
-    network: nn.Module, original: Original, backbone: nn.Module, plan: Plan
-) -> tuple[Traced, Any]:
-    """The network, traced once more as it was before; and its arguments, if they are known."""
-
-    def taken(x: Tensor) -> Tensor:
-        return without_values_of(x, network, backbone)
-
-    inputs = original.inputs
-    inputs = None if inputs is None else tree_map_only(Tensor, taken, inputs)
-    return trace(network, inputs, dict(plan.python)), inputs
+    with warnings.catch_warnings(), fake_mode_of(network) or nullcontext():
+        warnings.simplefilter("ignore")  # they were said of the whole network
+        inputs = original.inputs
+        if inputs is not None:
+            taken = partial(without_values_of, network=network, backbone=backbone)
+            inputs = tree_map_only(Tensor, taken, inputs)
+        yield trace(network, inputs, dict(plan.python)), inputs
