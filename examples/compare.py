@@ -112,7 +112,7 @@ def report(given: argparse.Namespace, records: Records, domains: Sequence[str]) 
         f"{given.network}, {size}, {given.epochs} epochs, batches of {given.batch_size}, "
         f"{given.seeds} seed(s). Times: {processor_of(records, given.methods)}."
     )
-    print(f"\n{about}\n\n{as_text(rows)}\n\nLearning rates (* at an end of the grid)")
+    print(f"\n{about}\n\n{as_text(rows)}\n\nLearning rates (* at an end of what was tried)")
     print(rates_text(rows))
     title = f"{len(rows)} ways to learn {', '.join(domains)}"
     paths = write_report(given.output, title, about, rows)
@@ -145,7 +145,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", **whole, help="for every method and domain; default 5")
     parser.add_argument("--batch-size", default=16, **whole)
     parser.add_argument("--seeds", default=1, **whole, help="repeat; prints means and spreads")
-    parser.add_argument("--rates", default=3, **whole, help="most learning rates tried of a grid")
+    rates = "learning rates tried at most; of more than 3, those behind an end that is best"
+    parser.add_argument("--rates", default=3, **whole, help=rates)
     parser.add_argument("--train-images", **whole, help="of each domain, at most")
     parser.add_argument("--test-images", **whole, help="of each domain, at most")
     parser.add_argument("--output", type=Path, default=Path("outputs/compare"))

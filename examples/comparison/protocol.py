@@ -1,7 +1,8 @@
 """The comparison itself, one finished piece of work after the other.
 
-1. rate: every method learns a part of a domain's training images at every rate of its grid; the
-   rest of them says which rate is best. Test images are not seen.
+1. rate: every method learns a part of a domain's training images at every rate of its grid, and
+   beyond it while an end of it is best; the rest of them says which rate is best. Test images are
+   not seen.
 2. learn: it learns all training images at that rate, with every seed, and is tested.
 3. forget: what is left of a domain once the others were learned. Methods that train what domains
    share learn all domains in a row on one network, each with a head of its own. Others have each
@@ -28,6 +29,7 @@ from comparison.images import Domain
 from comparison.input_errors import InputError
 from comparison.methods import METHODS
 from comparison.methods.plain import head_of
+from comparison.rates import Found, best_rate, rates_to_try
 from comparison.records import Key, Records, write_whole
 from comparison.training import Schedule, evaluate, learn, learn_on, load_, ready
 from lightning_da3 import DA3Error
@@ -48,7 +50,7 @@ class Comparison:
         seeds: As many runs of everything but the choice of rates.
         schedule: Of all methods.
         rounds: Timed steps of every method.
-        most_rates: Rates of each grid to try, from the middle of it.
+        most_rates: Rates to try at most: the middle of each grid, then beyond it.
         records: What is finished.
         folder: Where states lie.
         say: Tells of progress.
@@ -68,40 +70,38 @@ class Comparison:
 
     def run(self) -> None:
         """Does all that is not finished, in an order in which nothing waits for later work."""
-        todo = [*self._work()]
         began, finished = time.perf_counter(), 0
-        for number, (key, work) in enumerate(todo, 1):
-            if self._finished(key):
-                continue
+        while todo := [piece for piece in self._work() if not self._finished(piece[0])]:
+            key, work = todo[0]
             what = ", ".join(part for part in key if part)
             self.records.add(key, work())
             finished += 1
             each = (time.perf_counter() - began) / finished
-            left = sum(not self._finished(k) for k, _ in todo[number:])
-            self.say(f"{number}/{len(todo)} {what}: {self._told(key)} (~{each * left:.0f} s left)")
+            all_work = [key for key, _ in self._work()]
+            left = sum(not self._finished(key) for key in all_work)
+            number = f"{len(all_work) - left}/{len(all_work)}"
+            self.say(f"{number} {what}: {self._told(key)} (~{each * left:.0f} s left)")
         self._measure()
 
     def rate(self, method: str, domain: str) -> float:
         """The best by the validation images; of those that are equal, the one with less loss."""
-        only, *others = self._grid(method)
-        if not others:
-            return only
-        tried = {
-            rate: self.records["rate", method, domain, f"{rate:g}"] for rate in (only, *others)
-        }
-        return max(tried, key=lambda rate: (tried[rate]["accuracy"], -tried[rate]["loss"]))
+        return best_rate(self._rates(method, domain), self._found(method, domain))
 
-    def _grid(self, method: str) -> Sequence[float]:
-        return METHODS[method].grid(self.most_rates)
+    def _rates(self, method: str, domain: str) -> list[float]:
+        grid = METHODS[method].grid(self.most_rates)
+        return rates_to_try(grid, self.most_rates, self._found(method, domain))
+
+    def _found(self, method: str, domain: str) -> Found:
+        return lambda rate: self.records.get("rate", method, domain, f"{rate:g}")
 
     def _work(self) -> Iterator[tuple[Key, Callable[[], dict[str, Any]]]]:
-        """Every piece of work: its key, and what does it."""
+        """Every piece of work, as far as what is finished tells it: its key, and what does it."""
         for method in self.methods:
             if METHODS[method].learns_as is not None:
                 continue
             for domain in self.domains:
-                grid = self._grid(method)
-                for rate in grid if len(grid) > 1 else ():  # one is taken as it is
+                rates = self._rates(method, domain.name)
+                for rate in rates if len(rates) > 1 else ():  # one is taken as it is
                     key = ("rate", method, domain.name, f"{rate:g}")
                     yield key, lambda m=method, d=domain, r=rate: self._try(m, d, r)
                 for seed in range(self.seeds):
@@ -112,8 +112,17 @@ class Comparison:
                 yield ("forget", method, names), lambda m=method: self._forget(m)
 
     def _finished(self, key: Key) -> bool:
-        is_there = key[0] != "learn" or self.state_path(*key[1:]).exists()
-        return key in self.records and is_there
+        """Whether it need not be done (again): at the rates that are best by now."""
+        if (record := self.records.get(*key)) is None:
+            return False
+        if key[0] == "learn":
+            _, method, domain, _ = key
+            chosen = record["rate"] == self.rate(method, domain)
+            return chosen and self.state_path(*key[1:]).exists()
+        return key[0] != "forget" or record.get("rates") == self._chosen_rates(key[1])
+
+    def _chosen_rates(self, method: str) -> list[float]:
+        return [self.rate(method, domain.name) for domain in self.domains]
 
     def _told(self, key: Key) -> str:
         record = self.records[key]
@@ -154,7 +163,8 @@ class Comparison:
         after = self._in_a_row(method) if METHODS[method].overwrites else self._put_back(method)
         before = {name: self.records["learn", method, name, "0"]["accuracy"] for name in after}
         lost = {name: before[name] - accuracy for name, accuracy in after.items()}
-        return {"forgetting": sum(lost.values()) / len(lost), "by_domain": lost}
+        mean, rates = sum(lost.values()) / len(lost), self._chosen_rates(method)
+        return {"forgetting": mean, "by_domain": lost, "rates": rates}
 
     def _put_back(self, method: str) -> dict[str, float]:
         after = {}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NOTES = (
     "Accuracy is on test images, which chose nothing: each learning rate is the best of its grid "
-    "on a quarter of the training images (a * marks an end of the grid).",
+    "on a quarter of the training images (a * marks an end of what was tried).",
     "Decathlon score: 250 a domain is fine-tuning, 1000 is no error.",
     "Forgetting: points lost on a domain once the others were learned. Fine-tuning learns all in a "
     "row on one network, with a head each; of the others each domain's own state is put back. The "

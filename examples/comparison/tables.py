@@ -7,8 +7,10 @@ import io
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from comparison.methods import METHODS, TUNED
+from comparison.rates import rates_to_try
 from comparison.records import Records
 from comparison.scores import decathlon_score
 
@@ -24,7 +26,7 @@ class Row:
         accuracy: By domain, one a seed.
         values: Figures by their column's name.
         rates: The learning rate that was chosen, by domain.
-        grid: The rates that were tried.
+        tried: All rates that were, by domain, ascending.
         curve: (seconds of training, mean accuracy) after every epoch, over all domains and seeds;
             the time is that of the steps.
     """
@@ -33,7 +35,7 @@ class Row:
     accuracy: dict[str, list[float]]
     values: dict[str, float]
     rates: dict[str, float]
-    grid: Sequence[float]
+    tried: dict[str, list[float]]
     curve: list[tuple[float, float]] = field(default_factory=list)
 
     @property
@@ -104,7 +106,7 @@ def _row(records: Records, method: str, domains: Sequence[str]) -> Row | None:
         {d: [f["accuracy"] for f in found] for d, found in learned.items()},
         values,
         {d: found[0]["rate"] for d, found in learned.items()},
-        METHODS[source].grid(records.settings.get("rates")),
+        {d: _tried(records, source, d) for d in domains},
     )
     if paid is not None:
         curves = [f["curve"] for found in learned.values() for f in found]
@@ -114,6 +116,12 @@ def _row(records: Records, method: str, domains: Sequence[str]) -> Row | None:
             for epoch, shares in enumerate(zip(*curves, strict=True))
         ]
     return row
+
+
+def _tried(records: Records, method: str, domain: str) -> list[float]:
+    most = records.settings.get("rates", len(METHODS[method].rates))
+    grid = METHODS[method].grid(most)
+    return rates_to_try(grid, most, lambda rate: records.get("rate", method, domain, f"{rate:g}"))
 
 
 def _seeds(records: Records, method: str, domain: str) -> list[dict]:
@@ -179,16 +187,13 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def rates_text(rows: Sequence[Row]) -> str:
-    """The learning rates that were chosen; those at the end of their grid are marked."""
+    """The learning rates that were chosen; those at an end of what was tried are marked."""
     lines = []
     for row in rows:
-        grid = row.grid
-        chosen = [
-            f"{d} {rate:g}{'*' if rate in (grid[0], grid[-1]) else ''}"
-            for d, rate in row.rates.items()
-        ]
-        grid_text = ", ".join(f"{rate:g}" for rate in grid)
-        lines.append(f"{row.method} (of {grid_text}): {', '.join(chosen)}")
+        ends = {domain: (tried[0], tried[-1]) for domain, tried in row.tried.items()}
+        chosen = [f"{d} {rate:g}{'*' * (rate in ends[d])}" for d, rate in row.rates.items()]
+        tried = ", ".join(f"{rate:g}" for rate in sorted({*chain(*row.tried.values())}))
+        lines.append(f"{row.method} (of {tried}): {', '.join(chosen)}")
     return "\n".join(lines)
 
 

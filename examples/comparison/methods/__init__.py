@@ -40,7 +40,7 @@ class Method:
 
     Args:
         build: Makes a network with the domain's head one that learns by this method.
-        rates: Learning rates to choose from, ascending.
+        rates: Learning rates to choose from, ascending; more are tried while an end is best.
         optimizer: Of a network that `build` returned, at a learning rate.
         callbacks: For the Trainer.
         overwrites: Whether what the domains share is trained, so that one learned later changes
@@ -61,9 +61,9 @@ class Method:
     merge: Callable[[nn.Module], nn.Module] = nn.Module.eval
     package: str | None = None
 
-    def grid(self, most: int | None) -> Sequence[float]:
-        """So many of the rates at most, from the middle of them; None: all."""
-        spare = 0 if most is None else max(0, len(self.rates) - most)
+    def grid(self, most: int) -> Sequence[float]:
+        """So many of the rates at most, from the middle of them."""
+        spare = max(0, len(self.rates) - most)
         return self.rates[spare // 2 : len(self.rates) - (spare - spare // 2)]
 
 

@@ -143,6 +143,62 @@ def test_rates_are_chosen_by_validation_images_and_then_by_loss(tmp_path):
     assert comparison.rate("linear probe", "a") == 3e-2
 
 
+def _tell(comparison, rate, accuracy, domain="a"):
+    key = ("rate", "linear probe", domain, f"{rate:g}")
+    comparison.records.add(key, {"accuracy": accuracy, "loss": 1.0})
+
+
+def test_rates_are_tried_beyond_a_grid_while_its_end_is_best(tmp_path):
+    comparison = prepared(tmp_path, ["linear probe"], rates=6)
+    grid = [3e-3, 1e-2, 3e-2]
+    assert comparison._rates("linear probe", "a") == grid
+    for rate, accuracy in zip(grid, (0.5, 0.6, 0.7), strict=True):
+        _tell(comparison, rate, accuracy)
+    assert comparison._rates("linear probe", "a") == [*grid, 1e-1]
+    assert comparison.rate("linear probe", "a") == 3e-2  # so far
+    _tell(comparison, 1e-1, 0.8)
+    assert comparison._rates("linear probe", "a") == [*grid, 1e-1, 3e-1]
+    _tell(comparison, 3e-1, 0.75)
+    assert comparison._rates("linear probe", "a") == [*grid, 1e-1, 3e-1]
+    assert comparison.rate("linear probe", "a") == 1e-1
+    for rate, accuracy in zip(grid, (0.5, 0.4, 0.3), strict=True):
+        _tell(comparison, rate, accuracy, "b")
+    assert comparison._rates("linear probe", "b") == [1e-3, *grid]
+    few = dataclasses.replace(comparison, most_rates=4)
+    assert few._rates("linear probe", "a") == [*grid, 1e-1]
+    assert dataclasses.replace(comparison, most_rates=3)._rates("linear probe", "a") == grid
+    assert dataclasses.replace(comparison, most_rates=1)._rates("linear probe", "a") == [1e-2]
+
+
+def test_the_ladder_ends():
+    from comparison.rates import LADDER, rates_to_try
+
+    def higher_is_better(rate):
+        return {"accuracy": rate, "loss": 1.0}
+
+    assert rates_to_try(LADDER[-3:-1], 9, higher_is_better) == list(LADDER[-3:])
+
+
+def test_what_was_learned_at_a_rate_that_is_no_longer_best_is_learned_again(tmp_path):
+    comparison = prepared(tmp_path, ["linear probe"], rates=3, epochs=1)
+    for domain in ("a", "b"):
+        for rate, accuracy in ((3e-3, 0.5), (1e-2, 0.6), (3e-2, 0.7)):
+            _tell(comparison, rate, accuracy, domain)
+    comparison.run()
+    assert comparison.records["learn", "linear probe", "a", "0"]["rate"] == 3e-2
+    said = []
+    more = prepared(tmp_path, ["linear probe"], rates=5, said=said, epochs=1)
+    _tell(more, 1e-1, 0.9)
+    _tell(more, 3e-1, 0.0)
+    _tell(more, 1e-1, 0.0, "b")
+    more.run()
+    assert more.records["learn", "linear probe", "a", "0"]["rate"] == 1e-1
+    assert [line.split(":")[0].split(maxsplit=1)[1] for line in said] == [
+        "learn, linear probe, a, 0",
+        "forget, linear probe, a, b",
+    ]
+
+
 def test_test_images_choose_nothing(tmp_path, monkeypatch):
     import comparison.protocol as protocol
 
@@ -207,7 +263,7 @@ def test_states_put_back_forget_nothing(tmp_path):
     comparison = prepared(tmp_path, ["biases only"], rates=1, epochs=1)
     comparison.run()
     kept = comparison.records["forget", "biases only", "a, b"]
-    assert kept == {"forgetting": 0.0, "by_domain": {"a": 0.0}}
+    assert (kept["forgetting"], kept["by_domain"]) == (0.0, {"a": 0.0})
 
 
 def test_a_state_of_another_network(tmp_path):

@@ -117,11 +117,12 @@ def test_tables_as_text_markdown_and_csv(rows):
 def test_rates_at_an_end_of_their_grid_are_marked(rows):
     from comparison.tables import rates_text
 
-    next(row for row in rows if row.method == "DA3").grid = [1e-3, 3e-3]
+    da3 = next(row for row in rows if row.method == "DA3")
+    da3.tried = {"a": [1e-3, 3e-3], "b": [3e-4, 1e-3, 3e-3]}
     lines = dict(line.split(" (of ") for line in rates_text(rows).splitlines())
     assert "a 0.001, b 0.001" in lines["fine-tuning"]
-    assert "a 0.001*, b 0.001*" in lines["DA3"]
-    rows[0].grid = [1e-3]  # with --rates 1
+    assert lines["DA3"] == "0.0003, 0.001, 0.003): a 0.001*, b 0.001"
+    rows[0].tried = {"a": [1e-3], "b": [1e-3]}  # with --rates 1
     assert rates_text(rows).startswith("fine-tuning (of 0.001): a 0.001*")
 
 
