@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from lightning_da3.nn.shared_codes import SharedCodes
+from lightning_da3.ops.activated import ValueCode, activation_of_codes
 from lightning_da3.ops.activation import Slopes, hard_sigmoid, piecewise_linear
+from lightning_da3.ops.adapter import KeptInput
 from lightning_da3.ops.smooth import Smooth, quantized_grad_activation
 
 
@@ -67,9 +71,20 @@ class QuantizedGradActivation(nn.Module):
         super().__init__()
         self.smooth, self.inplace = smooth, inplace
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape to the same shape."""
-        return quantized_grad_activation(x, self.smooth, self.inplace)
+    def forward(self, x: Tensor, *, shared: SharedCodes | None = None) -> Tensor:
+        """Any shape to the same shape.
+
+        Args:
+            x: Any shape.
+            shared: Where to put codes of `x`, which then are all that is kept; None: codes of the
+                derivative are kept.
+        """
+        if shared is None or not (torch.is_grad_enabled() and x.requires_grad):
+            return quantized_grad_activation(x, self.smooth, self.inplace)
+        codes, how = ValueCode.encode(x, self.smooth)
+        y = activation_of_codes(x, codes, how, self.inplace)
+        shared.put(y, KeptInput(codes, how))
+        return y
 
     def extra_repr(self) -> str:
         """The parameters."""

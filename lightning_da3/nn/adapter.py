@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from lightning_da3.errors import InputError
 from lightning_da3.nn.call import Noise, Place
 from lightning_da3.nn.convolution import FrozenConv
+from lightning_da3.nn.shared_codes import SharedCodes
 from lightning_da3.ops.adapter import KeptInput, adapt, keep
 from lightning_da3.ops.adapter_cells import AdapterOptions, Weights
-from lightning_da3.ops.codes import Rows, read_back, sample_group
+from lightning_da3.ops.codes import Reader, Rows, read_back, sample_group
 from lightning_da3.ops.host import Means, coarse_grid, read, write
 from lightning_da3.ops.tokens import TokenGrid, read_tokens, write_tokens
 
@@ -93,15 +94,18 @@ class Adapter(nn.Module):
         nn.init.constant_(self.attend.bias, OPEN_LOGIT)
         self.gated, self.exact = gated, exact
 
-    def forward(self, p: Tensor, noise: Tensor | None = None) -> AdapterOutput:
+    def forward(
+        self, p: Tensor, noise: Tensor | None = None, kept: KeptInput | None = None
+    ) -> AdapterOutput:
         """(N, C, *grid) to the addend (N, O, *grid) and the gate (N, 1, *grid).
 
         Args:
             p: (N, C, *grid) of G cells.
             noise: Added to s before the gate decides, (N, G, 1), or None.
+            kept: What p follows from, if that is kept anyway.
         """
         options, weights = AdapterOptions(self.norm.eps, self.gated, self.exact), self.weights
-        kept = keep(p, weights, options)
+        kept = keep(p, weights, options) if kept is None else kept
         return AdapterOutput(*adapt(p, noise, weights, options, kept), kept)
 
     @property
@@ -201,14 +205,32 @@ class HostInput(Place):
             return x.flatten(2).mean(2)
         return x.flatten(1, -2).mean(1) if x.dim() > 2 else x
 
-    def forward(self, x: Tensor) -> tuple[Tensor, AdapterOutput | None, Tensor | None]:
-        """x, the adapter's output for it, and codes of x itself if the adapter keeps such."""
+    def reads_every_position(self, x: Tensor) -> bool:
+        """Whether every position of a map `x` is a cell, of which an adapter would keep codes."""
+        own = isinstance(self.active, Adapter) and not self.active.exact
+        return own and self.stride is not None and x.shape[2:] == self._grid(x, self.stride)
+
+    def _grid(self, x: Tensor, stride: Sequence[int]) -> tuple[int, ...]:
+        out = [-(-n // s) for n, s in zip(x.shape[2:], stride, strict=True)]
+        return coarse_grid(out, self.max_cells)
+
+    def forward(
+        self, x: Tensor, shared: SharedCodes | None = None
+    ) -> tuple[Tensor, AdapterOutput | None, Tensor | None]:
+        """x, the adapter's output for it, and codes of x itself if the adapter keeps such.
+
+        Args:
+            x: (N, C, *in), or tokens.
+            shared: What the activation that returned x keeps, if it shares that.
+        """
         if not self.samples:
-            return self._read(x)
-        x, adapted, codes = self._read(x.transpose(0, self.samples))
+            return self._read(x, shared)
+        x, adapted, codes = self._read(x.transpose(0, self.samples), None)
         return x.transpose(0, self.samples), adapted, codes
 
-    def _read(self, x: Tensor) -> tuple[Tensor, AdapterOutput | None, Tensor | None]:
+    def _read(
+        self, x: Tensor, shared: SharedCodes | None
+    ) -> tuple[Tensor, AdapterOutput | None, Tensor | None]:
         call = self.calls.now
         if call.features is not None and self.host in call.features:
             call.features[self.host] = self.features(x)
@@ -223,26 +245,32 @@ class HostInput(Place):
             codes = _codes_of(tokens, adapted.kept) if place.whole else None
             x = tokens.squeeze(1) if x.dim() == 2 else tokens
             return x, adapted.alone, codes
-        out = [-(-n // s) for n, s in zip(x.shape[2:], self.stride, strict=True)]
-        grid = coarse_grid(out, self.max_cells)
+        grid = self._grid(x, self.stride)
+        whole = x.shape[2:] == grid
+        kept = None if shared is None or not whole else shared.of(x)
         x, pooled = read(x, grid)
-        adapted = _adapted(active, pooled, call.noise, self.host)
-        return x, adapted if x.shape[2:] == grid else adapted.alone, None
+        adapted = _adapted(active, pooled, call.noise, self.host, kept)
+        return x, adapted if whole else adapted.alone, None
 
 
 def _adapted(
-    adapter: Adapter | MixedAdapters, p: Tensor, noise: Noise | None, host: str
+    adapter: Adapter | MixedAdapters,
+    p: Tensor,
+    noise: Noise | None,
+    host: str,
+    kept: KeptInput | None = None,
 ) -> AdapterOutput:
-    if noise is None or not adapter.gated:
-        return cast(AdapterOutput, adapter(p))
-    return cast(AdapterOutput, adapter(p, noise.draw(host, p)))
+    given = (p,) if noise is None or not adapter.gated else (p, noise.draw(host, p))
+    shared = {} if kept is None else {"kept": kept}
+    return cast(AdapterOutput, adapter(*given, **shared))
 
 
 def _codes_of(tokens: Tensor, kept: KeptInput | None) -> Tensor | None:
     """The codes of cells that are single tokens, if these are coded alike by themselves."""
-    if kept is None or kept.rows is None or not kept.rows.last or not tokens.is_contiguous():
+    rows = None if kept is None else kept.how
+    if kept is None or not isinstance(rows, Rows) or not rows.last or not tokens.is_contiguous():
         return None
-    return kept.tensor if kept.rows.group == sample_group(tokens) else None
+    return kept.tensor if rows.group == sample_group(tokens) else None
 
 
 class HostOutput(nn.Module):
@@ -286,7 +314,7 @@ class HostOutput(nn.Module):
         addend, kept = adapted.addend, adapted.kept
         if self.conv is None or kept is None or f.shape[2:] != addend.shape[2:]:
             return None
-        return Means(kept.tensor.detach(), partial(_again, self.conv, kept.rows, addend.dtype))
+        return Means(kept.tensor.detach(), partial(_again, self.conv, kept.how, addend.dtype))
 
     def forward(
         self, f: Tensor, adapted: AdapterOutput | None
@@ -309,5 +337,5 @@ class HostOutput(nn.Module):
         return y, adapted.gate, self.macs_per_output * size.numel()
 
 
-def _again(conv: FrozenConv, rows: Rows | None, dtype: torch.dtype, kept: Tensor) -> Tensor:
-    return conv.forward(read_back(kept, rows).to(dtype))  # without hooks
+def _again(conv: FrozenConv, how: Reader | None, dtype: torch.dtype, kept: Tensor) -> Tensor:
+    return conv.forward(read_back(kept, how).to(dtype))  # without hooks

@@ -3,8 +3,9 @@
 Shapes: p (N, C, *grid) of G cells, m hidden channels, O outputs; ``h = conv(p)`` (N, m, *grid),
 ``r = relu(norm(h))``, ``s = w . r + b`` (N * G, 1), ``u = sigmoid(s) r``, addend ``4 (V u + v)``
 and gate ``1[s + noise > 0]``.
-Kept: the 8-bit codes of p, and where r is above zero, one bit an element. If exact, p and h
-themselves. Everything else is computed again in the backward, h from the codes.
+Kept: the 8-bit codes of p, or others that it follows from; and where r is above zero, one bit an
+element. If exact, p and h themselves. Everything else is computed again in the backward, h from the
+codes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_da3.ops.activated import ValueCode
 from lightning_da3.ops.adapter_cells import AdapterOptions, Weights, gradients, respond
 from lightning_da3.ops.backward import once_differentiable
 from lightning_da3.ops.codes import Rows
@@ -25,12 +27,12 @@ class KeptInput(NamedTuple):
     """What an adapter keeps of p.
 
     Attributes:
-        tensor: The codes of p; p itself if exact.
-        rows: How p is coded; None if exact.
+        tensor: The codes of p, or of what it is a function of; p itself if exact.
+        how: How to read them; None if exact.
     """
 
     tensor: Tensor
-    rows: Rows | None
+    how: Rows | ValueCode | None
 
     @classmethod
     def of(cls, p: Tensor, exact: bool) -> KeptInput:
@@ -52,7 +54,8 @@ class _Adapt(torch.autograd.Function):
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         w = Weights(*weights)
-        ctx.options, ctx.rows = options, Rows.of(p) if kept.rows is None else kept.rows
+        ctx.options, ctx.how = options, kept.how
+        ctx.rows = kept.how if isinstance(kept.how, Rows) else Rows.of(p)._replace(group=0)
         ctx.dtype = lowered(p, w.squeeze.dtype)
         if torch.compiler.is_compiling():
             addend, gate, hidden = opaque_adapt(p, noise, w, options, ctx.dtype)
@@ -68,6 +71,8 @@ class _Adapt(torch.autograd.Function):
         ctx: Any, grad_addend: Tensor | None, grad_gate: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         kept, hidden, noise, *weights = ctx.saved_tensors
+        if isinstance(ctx.how, ValueCode):
+            kept = ctx.how.decode(kept)
         wants_p, wants_squeeze = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         arguments = (
             *(kept, hidden, noise, weights, grad_addend, grad_gate),

@@ -114,16 +114,16 @@ def gradients(
     """The gradients of p and of all weights.
 
     Args:
-        kept: The codes of p; p itself if `exact`.
+        kept: The codes of p, or p itself.
         hidden: Where r > 0, as bits; h if `exact`.
         noise: Added to s before the decision, (N, G, 1), or None.
         weights: The fields of `Weights`.
         grad_addend: dL/d addend, or None.
         grad_gate: dL/d gate, or None.
         eps: The epsilon of the group norm.
-        exact: `kept` is p itself.
+        exact: `hidden` is h itself.
         last: See `lightning_da3.ops.codes.Rows`.
-        group: See `lightning_da3.ops.codes.Rows`.
+        group: See `lightning_da3.ops.codes.Rows`; 0: `kept` is p itself.
         size: The size of p.
         p_dtype: The type of p.
         dtype: The type of the convolution.
@@ -131,7 +131,7 @@ def gradients(
         wants_squeeze: The gradient of the convolution's weight is wanted.
     """
     w = Weights(*weights)
-    p = kept if exact else Rows(last, group, torch.Size(size), p_dtype).decode(kept)
+    p = Rows(last, group, torch.Size(size), p_dtype).decode(kept) if group else kept
     with _without_autocast(p):
         norm = Norm.of(hidden if exact else squeezed(p, w.squeeze, dtype), w, eps)
         cells = torch.addcmul(w.shift, norm.n, w.scale)

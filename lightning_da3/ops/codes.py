@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -297,6 +297,13 @@ class Rows(NamedTuple):
         return x.view(n, *grid, c).movedim(-1, 1) if self.last else x.view(self.size)
 
 
-def read_back(kept: Tensor, how: Code | Rows | None) -> Tensor:
+class Reader(Protocol):
+    """What tells how codes are made."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The values that they stand for."""
+
+
+def read_back(kept: Tensor, how: Reader | None) -> Tensor:
     """The values of what is kept: decoded by `how`; None: as they are."""
     return kept if how is None else how.decode(kept)

@@ -51,6 +51,8 @@ class Smooth:
         jumps: The two points at which the derivative jumps, if it does.
         write: ``y = write(x)``, in the memory of x, if there is such a function.
         reads_value: The backward reads y.
+        bend: Highest absolute value of the second derivative; infinite if the derivative jumps, or
+            nobody knows.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Smooth:
     jumps: tuple[float, float] | None = None
     write: Callable[[Tensor], Tensor] | None = None
     reads_value: bool = False
+    bend: float = math.inf
 
     def derivative(self, x: Tensor, y: Tensor) -> Tensor:
         """f'(x) of x and ``y = f(x)``, a new tensor."""
@@ -201,13 +204,16 @@ def gelu(approximate: str = "none") -> Smooth:
     if approximate not in _GELU:
         raise ConfigError(f"`approximate` must be 'none' or 'tanh', got {approximate!r}.")
     value = partial(F.gelu, approximate=approximate)
-    return Smooth("gelu", value, partial(_gelu, approximate=approximate), *_GELU[approximate])
+    backward = partial(_gelu, approximate=approximate)
+    return Smooth("gelu", value, backward, *_GELU[approximate], bend=math.sqrt(2 / math.pi))
 
 
 def elu(alpha: float = 1.0) -> Smooth:
     """`torch.nn.ELU`."""
     backward = partial(_elu, alpha=alpha, scale=1.0, input_scale=1.0)
-    return Smooth("elu", partial(F.elu, alpha=alpha), backward, min(0.0, alpha), max(1.0, alpha))
+    ends = min(0.0, alpha), max(1.0, alpha)
+    bend = 1.0 if alpha == 1.0 else math.inf  # else it jumps at 0
+    return Smooth("elu", partial(F.elu, alpha=alpha), backward, *ends, bend=bend)
 
 
 def celu(alpha: float = 1.0) -> Smooth:
@@ -215,20 +221,30 @@ def celu(alpha: float = 1.0) -> Smooth:
     if alpha <= 0.0:
         raise ConfigError(f"`alpha` must be above 0, got {alpha}.")
     backward = partial(_elu, alpha=alpha, scale=1.0, input_scale=1.0 / alpha)
-    return Smooth("celu", partial(F.celu, alpha=alpha), backward, 0.0, 1.0)
+    return Smooth("celu", partial(F.celu, alpha=alpha), backward, 0.0, 1.0, bend=1.0 / alpha)
 
 
 def softplus(beta: float = 1.0, threshold: float = 20.0) -> Smooth:
     """`torch.nn.Softplus`."""
     value = partial(F.softplus, beta=beta, threshold=threshold)
     backward = partial(_softplus, beta=beta, threshold=threshold)
-    return Smooth("softplus", value, backward, 0.0, 1.0)
+    jump = math.exp(-threshold)  # at most; where the threshold is
+    bend = abs(beta) / 4 if jump < 1e-6 else math.inf
+    return Smooth("softplus", value, backward, 0.0, 1.0, bend=bend)
 
 
 SMOOTH: dict[str, Smooth] = {
     smooth.name: smooth
     for smooth in (
-        Smooth("silu", F.silu, _silu, -0.09983932012886694, 1.099839320128867, write=_into(F.silu)),
+        Smooth(
+            "silu",
+            F.silu,
+            _silu,
+            -0.09983932012886694,
+            1.099839320128867,
+            write=_into(F.silu),
+            bend=0.5,
+        ),
         Smooth(
             "hardswish",
             F.hardswish,
@@ -238,14 +254,29 @@ SMOOTH: dict[str, Smooth] = {
             jumps=(-3.0, 3.0),
             write=_into(F.hardswish),
         ),
-        Smooth("mish", F.mish, _mish, -0.11252612238946262, 1.088498161251728, write=_into(F.mish)),
         Smooth(
-            "sigmoid", torch.sigmoid, _sigmoid, 0.0, 0.25, write=torch.sigmoid_, reads_value=True
+            "mish",
+            F.mish,
+            _mish,
+            -0.11252612238946262,
+            1.088498161251728,
+            write=_into(F.mish),
+            bend=0.6443,
         ),
-        Smooth("logsigmoid", F.logsigmoid, _logsigmoid, 0.0, 1.0),
-        Smooth("tanh", torch.tanh, _tanh, 0.0, 1.0, reads_value=True),
-        Smooth("tanhshrink", F.tanhshrink, _tanhshrink, 0.0, 1.0),
-        Smooth("softsign", F.softsign, _softsign, 0.0, 1.0),
+        Smooth(
+            "sigmoid",
+            torch.sigmoid,
+            _sigmoid,
+            0.0,
+            0.25,
+            write=torch.sigmoid_,
+            reads_value=True,
+            bend=0.0963,
+        ),
+        Smooth("logsigmoid", F.logsigmoid, _logsigmoid, 0.0, 1.0, bend=0.25),
+        Smooth("tanh", torch.tanh, _tanh, 0.0, 1.0, reads_value=True, bend=0.7699),
+        Smooth("tanhshrink", F.tanhshrink, _tanhshrink, 0.0, 1.0, bend=0.7699),
+        Smooth("softsign", F.softsign, _softsign, 0.0, 1.0, bend=2.0),
         Smooth(
             "selu",
             F.selu,

@@ -18,6 +18,7 @@ from lightning_da3.passes.linear import freeze_linear_layers_
 from lightning_da3.passes.means import compute_means_again_
 from lightning_da3.passes.prologue import microbatch_prologue_
 from lightning_da3.passes.recompute import recompute_
+from lightning_da3.passes.shared_codes import share_codes_
 from lightning_da3.passes.stored_weights import store_weights_
 from lightning_da3.passes.views import reshape_
 from lightning_da3.planning.plan import PartPlan, Plan
@@ -43,6 +44,7 @@ ORDER: tuple[Pass, ...] = (
     in_every_part(attach_hosts_),
     in_every_part(freeze_),
     in_every_part(compute_means_again_),
+    in_every_part(share_codes_),
     in_every_part(recompute_),
     in_every_part(microbatch_prologue_),
     freeze_linear_layers_,

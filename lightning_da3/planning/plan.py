@@ -26,6 +26,8 @@ class HostPlan:
         inplace: The output may be overwritten.
         means_from: The node of the convolution that is all of the host, if the backward computes
             the gate's cell means again from what the adapter keeps; None: the means are kept.
+        codes_from: The node of the activation whose value the adapter reads, if the adapter keeps
+            nothing but the activation's codes where every position is a cell; None: its own codes.
     """
 
     name: str
@@ -40,6 +42,7 @@ class HostPlan:
     inplace: bool = True
     means_from: str | None = None
     samples: int = 0
+    codes_from: str | None = None
 
     @property
     def axes(self) -> int:
@@ -81,7 +84,8 @@ class NodePlan:
             ``"affine"`` (a batch norm that cannot be folded), ``"replace"``, ``"accumulate"``
             (added to its first argument, in place), ``"remove"`` or ``"leave"``.
         keeps: What its backward keeps: ``"nothing"``; ``"bits"`` (one to eight an element, exact);
-            ``"codes"`` (8-bit, of the derivative); ``"recomputed"`` (computed again from what its
+            ``"codes"`` (8-bit, of the derivative, or of the input, where an adapter reads the value
+            and keeps nothing else); ``"recomputed"`` (computed again from what its
             region keeps); ``"kept"`` (whatever PyTorch's own operation keeps); or ``"head"`` (its
             input, for the gradient of the domain's classifier).
         inplace: The node overwrites its input.
@@ -294,7 +298,8 @@ def _table(part: PartPlan) -> list[str]:
     places = {node.name: node.place for node in part.nodes}
     marks: dict[str, list[str]] = {}
     for host in part.hosts:
-        marks.setdefault(host.readers[0], []).append(f"reads {host.name}")
+        codes = host.codes_from and f" from the codes of {places.get(host.codes_from)}"
+        marks.setdefault(host.readers[0], []).append(f"reads {host.name}{codes or ''}")
         again = "" if host.means_from is None else ", means computed again"
         marks.setdefault(host.last, []).append(f"writes {host.name}{again}")
     for i, region in enumerate(part.regions):

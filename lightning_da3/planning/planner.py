@@ -35,6 +35,7 @@ from lightning_da3.planning.shapes import (
     reductions,
     sizes,
 )
+from lightning_da3.planning.shared_codes import find_shared_codes
 from lightning_da3.planning.spans import SpanFinder
 from lightning_da3.planning.stored import find_stored
 from lightning_da3.tracing.graphs import Part, Traced, module_of
@@ -245,7 +246,7 @@ def _plan_part(draft: _Draft, config: DA3Config, training: Sequence[str]) -> Par
     return PartPlan(
         draft.part.path,
         nodes,
-        tuple(find_means(gm, nodes, _writable(hosts, gm))),
+        tuple(find_shared_codes(gm, nodes, [*find_means(gm, nodes, _writable(hosts, gm))])),
         tuple(_named(gm, nodes, regions, exact)),
         find_prologue(gm, draft.flow, draft.shapes, nodes, hosts),
     )

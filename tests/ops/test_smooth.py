@@ -94,6 +94,18 @@ def test_the_range_of_the_derivative_is_exact(name):
 
 
 @EVERY
+def test_how_much_the_derivative_bends(name):
+    smooth, _ = CASES[name]
+    x = torch.linspace(-25, 25, 1_000_001, dtype=torch.float64)
+    slopes = smooth.derivative(x, smooth.value(x))
+    most = (slopes.diff().abs() / x.diff()).max()
+    if math.isinf(smooth.bend):
+        assert most > 100
+    else:
+        assert most <= smooth.bend * (1 + 1e-6) <= 1.01 * most
+
+
+@EVERY
 def test_the_derivative_is_autograds(name):
     smooth, builtin = CASES[name]
     x = leaf(torch.linspace(-25, 25, 5001, dtype=torch.float64))
