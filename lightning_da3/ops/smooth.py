@@ -228,7 +228,7 @@ def softplus(beta: float = 1.0, threshold: float = 20.0) -> Smooth:
     """`torch.nn.Softplus`."""
     value = partial(F.softplus, beta=beta, threshold=threshold)
     backward = partial(_softplus, beta=beta, threshold=threshold)
-    jump = math.exp(-threshold)  # at most; where the threshold is
+    jump = math.exp(-threshold)  # of the derivative at the threshold, at most
     bend = abs(beta) / 4 if jump < 1e-6 else math.inf
     return Smooth("softplus", value, backward, 0.0, 1.0, bend=bend)
 
