@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.func import functional_call
 
+from lightning_da3.ops.exportable import exportable
 from lightning_da3.torch_private.trees import tree_leaves
 
 Run = Callable[..., Any]
@@ -121,8 +122,10 @@ def program_of(
     outputs = flat(*(port.example for port in inputs))
     names = ["output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))]
     count = len(inputs[0].example) if inputs[0].batched else None
+    with exportable():
+        exported = exported_of(graph, ports)
     return Program(
-        exported_of(graph, ports),
+        exported,
         ports,
         [
             Port(name, y, count is not None and y.dim() > 0 and len(y) == count)

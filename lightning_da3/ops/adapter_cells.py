@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_da3.ops.bits import pack_between, unpack
@@ -92,6 +93,30 @@ def respond(
         if noise is not None:
             logits = logits + noise.reshape(-1, 1)
         return addend, _maps(logits.gt_(0), hidden.shape), kept
+
+
+def respond_in_maps(
+    p: Tensor, w: Weights, options: AdapterOptions, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """The addend and the gate of `respond` without noise, by convolutions alone.
+
+    Runtimes that lay maps out in blocks of channels need not turn them into rows and back.
+    """
+    with _without_autocast(p):
+        hidden = squeezed(p, w.squeeze, dtype).to(w.scale.dtype)
+        size = hidden.shape[1:]  # a sample, as its one group: elsewhere that is one operation
+        scale, shift = (v.view(-1, *[1] * (len(size) - 1)).expand(size) for v in (w.scale, w.shift))
+        cells = F.layer_norm(hidden, size, scale, shift, options.eps).relu()
+        logits = _pointwise(cells, w.attend, w.attend_bias)
+        scaled = torch.sigmoid(logits) * cells
+        addend = _pointwise(scaled, w.value * VALUE_SCALE, w.value_bias * VALUE_SCALE)
+        return addend, (logits > 0).to(logits.dtype) if options.gated else None
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A convolution by a matrix (O, C)."""
+    ones = [1] * (x.dim() - 2)
+    return conv(x, weight.reshape(*weight.shape, *ones), bias, ones, [0] * len(ones), ones, 1)
 
 
 def gradients(

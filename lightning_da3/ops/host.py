@@ -65,8 +65,12 @@ def spread(coarse: Tensor) -> Tensor:
 
 def upsample(coarse: Tensor, size: Sequence[int]) -> Tensor:
     """Nearest neighbour: (N, C, *grid) to (N, C, *size); pixel i lies in cell i * grid // size."""
-    if tuple(size) == tuple(coarse.shape[2:]):
+    grid = coarse.shape[2:]
+    if tuple(size) == tuple(grid):
         return coarse
+    if is_exportable() and divides(size, grid):  # runtimes do more with a constant factor
+        factors = [float(n // cells) for n, cells in zip(size, grid, strict=True)]
+        return F.interpolate(coarse, scale_factor=factors, mode="nearest")
     return F.interpolate(coarse, size=tuple(size), mode="nearest")
 
 

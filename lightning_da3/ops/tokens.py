@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 
 from lightning_da3.ops.backward import once_differentiable
+from lightning_da3.ops.exportable import is_exportable
 from lightning_da3.ops.host import (
     Means,
     add_pool_gradient_,
     cell_sums,
     coarse_grid,
+    divides,
     gated,
     pool,
+    upsample,
     writable,
     write_,
 )
@@ -74,6 +77,13 @@ class TokenGrid(NamedTuple):
         rest = cells[:, :, self.own :]
         return rest.unflatten(2, list(self.grid)) if len(self.grid) > 1 else rest  # type: ignore[no-untyped-call]
 
+    def on_tokens(self, cells: Tensor, size: torch.Size) -> Tensor:
+        """Every token's cell of (N, C, own + G), in new memory of this size: (N, *in, C)."""
+        rows = upsample(self.on_grid(cells), self.size).flatten(2).transpose(1, 2)
+        if self.own:
+            rows = torch.cat([cells[:, :, : self.own].transpose(1, 2), rows], dim=1)
+        return rows if rows.dim() == len(size) else rows.reshape(size)
+
     def in_row(self, x: Tensor, coarse: Tensor) -> Tensor:
         """The own tokens of `x` and `coarse` (N, C, *grid) as (N, C, own + G)."""
         rows = coarse.flatten(2).transpose(1, 2)
@@ -98,6 +108,11 @@ class _ReadTokens(torch.autograd.Function):
         if grad_cells is None:
             return grad, None, None
         place = ctx.place
+        if is_exportable() and divides(place.size, place.grid):
+            pixels = math.prod(place.size) // math.prod(place.grid)
+            own, rest = grad_cells[:, :, : place.own], grad_cells[:, :, place.own :] / pixels
+            whole = place.on_tokens(torch.cat([own, rest], dim=2), ctx.size)
+            return whole if grad is None else grad + whole, None, None
         grad = writable(grad, ctx.size, grad_cells)
         if place.whole:
             return grad.add_(grad_cells.transpose(1, 2).reshape(ctx.size)), None, None
@@ -172,6 +187,9 @@ class _WriteTokens(torch.autograd.Function):
 
 
 def _written(f: Tensor, addend: Tensor, gate: Tensor | None, place: TokenGrid) -> Tensor:
+    if is_exportable():  # runtimes write into parts of a tensor one number after the other
+        y = f if gate is None else f * place.on_tokens(gate, torch.Size([*f.shape[:-1], 1]))
+        return y + place.on_tokens(addend, f.shape)
     y = f.clone()
     open_ = None if gate is None else place.on_grid(gate)
     write_(place.maps(y), place.on_grid(addend), open_)
