@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lightning_da3.errors import ConversionError
+from lightning_da3.exporting.onnx_bits import pack_in_integers_
 from lightning_da3.exporting.onnx_order import keep_before_going_on_
 
 OPSET = 20
@@ -36,6 +37,8 @@ def simplify_(model: Any, outputs: Sequence[str]) -> None:
     for name in ("RemoveUnusedNodes", "RemoveUnusedFunctions"):
         _passed(name, model)
     _turn_transposed_(model)
+    pack_in_integers_(model)
+    _passed("RemoveUnusedNodes", model)
     _passed("ShapeInference", model)
     if LOSS in outputs:
         keep_before_going_on_(model, LOSS, _constants(model))

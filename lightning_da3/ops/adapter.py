@@ -16,16 +16,9 @@ import torch
 from torch import Tensor
 
 from lightning_da3.ops.activated import ValueCode
-from lightning_da3.ops.adapter_cells import (
-    AdapterOptions,
-    Weights,
-    gradients,
-    respond,
-    respond_in_maps,
-)
+from lightning_da3.ops.adapter_cells import AdapterOptions, Weights, gradients, respond
 from lightning_da3.ops.backward import once_differentiable
 from lightning_da3.ops.codes import Rows
-from lightning_da3.ops.exportable import is_exportable
 from lightning_da3.ops.opaque_adapter import opaque_adapt, opaque_gradients
 from lightning_da3.ops.opaque_convolution import lowered
 
@@ -118,8 +111,6 @@ def adapt(
         The addend (N, O, *grid) and the gate (N, 1, *grid), zeros and ones, or None.
     """
     kept = keep(p, weights, options) if kept is None else kept
-    if kept is None and noise is None and is_exportable():
-        return respond_in_maps(p, weights, options, lowered(p, weights.squeeze.dtype))
     if kept is None:
         return respond(p, noise, weights, options, lowered(p, weights.squeeze.dtype))[:2]
     result: tuple[Tensor, Tensor | None] = _Adapt.apply(p, noise, kept, options, *weights)

@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_da3.ops.bits import pack_between, unpack
 from lightning_da3.ops.codes import Rows
 from lightning_da3.ops.convolution import conv
+from lightning_da3.ops.exportable import is_exportable
 from lightning_da3.torch_private.kernels import (
     convolution_backward,
     native_group_norm_backward,
@@ -82,6 +83,8 @@ def respond(
     """
     with _without_autocast(p):  # few cells: as precise as the weights
         hidden = squeezed(p, w.squeeze, dtype)
+        if is_exportable():
+            return _respond_in_maps(hidden, noise, w, options)
         cells = torch.addcmul(w.shift, Norm.of(hidden, w, options.eps).n, w.scale).relu_()
         logits = _logits(cells, w)
         scaled = torch.sigmoid(logits).mul(cells)
@@ -95,22 +98,26 @@ def respond(
         return addend, _maps(logits.gt_(0), hidden.shape), kept
 
 
-def respond_in_maps(
-    p: Tensor, w: Weights, options: AdapterOptions, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """The addend and the gate of `respond` without noise, by convolutions alone.
+def _respond_in_maps(
+    hidden: Tensor, noise: Tensor | None, w: Weights, options: AdapterOptions
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What `respond` returns, by convolutions alone; bits are packed as maps.
 
     Runtimes that lay maps out in blocks of channels need not turn them into rows and back.
     """
-    with _without_autocast(p):
-        hidden = squeezed(p, w.squeeze, dtype).to(w.scale.dtype)
-        size = hidden.shape[1:]  # a sample, as its one group: elsewhere that is one operation
-        scale, shift = (v.view(-1, *[1] * (len(size) - 1)).expand(size) for v in (w.scale, w.shift))
-        cells = F.layer_norm(hidden, size, scale, shift, options.eps).relu()
-        logits = _pointwise(cells, w.attend, w.attend_bias)
-        scaled = torch.sigmoid(logits) * cells
-        addend = _pointwise(scaled, w.value * VALUE_SCALE, w.value_bias * VALUE_SCALE)
-        return addend, (logits > 0).to(logits.dtype) if options.gated else None
+    x = hidden.to(w.scale.dtype)
+    size = x.shape[1:]  # a sample, as its one group: elsewhere that is one operation
+    scale, shift = (v.view(-1, *[1] * (len(size) - 1)).expand(size) for v in (w.scale, w.shift))
+    cells = F.layer_norm(x, size, scale, shift, options.eps).relu()
+    logits = _pointwise(cells, w.attend, w.attend_bias)
+    scaled = torch.sigmoid(logits) * cells
+    addend = _pointwise(scaled, w.value * VALUE_SCALE, w.value_bias * VALUE_SCALE)
+    kept = hidden if options.exact else pack_between(cells, 0, math.inf)
+    if not options.gated:
+        return addend, None, kept
+    if noise is not None:
+        logits = logits + noise.reshape(logits.shape)
+    return addend, (logits > 0).to(logits.dtype), kept
 
 
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -160,7 +167,12 @@ def gradients(
     with _without_autocast(p):
         norm = Norm.of(hidden if exact else squeezed(p, w.squeeze, dtype), w, eps)
         cells = torch.addcmul(w.shift, norm.n, w.scale)
-        positive = cells > 0 if exact else unpack(hidden, cells.size(), cells.stride())
+        if exact:
+            positive = cells > 0
+        elif is_exportable():  # packed as maps
+            positive = _rows(unpack(hidden, norm.x.size(), norm.x.stride()))
+        else:
+            positive = unpack(hidden, cells.size(), cells.stride())
         cells.mul_(positive)
         logits = _logits(cells, w)
         soft = torch.sigmoid(logits)
@@ -229,6 +241,12 @@ class Norm(NamedTuple):
         """The norm of h, (N, m, *grid), as precise as the weights."""
         x = hidden.to(w.scale.dtype).contiguous(memory_format=_layout(hidden))
         n, m = x.shape[:2]
+        if is_exportable():  # in few operations; mean and rstd are (N, 1, 1)
+            cells = _rows(x).view(n, -1, m)
+            mean = cells.mean((1, 2), keepdim=True)
+            centred = cells - mean
+            rstd = centred.square().mean((1, 2), keepdim=True).add(eps).rsqrt()
+            return cls(x, (centred * rstd).view(-1, m), mean, rstd)
         normal, mean, rstd = torch.native_group_norm(
             x, None, None, n, m, x.shape[2:].numel(), 1, eps
         )
@@ -237,6 +255,13 @@ class Norm(NamedTuple):
 
     def backward(self, grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of x, scale and shift, from that of the result, (N * G, m)."""
+        if is_exportable():
+            n, m = self.x.shape[:2]
+            normal, scaled = self.n.view(n, -1, m), (grad * scale).view(n, -1, m)
+            common = scaled.mean((1, 2), keepdim=True)
+            slope = (scaled * normal).mean((1, 2), keepdim=True)
+            grad_x = (scaled - common - normal * slope) * self.rstd
+            return _maps(grad_x.view(-1, m), self.x.shape), (grad * self.n).sum(0), grad.sum(0)
         grad = _maps(grad, self.x.shape).contiguous(memory_format=_layout(self.x))
         n, m = self.x.shape[:2]
         return native_group_norm_backward(

@@ -7,7 +7,6 @@ arithmetic does the same with eight bit planes.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -157,24 +156,22 @@ def _pack_numpy(x: Tensor, low: float, high: float) -> Tensor:
 def _pack_samples(inside: Tensor) -> Tensor:
     """Bits of a condition (N, ..), sample by sample, so that N may be any number: (N, bytes).
 
-    Runtimes shift no bytes: a bit is a number to choose.
+    Runtimes shift no bytes: a byte is a product of eight bits with the powers of two, exact as
+    floats. Files of ONNX hold it in integers (`lightning_da3.exporting.onnx_bits`).
     """
     rows = inside.flatten(1) if inside.dim() > 1 else inside.reshape(-1, 1)
-    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8))
-    planes = padded.reshape(rows.shape[0], 8, padded.shape[1] // 8)
-    bits = [_where(planes[:, k], 1 << k) for k in range(8)]
-    return functools.reduce(torch.bitwise_or, bits)
-
-
-def _where(condition: Tensor, number: int) -> Tensor:
-    zero = torch.tensor(0, dtype=torch.uint8, device=condition.device)
-    return torch.where(condition, zero + number, zero)
+    if odd := -rows.shape[1] % 8:
+        rows = torch.nn.functional.pad(rows, (0, odd))
+    planes = rows.reshape(rows.shape[0], 8, rows.shape[1] // 8).transpose(0, 1).reshape(8, -1)
+    numbers = torch.tensor([[float(1 << k) for k in range(8)]], device=inside.device)
+    packed = torch.mm(numbers, planes.to(torch.float32)).to(torch.uint8)
+    return packed.reshape(rows.shape[0], rows.shape[1] // 8)
 
 
 def _unpack_samples(bits: Tensor, size: torch.Size) -> Tensor:
     """The mask that `_pack_samples` packed, as bool: another conversion would be another pass."""
     numbers = torch.tensor([1 << k for k in range(8)], dtype=torch.uint8, device=bits.device)
-    planes = (bits.unsqueeze(1) & numbers.view(1, 8, 1)).ne(0)
+    planes = (bits.unsqueeze(1) & numbers.view(1, 8, 1)).to(torch.bool)
     rows = planes.flatten(1)[:, : math.prod(size[1:])]
     return rows.reshape(size)
 
