@@ -114,6 +114,22 @@ def test_onnx(network, exact, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("gated", [False, True])
+def test_adapters_turn_no_map_around_and_write_into_no_part(gated, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    config = SMALL if gated else DA3Config(SMALL.adapter)
+    path = tmp_path / "a.onnx"
+    model = learned(Residual(), "a", config=config)
+    hosts = sum(len(part.hosts) for part in model.plan.parts)
+    assert hosts
+    model.export("a", path, images(2))
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert "Transpose" not in kinds
+    assert "ScatterND" not in kinds
+    assert kinds.count("LayerNormalization") == hosts  # of adapters
+
+
+@pytest.mark.slow
 def test_one_file_serves_all_domains(tmp_path):
     pytest.importorskip("onnxscript")
     model, x = learned(Residual(), "a", "b"), images(2)

@@ -71,6 +71,29 @@ def test_a_kernel_that_goes_in_is_not_turned():
     assert [n.op_type for n in model.graph] == ["ConvTranspose"]
 
 
+@pytest.mark.parametrize(("power", "packs"), [(7, True), (6, False)])
+def test_bits_are_packed_in_integers(power, packs):
+    numbers = np.array([[*(2.0**k for k in range(7)), 2.0**power]], np.float32)
+    steps = [
+        node("Greater", "x zero", "inside"),
+        node("Cast", "inside", "floats", to=onnx.TensorProto.FLOAT),
+        node("MatMul", "numbers floats", "product"),
+        node("Cast", "product", "y", to=onnx.TensorProto.UINT8),
+    ]
+    held = {"zero": np.zeros(1, np.float32), "numbers": numbers}
+    model, x = model_of(steps, {"x": [8, 30]}, ["y"], **held), drawn(8, 30)
+    (expected,) = ran(model, x=x)
+    simplify_(model, ["y"])
+    kinds = [n.op_type for n in model.graph]
+    assert ("MatMulInteger" in kinds, "MatMul" in kinds) == (packs, not packs)
+    (found,) = ran(model, x=x)
+    np.testing.assert_array_equal(found, expected)
+    if packs:
+        packed = np.packbits(x > 0, axis=0, bitorder="little")
+        np.testing.assert_array_equal(found, packed)
+        assert "numbers" not in model.graph.initializers
+
+
 def test_planned_peak_counts_what_is_alive():
     kb = 1024  # bytes of 256 floats
     steps = [
