@@ -15,10 +15,9 @@ from comparison.backbones import LITE0, lite0
 from measure import CLASSES, build
 from torch import Tensor, nn
 
-from lightning_da3 import DA3Config, DA3Model, GateConfig, convert
+from lightning_da3 import DA3Model, convert
 
 TINY = "tiny"
-GATED = DA3Config(gate=GateConfig(noise=False))  # the noise of both would not be the same
 
 
 def network_of(name: str, image_size: int) -> nn.Module:
@@ -42,9 +41,9 @@ def tiny() -> nn.Module:
     return nn.Sequential(*first, *rest, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
 
 
-def learned(network: nn.Module, config: DA3Config | None = None) -> DA3Model:
+def learned(network: nn.Module) -> DA3Model:
     """The network converted, with an active domain that adds something."""
-    model = convert(network, config)
+    model = convert(network)
     model.add_domain("measured", num_classes=CLASSES)
     numbers = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -2,14 +2,14 @@
 
 Inference: a domain's outputs in ONNX Runtime beside those in PyTorch, and the time beside that of
 the original network in ONNX Runtime. Training: a domain's parameters after steps in ONNX Runtime
-beside those after the same steps in PyTorch, with gates, and with data that the file was not
-exported with; all tensors of the domain as one vector, and the worst of them. Time: one step of SGD
-in ONNX Runtime, of DA3 and of fine-tuning in PyTorch, each of these in its faster memory format;
-all take turns in one process, and medians count. Memory: the most that tensors hold at once in the
-order of the file, as its manifest says; and what a process takes from the system above the loaded
-file while steps run, without an arena, and also without buffers that are kept for others of their
-size. Every network has a process of its own. Weights are random, with batch norms that have met
-images; EfficientNet-Lite0 has its own. Times depend on the machine.
+beside those after the same steps in PyTorch, with data that the file was not exported with; all
+tensors of the domain as one vector, and the worst of them. Time: one step of SGD in ONNX Runtime,
+of DA3 and of fine-tuning in PyTorch, each of these in its faster memory format; all take turns in
+one process, and medians count. Memory: the most that tensors hold at once in the order of the file,
+as its manifest says; and what a process takes from the system above the loaded file while steps
+run, without an arena, and also without buffers that are kept for others of their size. Every
+network has a process of its own. Weights are random, with batch norms that have met images;
+EfficientNet-Lite0 has its own. Times depend on the machine.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import onnxruntime
 import torch
 from comparison.backbones import LITE0
 from device_files import (
-    GATED,
     TINY,
     Device,
     batch,
@@ -124,7 +123,7 @@ def training(name: str, sizes: Sizes) -> list[Row]:
     """Parameters after the same steps in both, for either optimizer; the file's size."""
     network, rows = network_of(name, sizes.image), []
     for optimizer, (kind, rate) in OPTIMIZERS.items():
-        model = learned(network, GATED)
+        model = learned(network)
         own = dict(model.domain("measured").named_parameters())
         with tempfile.TemporaryDirectory() as folder:
             path, seconds = training_file(model, Path(folder), 2, sizes.image, optimizer)
@@ -141,7 +140,6 @@ def training(name: str, sizes: Sizes) -> list[Row]:
                 ]
             device = Device(path, own)
         model.train()
-        model.gate_loss_scale, model.progress = 1.0, 0.5
         eager = kind(own.values(), lr=rate)
         for i in range(sizes.steps):
             images, labels = batch(2, sizes.image, 1 + i)
