@@ -125,10 +125,10 @@ class DA3Model(Exports, ChoosesBranches, Recognizes):
             outputs = self._run_mixed([domains[i] for i in own], some, named)
             found.update(zip(own, outputs, strict=True))
             shares.append(self.executed_flops_fraction)
-        known = [(s, len(own)) for s, own in zip(shares, groups, strict=True) if s is not None]
-        count = sum(number for _, number in known)
-        mean = [share * (number / count) for share, number in known]
-        self.calls.here.executed = torch.stack(mean).sum() if mean else None
+        whole, weights = torch.tensor(1.0), [len(own) / len(domains) for own in groups]
+        mean = [w * (whole if s is None else s) for s, w in zip(shares, weights, strict=True)]
+        here = self.calls.here  # groups differ in what they skip, so that some do
+        here.executed, here.whole = torch.stack(mean).sum(), False
         return [found[i] for i in range(len(domains))]
 
     @torch.no_grad()

@@ -288,13 +288,14 @@ class Running(SavesDomains):
 
     def _executed(self, ledger: Ledger, call: Call) -> list[Executed]:
         """What was executed; its share is remembered."""
-        executed = [entry for _, entry in ledger]
+        executed, here = [entry for _, entry in ledger], self.calls.here
+        here.whole = not (executed or call.skipped or call.alone)
         if executed:
-            self.calls.here.executed = executed_fraction(executed).detach()
+            here.executed = executed_fraction(executed).detach()
         elif call.skipped:
-            self.calls.here.executed = torch.tensor(self._whole.executed_share(call.skipped))
+            here.executed = torch.tensor(self._whole.executed_share(call.skipped))
         else:
-            self.calls.here.executed = None
+            here.executed = None
         return executed
 
     @property
@@ -302,7 +303,16 @@ class Running(SavesDomains):
         """The share of the hosts' FLOPs that gates let run in the last pass of this thread.
 
         Of a domain that skips branches, without gates of cells: the share of the whole network's.
-        None of others without gates: hosts then run whole.
+        1 of other domains without gates: everything runs. None before the first pass, and where no
+        domain was active.
+        """
+        return torch.tensor(1.0) if self.calls.here.whole else self.calls.here.executed
+
+    @property
+    def decided_flops_fraction(self) -> Tensor | None:
+        """`executed_flops_fraction` where gates or skipped branches decide it; else None.
+
+        For logs: a curve that is 1 whatever happens says nothing.
         """
         return self.calls.here.executed
 

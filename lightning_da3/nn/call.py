@@ -203,7 +203,8 @@ class _Here(threading.local):
         self.call: Call | None = None
         self.resting: Call | None = None
         self.noise: Noise | None = None
-        self.executed: Tensor | None = None  # the share of FLOPs that the last call executed
+        self.executed: Tensor | None = None  # the share of FLOPs that the last call executed, and
+        self.whole = False  # that it had nothing to decide: a domain's, without gates or skips
 
 
 class Place(nn.Module):

@@ -60,7 +60,7 @@ class Figures:
                 _log(pl_module, "da3/predicted_peak_bytes", steps.predicted.peak_bytes)
             if steps.surprising:
                 rank_zero_warn(_surprised(steps), category=PredictionWarning)
-        _log(pl_module, "da3/executed_flops_fraction", model.executed_flops_fraction)
+        _log(pl_module, "da3/executed_flops_fraction", model.decided_flops_fraction)
 
     def epoch_ends(self, pl_module: L.LightningModule) -> None:
         """An epoch is over."""

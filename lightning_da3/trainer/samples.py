@@ -106,12 +106,12 @@ class Samples:
 def _in_eval(model: DA3Model) -> Iterator[None]:
     """Inference in the block; afterwards the model is as it was."""
     here = model.calls.here
-    share = here.executed
+    share, whole = here.executed, here.whole
     try:
         with in_use(model):
             yield
     finally:
-        here.executed = share
+        here.executed, here.whole = share, whole
 
 
 def _are_images(x: Tensor) -> bool:

@@ -55,7 +55,7 @@ class Saying:
             steps: What the first steps took, as far as it is known by now.
             outside: Numbers of parameters outside the network that train with the domain, by name.
         """
-        share, active = model.executed_flops_fraction, model.active_domain
+        share, active = model.decided_flops_fraction, model.active_domain
         if share is not None and active is not None:
             total, count = self._executed.get(active, (torch.zeros_like(share), 0))
             self._executed[active] = total + share, count + 1

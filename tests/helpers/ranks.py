@@ -64,7 +64,7 @@ class HalfShut(Lit):
         domain = self.net.domain("a")
         gradients = {name: value.grad.clone() for name, value in domain.named_parameters()}
         self.steps = [*getattr(self, "steps", []), gradients]
-        if self.net.executed_flops_fraction is not None:
+        if self.net.decided_flops_fraction is not None:
             fraction = self.net.executed_flops_fraction.item()
             self.fractions = [*getattr(self, "fractions", []), fraction]
 

@@ -63,6 +63,29 @@ def test_executed_flops_fraction_of_a_network_by_hand():
     first_macs, second_macs = 3 * 4 * 9 * 36, 4 * 6 * 9 * 36
     expected = second_macs / (first_macs + second_macs)
     assert model.executed_flops_fraction.item() == pytest.approx(expected)
+    assert model.decided_flops_fraction is model.executed_flops_fraction
+    model.set_domain(None)
+    model(batch("ConvNorm"))
+    assert model.executed_flops_fraction is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_without_gates_everything_runs(training):
+    model = converted("a", "b", name="ConvNorm", config=DA3Config(ADAPTER, gate=None))
+    model.train(training).set_domain("a")
+    assert model.executed_flops_fraction is None  # nothing ran
+    for run in (model, lambda x: model(x, domains=[*"ab"] * (len(x) // 2))):
+        if run is model or not training:
+            run(batch("ConvNorm"))
+        share = model.executed_flops_fraction
+        assert isinstance(share, torch.Tensor)
+        assert (share.shape, share.item()) == ((), 1.0)
+        assert model.decided_flops_fraction is None  # no curve for a log
+    with model.disable_adapters():
+        model(batch("ConvNorm"))
+    assert model.executed_flops_fraction is None
+    model(batch("ConvNorm"))
+    assert model.executed_flops_fraction == 1.0
     model.set_domain(None)
     model(batch("ConvNorm"))
     assert model.executed_flops_fraction is None

@@ -222,9 +222,13 @@ def test_mixed_batches_are_computed_in_groups():
     model.skip("d", BRANCHES)
     names = ["b", "a", "c", None, "d", "a"]
     got = model(x, domains=names)
+    share, shares = float(model.executed_flops_fraction), []
     for sample, name, y in zip(x, names, got, strict=True):
         torch.testing.assert_close(y, outputs(model, name, sample[None])[0], rtol=1e-4, atol=1e-5)
-    assert 0 < float(model.executed_flops_fraction) < 1
+        own = model.executed_flops_fraction
+        shares.append(1.0 if own is None else float(own))
+    assert share == pytest.approx(sum(shares) / 6)
+    assert 0 < share < 1
     for name in "abcd":
         model.fit_statistics(name, [x])
     nearest = model.nearest_domains(x)

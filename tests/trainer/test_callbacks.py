@@ -137,6 +137,11 @@ def test_what_is_logged(tmp_path):
     logged = fitter.callback_metrics
     assert 0 < logged["da3/saved_activation_bytes"] < logged["da3/peak_bytes"]
     assert 0 < logged["da3/executed_flops_fraction"] <= 1
+    plain = DA3Callback("a", 2, DA3Config(adapter=CONFIG.adapter, gate=None))
+    fitter = trainer(tmp_path, plain)
+    fitter.fit(module := lit(), data())
+    assert module.net.executed_flops_fraction == 1.0
+    assert set(logged) - set(fitter.callback_metrics) == {"da3/executed_flops_fraction"}
 
 
 def test_the_domain_is_saved_and_loads_bit_identically(tmp_path):
