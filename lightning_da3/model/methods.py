@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from lightning_da3.config import DA3Config
-from lightning_da3.errors import DA3Error
+from lightning_da3.errors import ConversionWarning, DA3Error
 from lightning_da3.memory import fake_mode_of
 from lightning_da3.model.binding import Bound, without_values_of
 from lightning_da3.model.entries import Entry
@@ -29,6 +29,7 @@ from lightning_da3.planning.plan import PartPlan, Plan
 from lightning_da3.planning.planner import make_plan
 from lightning_da3.tracing.guards import GuardError
 from lightning_da3.tracing.islands import trace
+from lightning_da3.tracing.tracer import Tracer
 
 _running = threading.local()
 
@@ -45,6 +46,7 @@ class Method:
         calls: What it computes with.
         tensors: The arguments of a call, whose shapes are looked at.
         python: Why it stays Python, or None.
+        whole: So does every module that holds others; else graphs of them are called.
 
     Raises:
         DA3Error: It cannot be rewritten, or needs tensors that nobody has any more.
@@ -60,6 +62,7 @@ class Method:
         calls: Calls,
         tensors: Sequence[Tensor],
         python: str | None = None,
+        whole: bool = False,
     ) -> None:
         self.entry = entry
         network = original.network
@@ -70,7 +73,7 @@ class Method:
             )
         stays = {path: why for path, why in plan.python if path}
         if python is not None:
-            stays[""] = python
+            stays |= dict.fromkeys(_holders(network) if whole else [""], python)
         with warnings.catch_warnings(), fake_mode_of(network) or nullcontext():
             warnings.simplefilter("ignore")  # of PyTorch, about copies of what has no values
             given = [without_values_of(x, network, backbone) for x in tensors]
@@ -101,6 +104,14 @@ class Method:
         if isinstance(self.root, fx.GraphModule):
             return self.root(*tensors)
         return self.entry.call(self.root, tensors)
+
+
+def _holders(network: nn.Module) -> Iterator[str]:
+    """The paths of modules that hold others, but of layers."""
+    layers = Tracer()
+    for path, module in network.named_modules():
+        if any(True for _ in module.children()) and not layers.is_leaf_module(module, path):
+            yield path
 
 
 def _has(root: nn.Module, path: str | None) -> bool:
@@ -144,9 +155,9 @@ def _entering(network: nn.Module, entry: Entry) -> nn.Module:
 def _apart(whole: Plan, plan: Plan, network: nn.Module) -> Iterator[tuple[str, str]]:
     """(layer, host) for layers that a method computes without the rest of their host."""
     there = {host.name for host in plan.hosts}
-    computed = {place for part in plan.parts for place in _places(part)}
+    computed = {place for part in plan.parts for place in _places(part, network)}
     for part in whole.parts:
-        order, places = {node.name: i for i, node in enumerate(part.nodes)}, _places(part)
+        order, places = {node.name: i for i, node in enumerate(part.nodes)}, _places(part, network)
         for host in part.hosts:
             if host.name not in there:
                 for place in places[order[host.readers[0]] : order[host.last] + 1]:
@@ -154,8 +165,10 @@ def _apart(whole: Plan, plan: Plan, network: nn.Module) -> Iterator[tuple[str, s
                         yield place, host.name
 
 
-def _places(part: PartPlan) -> list[str]:
-    return [f"{part.path}.{node.place}".lstrip(".") for node in part.nodes]
+def _places(part: PartPlan, network: nn.Module) -> list[str]:
+    """Where the nodes are in the user's network; a graph of one layer calls it by another name."""
+    found = [f"{part.path}.{node.place}".lstrip(".") for node in part.nodes]
+    return [p if _has(network, p) else p.removesuffix(".layer") for p in found]
 
 
 def _has_weights(network: nn.Module, path: str) -> bool:
@@ -163,6 +176,7 @@ def _has_weights(network: nn.Module, path: str) -> bool:
 
 
 _MOST_WAYS = 8  # in which one method decides; what decides in more stays Python
+_AS_ELSEWHERE = "it decides on something else than can be seen before it runs"
 _MANY_WAYS = f"it decides on its inputs in more than {_MOST_WAYS} ways"
 
 
@@ -183,13 +197,16 @@ class Methods:
         self._lock = threading.Lock()
 
     def run(
-        self, entry: Entry, make: Callable[[str | None], Method], run: Callable[[Method], Any]
+        self,
+        entry: Entry,
+        make: Callable[[str | None, bool], Method],
+        run: Callable[[Method], Any],
     ) -> Any:
         """What the method of this entry returns, made now if none decides like this.
 
         Args:
             entry: What is called.
-            make: Makes it; takes why it stays Python, or None.
+            make: Makes it; takes why it stays Python, or None, and whether all that it calls does.
             run: Calls it.
         """
         number = 0
@@ -198,14 +215,42 @@ class Methods:
                 known = self.made.setdefault(entry.key, [])
                 is_new = number == len(known)
                 if is_new:
-                    known.append(make(_MANY_WAYS if number >= _MOST_WAYS else None))
+                    known.append(make(_MANY_WAYS if number >= _MOST_WAYS else None, False))
                 method = known[number]
             try:
                 return run(method)
-            except GuardError:
-                if is_new:
-                    raise
+            except GuardError as error:
+                if is_new:  # what it decides on is not as its tracing saw it
+                    return self._run_python(entry, method, make, run, error)
             number += 1
+
+    def _run_python(
+        self,
+        entry: Entry,
+        method: Method,
+        make: Callable[[str | None, bool], Method],
+        run: Callable[[Method], Any],
+        error: GuardError,
+    ) -> Any:
+        """The same as Python, in the place of one that refuses what it was made for."""
+        warnings.warn(
+            f"`{entry.name}` stays Python for inputs like this one, and so takes more memory. "
+            f"{error.fact}",
+            ConversionWarning,
+            stacklevel=2,
+        )
+        found = self._replaced(entry, method, make(_AS_ELSEWHERE, False))
+        try:
+            return run(found)
+        except GuardError:  # what it calls decides
+            return run(self._replaced(entry, found, make(_AS_ELSEWHERE, True)))
+
+    def _replaced(self, entry: Entry, method: Method, other: Method) -> Method:
+        with self._lock:
+            known = self.made[entry.key]
+            if method in known:
+                known[known.index(method)] = other
+        return other
 
     def smaller_of(self, skipped: frozenset[str], make: Callable[[], Smaller]) -> Smaller:
         """The network without some branches, made now if it is not there."""

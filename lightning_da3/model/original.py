@@ -19,6 +19,7 @@ from lightning_da3.nn.convolution import FrozenConv, FrozenConvTranspose
 from lightning_da3.nn.normalization import BatchNormStatistics, FrozenAffine
 from lightning_da3.torch_private.fake import new_fake_mode
 from lightning_da3.torch_private.modules import original_of
+from lightning_da3.tracing.autocast import Precision, precision_now
 from lightning_da3.tracing.graph_modules import is_of_layer
 
 _INNER = ("layer", "function", "original")  # what holds a layer of the user's by another name
@@ -37,6 +38,7 @@ class Original:
     Attributes:
         network: The copy; None if there is none, or if the network cannot be copied.
         inputs: What the conversion was told that the network takes, without values; None: nothing.
+        precision: Where autocast was on as the network was traced: traced again it is as it was.
         spare: Tensors of the network that its rewritten form does not hold, by their names: folded
             statistics, and layers that `forward` does not use.
     """
@@ -44,6 +46,7 @@ class Original:
     def __init__(self, network: nn.Module | None = None) -> None:
         self.network: nn.Module | None = None
         self.inputs: tuple[Any, ...] | None = None
+        self.precision: Precision = precision_now()
         self.spare: dict[str, Tensor] = {}
         if network is not None:
             with suppress(DA3Error):  # then only the figures of fine-tuning are missing
@@ -73,7 +76,7 @@ class Original:
 
     def __reduce__(self) -> tuple[Any, ...]:
         network = None if self.network is None else _pickled(self.network)
-        return _unpickled, (network, self.spare, self.inputs)
+        return _unpickled, (network, self.spare, self.inputs, self.precision)
 
 
 def _pickled(network: nn.Module) -> bytes | None:
@@ -89,10 +92,13 @@ def _pickled(network: nn.Module) -> bytes | None:
 
 
 def _unpickled(
-    network: bytes | None, spare: dict[str, Tensor], inputs: tuple[Any, ...] | None = None
+    network: bytes | None,
+    spare: dict[str, Tensor],
+    inputs: tuple[Any, ...] | None = None,
+    precision: Precision = (),
 ) -> Original:
     found = Original()
-    found.spare, found.inputs = spare, inputs
+    found.spare, found.inputs, found.precision = spare, inputs, precision
     if network is not None:
         with suppress(Exception):  # its class may be unknown here: then it is forgotten
             found.network = without_values(pickle.loads(network), new_fake_mode())

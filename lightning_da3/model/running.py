@@ -126,8 +126,8 @@ class Running(SavesDomains):
     def _run_entry(self, call: Call, entry: Entry, tensors: Sequence[Tensor]) -> tuple[Any, Ledger]:
         """One pass through a method, rewritten now if that is needed."""
 
-        def make(python: str | None) -> Method:
-            return Method(entry, *self._about_network, tensors, python)
+        def make(python: str | None, whole: bool) -> Method:
+            return Method(entry, *self._about_network, tensors, python, whole)
 
         def run(found: Method) -> tuple[Any, Ledger]:
             ledger: Ledger = []

@@ -21,11 +21,18 @@ from lightning_da3.memory import fake_mode_of
 from lightning_da3.model.binding import Bound, without_values_of
 from lightning_da3.model.original import Original
 from lightning_da3.nn.call import Calls
-from lightning_da3.passes.branches import found_again, remove_dead_, skip_, without_branches
+from lightning_da3.passes.branches import (
+    check_not_computed,
+    found_again,
+    remove_dead_,
+    skip_,
+    without_branches,
+)
 from lightning_da3.passes.rewriting import rewrite
 from lightning_da3.planning.plan import Plan
 from lightning_da3.planning.planner import make_plan
 from lightning_da3.torch_private.trees import tree_map_only
+from lightning_da3.tracing.autocast import in_precision
 from lightning_da3.tracing.graphs import Traced
 from lightning_da3.tracing.islands import trace
 
@@ -92,6 +99,8 @@ class Candidates(Bound):
                 (part.gm, [(n, _Sum.of(b)) for n, b in branches.items()])
                 for part, branches in found_again(traced, plan)
             ]
+            names = {name for _, sums in found for name, _ in sums}
+            check_not_computed(traced, plan, {b.name for b in plan.branches} - names)
             known = dataclasses.replace(config, head=plan.head)
             decided = make_plan(traced, known, inputs, hosts_of=plan)
             parts = tuple(
@@ -159,7 +168,8 @@ def _traced_again(
             "Branches cannot be skipped: a model that was saved forgets the network that it was "
             "made from. Convert the network here, and load the domains."
         )
-    with warnings.catch_warnings(), fake_mode_of(network) or nullcontext():
+    mode = fake_mode_of(network) or nullcontext()
+    with warnings.catch_warnings(), mode, in_precision(original.precision):
         warnings.simplefilter("ignore")  # they were said of the whole network
         inputs = original.inputs
         if inputs is not None:

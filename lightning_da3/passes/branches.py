@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import fx, nn
 
+from lightning_da3.errors import DA3Error
 from lightning_da3.nn.gate import Recorder
 from lightning_da3.planning.branches import Branch, BranchFinder, needs_copy
 from lightning_da3.planning.flow import Flow
@@ -26,12 +27,17 @@ def without_branches(
     Args:
         traced: Edited in place.
         plan: The plan of the whole network, which names branches and hosts.
-        skipped: Names of branches; of those that are not in these graphs, nothing is done.
+        skipped: Names of branches; of those that nothing of the traced computes, nothing is done.
+
+    Raises:
+        DA3Error: One is computed, and cannot be skipped.
     """
+    waiting = set(skipped)
     hosts = {path: list(own) for path, own in known_hosts(traced, plan).items()}
     for part, branches in found_again(traced, plan):
         stands = {}
         graph = part.gm.graph
+        waiting -= {*branches}
         for branch in (branch for name, branch in branches.items() if name in skipped):
             if branch.total in graph.nodes:  # or it is in a branch that is gone
                 copies = needs_copy(part.gm, branch)
@@ -48,7 +54,37 @@ def without_branches(
         parts=tuple(part for part in traced.parts if id(part.gm) in left),
         python={path: why for path, why in traced.python.items() if _has(traced.root, path)},
     )
+    check_not_computed(smaller, plan, waiting)
     return smaller, hosts
+
+
+def check_not_computed(traced: Traced, plan: Plan, names: Collection[str]) -> None:
+    """Refuse branches that cannot be skipped, where they are computed: they must not run unheard.
+
+    Args:
+        traced: A traced network.
+        plan: The plan of the whole network, which names branches.
+        names: Of branches that were not found again in it.
+
+    Raises:
+        DA3Error: One is computed.
+    """
+    called = {
+        part.user_name(str(node.target))
+        for part in traced.parts
+        for node in part.gm.graph.nodes
+        if node.op == "call_module"
+    }
+    there = [b.name for b in plan.branches if b.name in names and called.intersection(b.modules)]
+    if not there:
+        return
+    reasons = [why for path, why in traced.python.items() if path] or [*traced.functions.values()]
+    why = f" ({reasons[0]})" if reasons else ""
+    raise DA3Error(
+        f"{there} of {traced.network} cannot be skipped in calls like this one: what adds them "
+        f"stays Python here{why}. Convert the network as it is used, such as inside "
+        "`torch.autocast`: `model.plan.branches` has what can be skipped then."
+    )
 
 
 def _left(

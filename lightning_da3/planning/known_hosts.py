@@ -29,7 +29,8 @@ def hosts_found_again(
         for host, ends in zip(other.hosts, _ends(other.hosts, _places(other)), strict=True)
     ]
     places = find_places(part.gm)
-    whole = {name: f"{part.path}.{p}".lstrip(".") for name, p in places.items()}
+    # the graph of one layer calls it by a name of its own
+    whole = {name: part.path if part.single else part.user_name(p) for name, p in places.items()}
     again: list[HostPlan] = []
     for found in (list(candidates), list(finder.any_layers())):
         again = [
@@ -48,9 +49,13 @@ def _are_same(
 ) -> bool:
     """Whether two hosts are; where one ends, a module may be one node that the other looks into."""
     return _about(host) == _about(other) and all(
-        end == there or (end is not None and f"{there}.".startswith(f"{end}."))
-        for end, there in zip(ends, others, strict=True)
+        _holds(end, there) or _holds(there, end) for end, there in zip(ends, others, strict=True)
     )
+
+
+def _holds(place: str | None, other: str | None) -> bool:
+    """Whether a place is another, or a module that has it."""
+    return place == other or (place is not None and f"{other}.".startswith(f"{place}."))
 
 
 def _about(host: HostPlan) -> tuple[Any, ...]:

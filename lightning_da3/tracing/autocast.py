@@ -21,6 +21,31 @@ ASKED = (
 )
 _KINDS = ("cpu", "cuda", "mps", "xpu")
 
+Precision = tuple[tuple[str, torch.dtype], ...]
+"""Where autocast is on: types of devices, each with what it lowers to. Empty: nowhere."""
+
+
+def _available() -> list[str]:
+    return [kind for kind in _KINDS if torch.amp.is_autocast_available(kind)]
+
+
+def precision_now() -> Precision:
+    """Where autocast is on by now."""
+    on = [kind for kind in _available() if torch.is_autocast_enabled(kind)]
+    return tuple((kind, torch.get_autocast_dtype(kind)) for kind in on)
+
+
+@contextlib.contextmanager
+def in_precision(precision: Precision) -> Iterator[None]:
+    """Inside, autocast is on there, and nowhere else."""
+    off = [kind for kind, _ in precision_now() if kind not in dict(precision)]
+    with contextlib.ExitStack() as stack:
+        for kind in off:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        for kind, dtype in precision:
+            stack.enter_context(torch.autocast(kind, dtype))
+        yield
+
 
 class Autocast:
     """What a traced forward wants of autocast.
@@ -30,8 +55,7 @@ class Autocast:
     """
 
     def __init__(self) -> None:
-        available = [kind for kind in _KINDS if torch.amp.is_autocast_available(kind)]
-        self._on = {kind for kind in available if torch.is_autocast_enabled(kind)}
+        self._on = {kind for kind, _ in precision_now()}
         self._entered: list[bool] = []  # whether that changed nothing, outermost first
         self.off: set[str] = set()
 

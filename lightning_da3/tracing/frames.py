@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 import inspect
 import linecache
 import os
@@ -104,6 +106,24 @@ def _flat(values: list[object]) -> Iterator[object]:
             yield from value.values()
         else:
             yield value
+
+
+def may_ask_is(frame: FrameType) -> bool:
+    """Whether a function of the user's asks what `is` the same as something else than a constant.
+
+    Nothing is told of `is`, so a traced forward gets a wrong answer.
+    """
+    return is_user(frame) and _asks_is(frame.f_code)
+
+
+@functools.cache
+def _asks_is(code: CodeType) -> bool:
+    before = None
+    for each in dis.get_instructions(code):
+        if each.opname == "IS_OP" and before != "LOAD_CONST":
+            return True
+        before = each.opname
+    return False
 
 
 def in_checkpoint(frame: FrameType) -> bool:

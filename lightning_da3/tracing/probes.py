@@ -32,6 +32,7 @@ SIZE, STATE = "size", "state"
 _STATES = (
     *("dtype", "device", "type", "layout", "stride", "is_contiguous", "storage_offset", "data_ptr"),
     *("is_cuda", "is_cpu", "is_mps", "requires_grad", "grad_fn", "is_leaf", "grad"),
+    *("element_size", "itemsize", "nbytes", "storage", "untyped_storage", "storage_type"),
 )
 _VALUES = ("numpy", "tolist", "item", "__array__")  # of tensors: nothing that a probe has
 UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException, NotImplementedError)

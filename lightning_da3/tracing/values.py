@@ -13,9 +13,13 @@ from torch import Tensor, fx
 
 from lightning_da3.layers import may_draw
 from lightning_da3.torch_private.fake import is_fake
-from lightning_da3.tracing.frames import in_checkpoint
+from lightning_da3.tracing.frames import in_checkpoint, may_ask_is
 from lightning_da3.tracing.items import may_be_written, with_item
 from lightning_da3.tracing.probes import PROBED, SIZE, VARIES
+
+_ONLY_ONES = ("dtype", "layout")  # attributes of which there is one of each, so that `is` tells
+_NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+_KEYS = (*_NAMED, torch.Size, bool, int, float, str)  # equal, they are the same key
 
 
 class Value(fx.Proxy):
@@ -34,8 +38,15 @@ class Value(fx.Proxy):
             return type(self)
         return Tensor if is_fake(probed[0]) else type(probed[0])
 
+    def __hash__(self) -> int:  # a dictionary is asked for it
+        if issubclass(self.__class__, _KEYS):
+            return hash(self.tracer.decided(self))
+        return super().__hash__()
+
     def __getattr__(self, name: str) -> Any:
         probed = self.node.meta.get(PROBED)
+        if name in _ONLY_ONES and may_ask_is(sys._getframe(1)):  # a value never is another
+            self.tracer.cannot(f"it asks for the {name} of its input, and what `is` the same")
         if probed is not None and not hasattr(probed[0], name):
             raise AttributeError(f"{type(probed[0]).__name__!r} has no attribute {name!r}")
         first = None if probed is None else probed[0]
@@ -55,7 +66,7 @@ class Value(fx.Proxy):
 
     def __str__(self) -> str:
         probed = self.node.meta.get(PROBED)
-        if probed is not None and isinstance(probed[0], torch.device):  # the key of many a cache
+        if probed is not None and isinstance(probed[0], _NAMED):  # the key of many a cache
             return str(self.tracer.decided(self))
         return super().__str__()
 

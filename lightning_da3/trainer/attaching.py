@@ -26,6 +26,7 @@ from lightning_da3.model.state import (
     domain_state,
 )
 from lightning_da3.nn.statistics import Statistics
+from lightning_da3.tracing.autocast import Precision, in_precision
 from lightning_da3.trainer.example_inputs import inputs_of
 from lightning_da3.trainer.finding import find_backbone
 from lightning_da3.trainer.teachers import (
@@ -44,6 +45,7 @@ def attach_(
     config: DA3Config,
     domains: Mapping[str, int | None],
     outside: str = "domain",
+    precision: Precision = (),
 ) -> DA3Model:
     """Convert the network inside `module` if it is not yet, and activate a domain of it.
 
@@ -55,6 +57,7 @@ def attach_(
             activated unless another of them is active.
         outside: What becomes of what trains in `module` beside the network
             (`lightning_da3.model.holder.Holder.policy`).
+        precision: The autocast that the network will be used under.
 
     Returns:
         The converted network, now part of `module`.
@@ -71,7 +74,9 @@ def attach_(
         model = network
     else:
         tell_of_hooks(network)
-        model = convert(network, config, inputs_of(module, network))
+        inputs = inputs_of(module, network)  # of the type of its weights: autocast may lower them
+        with in_precision(precision):
+            model = convert(network, config, inputs)
     for domain, num_classes in domains.items():
         _check_same(model, config, domain, num_classes)
         _check_outside(model, domain, outside)

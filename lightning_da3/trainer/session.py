@@ -25,6 +25,7 @@ from lightning_da3.trainer.optimizers import (
     not_optimized,
     take_over_,
 )
+from lightning_da3.trainer.precision import precision_of
 from lightning_da3.trainer.teachers import follow_
 
 OUTSIDE = ("domain", "shared", "frozen")
@@ -77,19 +78,21 @@ class TrainingSession:
         assert self.model is not None
         return self.model
 
-    def attach(self, pl_module: Any, trainer: Any = None) -> None:
+    def attach(self, pl_module: Any, trainer: Any, *, copied: bool = True) -> None:
         """Convert the network, unless it is, and activate a domain. Any number of times.
 
         Args:
             pl_module: The LightningModule.
-            trainer: Its callbacks may have copied the module, and copy it again; or None.
+            trainer: The network is converted in the precision of its steps.
+            copied: Its callbacks may have copied the module, and copy it again.
         """
         before = {name: weakref.ref(p) for name, p in pl_module.named_parameters()}
-        self._module = pl_module
-        self.model = attach_(pl_module, self.backbone, self.config, self.domains, self.outside)
+        self._module, precision = pl_module, precision_of(trainer)
+        about = (self.backbone, self.config, self.domains, self.outside)
+        self.model = attach_(pl_module, *about, precision)
         after = dict(pl_module.named_parameters())
         if [*after] != [*before]:
-            if trainer is not None:
+            if copied:
                 copy_again(trainer, pl_module)
             self._former = [ref for name, ref in before.items() if after.get(name) is not ref()]
         if not self._said:

@@ -135,7 +135,7 @@ class DA3DDPStrategy(LearnsDomains, PreparingStrategy):
             if builds_later(module):
                 check_converted_before(self, module, callback.backbone)
             with forward_only() if forks(self) else nullcontext():
-                callback.session.attach(module)
+                callback.session.attach(module, trainer, copied=False)
 
 
 class _Rest(TypedDict):

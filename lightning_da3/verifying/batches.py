@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_da3.layers import CONVS
+from lightning_da3.memory.fake import tensors_of
 from lightning_da3.torch_private.trees import tree_leaves, tree_map_only
 from lightning_da3.tracing.graphs import Traced
 from lightning_da3.tracing.guessing import SIDES, guesses
@@ -146,3 +147,14 @@ def _of_one_layer(network: nn.Module) -> list[Sequence[Tensor]]:
         return []
     shapes = [(1, first.in_channels, *sides) for sides in SIDES[first.weight.dim() - 2]]
     return [[torch.empty(shape, dtype=first.weight.dtype, device="meta")] for shape in shapes]
+
+
+def batch_for(network: nn.Module, batch: Batch) -> Batch:
+    """The batch on the network's device, in float64 if that is the network's type."""
+    like = next((t for t in tensors_of(network) if t.is_floating_point()), torch.empty(0))
+
+    def cast(x: Tensor) -> Tensor:
+        wide = x.is_floating_point() and like.dtype == torch.double
+        return x.to(like.device, torch.double if wide else x.dtype)
+
+    return tuple(tree_map_only(Tensor, cast, batch))

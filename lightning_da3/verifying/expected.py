@@ -9,16 +9,15 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_da3.memory.fake import tensors_of
 from lightning_da3.memory.kernels import flops
 from lightning_da3.model.model import DA3Model
 from lightning_da3.torch_private.fake import TorchDispatchMode
-from lightning_da3.torch_private.trees import tree_map_only
-from lightning_da3.verifying.batches import Batch, Known, other_batches
+from lightning_da3.verifying.batches import Batch, Known, batch_for, other_batches
 from lightning_da3.verifying.comparing import Comparison, Tolerance, compare
 from lightning_da3.verifying.decisions import Decisions
+from lightning_da3.verifying.own_types import in_own_types
 from lightning_da3.verifying.running import Conditions, Outcome, run
 from lightning_da3.verifying.shadows import shadow
 
@@ -55,8 +54,12 @@ class Expected:
         """
         copied, memory = shadow(model, self.dtype), model.config.memory
         stored, wide = memory.stored_dtype or model.dtype, self.dtype == torch.double
-        tolerance = Tolerance.of(stored, wide=wide, exact=memory.exact)
+        usual = Tolerance.of(stored, wide=wide, exact=memory.exact)
         for (conditions, theirs), made in zip_longest(self.passes, self.decisions):
+            tolerance = usual
+            if conditions.own is not None:
+                copied = shadow(model)
+                tolerance = replace(usual, outputs=max(usual.outputs, conditions.own))
             # what stays Python follows the mode, and may return something else
             copied.train(conditions.training and not model.plan.python)
             again = None if made is None else Decisions(made, tolerance.outputs)
@@ -74,7 +77,7 @@ class Expected:
 
     def _rounded(self, stored: torch.dtype, conditions: Conditions) -> Outcome:
         """What the original does once its weights are rounded as they are to be stored."""
-        copied = shadow(self.network, self.dtype)
+        copied = self._copy_for(conditions)
         for parameter in copied.parameters():
             if parameter.dim() > 1 and parameter.is_floating_point():
                 parameter.data = parameter.data.to(stored).to(parameter.dtype)
@@ -84,11 +87,15 @@ class Expected:
         """The same; converted networks decide as the original did where a rounding may decide."""
         copied = shadow(self.network, self.dtype)
         decisions = tuple(Decisions() for _ in self.passes)
-        passes = tuple(
-            (conditions, run(copied, conditions, noted))
-            for (conditions, _), noted in zip(self.passes, decisions, strict=True)
-        )
-        return replace(self, passes=passes, decisions=decisions)
+        passes = []
+        for (conditions, _), noted in zip(self.passes, decisions, strict=True):
+            runs = copied if conditions.own is None else self._copy_for(conditions)
+            passes.append((conditions, run(runs, conditions, noted)))
+        return replace(self, passes=tuple(passes), decisions=decisions)
+
+    def _copy_for(self, conditions: Conditions) -> nn.Module:
+        """A copy of the original that runs under these conditions."""
+        return shadow(self.network, self.dtype if conditions.own is None else None)
 
     def until(self, wrong: Comparison) -> Expected:
         """Only the passes up to the one in which something differed."""
@@ -133,7 +140,7 @@ def _fitting(network: nn.Module, known: Known, most: float) -> tuple[int, Outcom
     outcome = Outcome(error=ValueError("nobody says what it takes"))
     for index in range(known.choices):
         copied = shadow(network)  # a forward that fails may leave something behind
-        conditions = Conditions("", _for(copied, known.batch(index, samples=1)))
+        conditions = Conditions("", batch_for(copied, known.batch(index, samples=1)))
         with _Counted(most):
             outcome = run(copied, conditions)
         if outcome.error is None or isinstance(outcome.error, TooMuch):
@@ -145,11 +152,12 @@ def _thoroughly(network: nn.Module, batch: Batch, draws: bool) -> Expected | Exc
     """Every pass, in float64; as it is where the network's own code names other types."""
     for dtype in (torch.double, None):
         copied = shadow(network, dtype)
-        inputs = _for(copied, batch)
+        inputs = batch_for(copied, batch)
         first = Conditions("eval, with gradients", inputs, gradients=True, draws=draws)
         outcome = run(copied, first)
         if outcome.error is None:
-            return Expected(network, ((first, outcome), *_more(copied, first)), dtype)
+            more = (*_more(copied, first), *in_own_types(network, dtype, batch, draws=draws))
+            return Expected(network, ((first, outcome), *more), dtype)
     assert outcome.error is not None
     return outcome.error
 
@@ -157,7 +165,7 @@ def _thoroughly(network: nn.Module, batch: Batch, draws: bool) -> Expected | Exc
 def _briefly(network: nn.Module, batch: Batch, draws: bool) -> Expected | Exception | None:
     """What does not take long: outputs, and maybe gradients."""
     copied = shadow(network)
-    once = Conditions("one sample", _for(copied, batch), training=True, draws=draws)
+    once = Conditions("one sample", batch_for(copied, batch), training=True, draws=draws)
     with _Counted(MOST_FLOPS) as counted:
         outcome = run(copied, once)
     if outcome.error is not None:
@@ -166,6 +174,7 @@ def _briefly(network: nn.Module, batch: Batch, draws: bool) -> Expected | Except
     if counted.flops <= GRADIENT_FLOPS:
         again = replace(once, name="one sample, with gradients", gradients=True)
         passes.append((again, run(copied, again)))
+    passes += in_own_types(network, None, batch, draws=draws)
     return Expected(network, tuple(passes), None)
 
 
@@ -184,17 +193,6 @@ def _more(network: nn.Module, first: Conditions) -> Iterator[tuple[Conditions, O
             break
     training = replace(first, name="train mode, with gradients", training=True)
     yield training, run(network, training)
-
-
-def _for(network: nn.Module, batch: Batch) -> Batch:
-    """The batch on the network's device, in float64 if that is the network's type."""
-    like = next((t for t in tensors_of(network) if t.is_floating_point()), torch.empty(0))
-
-    def cast(x: Tensor) -> Tensor:
-        wide = x.is_floating_point() and like.dtype == torch.double
-        return x.to(like.device, torch.double if wide else x.dtype)
-
-    return tuple(tree_map_only(Tensor, cast, batch))
 
 
 class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]

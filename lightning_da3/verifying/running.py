@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_da3.torch_private.trees import tree_leaves, tree_map_only
+from lightning_da3.tracing.autocast import Precision, in_precision
 from lightning_da3.verifying.randomness import DrawsInOrder, same_randomness
 
 _DEEPEST = 8  # objects in objects
@@ -28,6 +29,9 @@ class Conditions:
         gradients: A backward pass follows.
         training: The converted network is in train mode; the original never is.
         draws: It draws random numbers.
+        own: Networks run in the types that they have, and outputs may differ by so much; None: in
+            the types that all are compared in.
+        precision: Where autocast is on.
     """
 
     name: str
@@ -35,6 +39,8 @@ class Conditions:
     gradients: bool = False
     training: bool = False
     draws: bool = False
+    own: float | None = None
+    precision: Precision = ()
 
 
 @dataclass
@@ -100,7 +106,13 @@ def run(
     needed = conditions.gradients and not sources
     embeddings = _Embedded(network) if needed else nullcontext(list[Tensor]())
     layouts = DrawsInOrder() if conditions.draws else nullcontext()  # type: ignore[no-untyped-call]
-    with same_randomness(seed=0), layouts, mode or nullcontext(), embeddings as embedded:
+    with (
+        same_randomness(seed=0),
+        in_precision(conditions.precision),
+        layouts,
+        mode or nullcontext(),
+        embeddings as embedded,
+    ):
         before = torch.random.get_rng_state()
         try:
             with torch.enable_grad() if conditions.gradients else torch.no_grad():

@@ -5,10 +5,19 @@ import contextlib
 import pytest
 import torch
 from helpers.around import Around, assert_same_gradients, input_gradient
+from helpers.domains import refused
+from helpers.switching import BLOCKS, AllOff, Off, switching
 from torch import nn
 from torch.amp import autocast
 
-from lightning_da3 import AdapterConfig, ConversionWarning, DA3Config, MemoryConfig, convert
+from lightning_da3 import (
+    AdapterConfig,
+    ConversionWarning,
+    DA3Config,
+    DA3Error,
+    MemoryConfig,
+    convert,
+)
 
 CONFIG = DA3Config(
     gate=None, adapter=AdapterConfig(4, min_stride=1), memory=MemoryConfig(exact=True)
@@ -263,3 +272,39 @@ def test_what_a_function_leaves_in_a_list_that_it_closes_over_is_left_in_every_c
     seen.clear()
     model(x), model(x)
     assert seen == [torch.float32] * 2
+
+
+@pytest.mark.filterwarnings("ignore:.*traced once more")
+@pytest.mark.parametrize("block", [Off, AllOff])
+def test_adapters_act_where_their_blocks_become_python(block):
+    """Of such blocks every layer is a graph of its own, in which its host is found again."""
+    model = convert(switching(block), CONFIG, X, verify=False)
+    assert not model.plan.python
+    model.add_domain("a", 5)
+    model.set_domain("a")
+    with torch.no_grad():
+        fresh = model(X)
+        for parameter in model.domain("a").adapters.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+        learned = model(X)
+    assert (learned - fresh).norm() > fresh.norm()
+    torch.testing.assert_close(under_autocast(model, X).float(), learned, rtol=0.1, atol=0.1)
+    without, within = step(model.train(), on=False), step(model, on=True)
+    for name, gradient in without.items():
+        assert (within[name] - gradient).norm() < 0.2 * gradient.norm() + 1e-3, name
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_branches_that_autocast_keeps_from_being_skipped_do_not_run_unheard(block):
+    network = switching(block)
+    model = convert(network, CONFIG, X, verify=False)
+    model.add_domain("a", 5)
+    model.set_domain("a")
+    with torch.autocast("cpu", torch.bfloat16):  # the network is traced as it was before
+        model.skip("a", ["blocks.1"])
+    del network.blocks[1]
+    network.fc = model.domain("a").head
+    torch.testing.assert_close(model(X), network(X), rtol=1e-4, atol=1e-5)
+    said = pytest.warns(ConversionWarning, match="traced once more")
+    with said, refused(DA3Error, "['blocks.1'] of Switching cannot be skipped", "stays Python"):
+        under_autocast(model, X)

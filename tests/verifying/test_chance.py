@@ -94,7 +94,10 @@ def test_faults_are_found_where_a_rounding_decides(fault_, same):
     expected = expected_of(network, Known((x,)), thorough=True).with_decisions()
     fault_(network)
     found = list(expected.compare(convert(network, EXACT, x, verify=False)))
-    assert not any(c.ok for c in found if c.name.startswith("outputs"))
+    found = [c for c in found if c.name.startswith("outputs")]
+    found = [c for c in found if "in its own types" not in c.name]  # rounding may come to as much
+    assert len(found) == 4
+    assert not any(c.ok for c in found)
 
 
 def test_whole_numbers_that_no_rounding_decides_are_compared():

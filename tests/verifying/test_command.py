@@ -31,7 +31,7 @@ def mine(tmp_path, monkeypatch):
 def test_a_network_that_is_the_same(mine, capsys, options):
     assert main(["verify", f"{mine}:net", *options]) == 0
     said = capsys.readouterr().out
-    assert said.count("  ok  ") == 6
+    assert said.count("  ok  ") == 7
     assert "outputs, eval, another batch" in said
     assert "differs" not in said
 

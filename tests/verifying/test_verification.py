@@ -234,7 +234,7 @@ def test_large_networks_are_compared_briefly(monkeypatch):
     net, known = Net(), Known((torch.randn(4, 3, 12, 12),))
     found = expected_of(net, known, thorough=None)
     assert isinstance(found, Expected)
-    assert (len(found.passes), found.dtype) == (4, torch.double)
+    assert (len(found.passes), found.dtype) == (5, torch.double)
     monkeypatch.setattr("lightning_da3.verifying.expected.THOROUGH_FLOPS", 1e3)
     found = expected_of(net, known, thorough=None)
     assert ([c.gradients for c, _ in found.passes], found.dtype) == ([False, True], None)
@@ -243,7 +243,7 @@ def test_large_networks_are_compared_briefly(monkeypatch):
     assert len(expected_of(net, known, thorough=None).passes) == 1
     monkeypatch.setattr("lightning_da3.verifying.expected.MOST_FLOPS", 1e3)
     assert expected_of(net, known, thorough=None) is None
-    assert len(expected_of(net, known, thorough=True).passes) == 4
+    assert len(expected_of(net, known, thorough=True).passes) == 5
 
 
 @pytest.mark.usefixtures("_blind")
@@ -289,7 +289,7 @@ def test_tokens_are_compared_by_the_gradients_of_their_embeddings(config):
 def test_every_comparison_says_what_and_how_far():
     _, found = compared(Net(), EXACT)
     names = [c.name for c in found]
-    assert [n.split(",")[0] for n in names].count("outputs") == 4
+    assert [n.split(",")[0] for n in names].count("outputs") == 5
     assert any("train mode" in n for n in names)
     assert all("at most" in str(c) for c in found)
 
