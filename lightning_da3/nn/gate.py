@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_da3.nn.call import Executed, Place
+from lightning_da3.ops.exportable import is_exportable
+from lightning_da3.torch_private.fake import proxy_mode
 
 
 class Recorder(Place):
@@ -96,6 +98,9 @@ class _WithLoss(torch.autograd.Function):
         if not isinstance(ctx.scale, Tensor):
             return grad, torch.full((), ctx.scale, dtype=dtype, device=device), None
         now, unit = _largest(grad), ctx.scale
+        if proxy_mode() is not None and not is_exportable():
+            # the program may run where a graph is built, and no program notes `detach`
+            now = now.view(torch.int32).view(torch.float32)
         unit.mul_(KEEPS)
         unit.copy_(torch.where(now.isfinite() & (now > unit), now.to(unit.device), unit))
         return grad, unit.to(device, dtype, copy=True), None

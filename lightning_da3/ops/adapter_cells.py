@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_da3.ops.bits import pack_between, unpack
+from lightning_da3.ops.bits import pack_between, reshaped, unpack
 from lightning_da3.ops.codes import Rows
 from lightning_da3.ops.convolution import conv
 from lightning_da3.ops.exportable import is_exportable
@@ -281,7 +281,7 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 def _rows(x: Tensor) -> Tensor:
     """(N, C, *grid) as (N * G, C), a view if the channels lie last in memory."""
-    return x.permute(0, *range(2, x.dim()), 1).reshape(-1, x.shape[1])
+    return reshaped(x.permute(0, *range(2, x.dim()), 1), -1, x.shape[1])
 
 
 def _maps(rows: Tensor, size: torch.Size) -> Tensor:

@@ -63,6 +63,22 @@ def is_recorded() -> bool:
     return torch.compiler.is_compiling() or proxy_mode() is not None or is_exportable()
 
 
+def may_lie_otherwise(x: Tensor) -> bool:
+    """Whether values may have other strides than `x`, which is fake, in a program made with it.
+
+    PyTorch does not know for every kernel how its result lies in memory.
+    """
+    program = not torch.compiler.is_compiling() and proxy_mode() is not None
+    return program and not is_exportable() and is_fake(x)
+
+
+def reshaped(x: Tensor, *shape: int) -> Tensor:
+    """`x.reshape(*shape)`; a copy where a view of what is fake may be none of what has values."""
+    if may_lie_otherwise(x):
+        return x.clone(memory_format=torch.contiguous_format).view(shape)
+    return x.reshape(shape)
+
+
 def memory_order(stride: Sequence[int]) -> list[int]:
     """Axes as they lie in memory, the slowest first."""
     return sorted(range(len(stride)), key=lambda axis: -stride[axis])
@@ -70,11 +86,9 @@ def memory_order(stride: Sequence[int]) -> list[int]:
 
 def flat(x: Tensor) -> Tensor:
     """Elements of a dense tensor in memory order, a view."""
-    if x.is_contiguous():
-        return x.view(-1)
-    if torch.compiler.is_compiling():
-        return x.permute(memory_order(x.stride())).reshape(-1)  # dense: a view, no copy
-    return x.as_strided((x.numel(),), (1,))
+    if is_recorded():
+        return reshaped(x.permute(memory_order(x.stride())), -1)
+    return x.view(-1) if x.is_contiguous() else x.as_strided((x.numel(),), (1,))
 
 
 def pack_between(x: Tensor, low: float, high: float) -> Tensor:
@@ -95,7 +109,7 @@ def pack_between(x: Tensor, low: float, high: float) -> Tensor:
     inside = x > low if math.isinf(high) else (x > low) & (x < high)
     if is_exportable():
         return _pack_samples(inside)
-    flat = inside.permute(memory_order(x.stride())).reshape(-1)
+    flat = reshaped(inside.permute(memory_order(x.stride())), -1)
     flat = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).view(8, -1)
     bits = flat[0].clone()
     for plane in range(1, 8):

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lightning_da3.ops.bits import dense, flat, has_no_values, is_recorded, memory_order
+from lightning_da3.ops.bits import dense, flat, has_no_values, is_recorded, memory_order, reshaped
 from lightning_da3.ops.exportable import is_exportable
 from lightning_da3.ops.exportable_codes import (
     EXTRA,
@@ -280,11 +280,11 @@ class Rows(NamedTuple):
     def encode(self, x: Tensor) -> Tensor:
         """See `encode`."""
         x = x.detach()
-        x = (x.movedim(1, -1) if self.last else x).contiguous()
+        x = x.movedim(1, -1) if self.last else x
         if is_exportable():
             groups = math.prod(self.size[1:]) // self.group
-            return encode_rows(x.reshape(x.shape[0], groups, self.group))
-        return _encode_rows(x.float().view(-1, self.group))  # no group is shorter
+            return encode_rows(x.contiguous().reshape(x.shape[0], groups, self.group))
+        return _encode_rows(reshaped(x, -1, self.group).float())  # no group is shorter
 
     def decode(self, codes: Tensor) -> Tensor:
         """The cells that `encode` coded."""

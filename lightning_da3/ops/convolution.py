@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_da3.ops.backward import once_differentiable
-from lightning_da3.ops.bits import layout_of
+from lightning_da3.ops.bits import layout_of, reshaped
 from lightning_da3.ops.linear import cast_weight, cast_weight_backward, is_fast, product
 from lightning_da3.ops.opaque_convolution import is_opaque, lowered, opaque_convolution
 
@@ -156,7 +156,7 @@ def _every(x: Tensor, stride: Sequence[int]) -> Tensor:
 def _pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """(N, C, H, W) times (O, C) over the channels: (N, O, H, W), channels_last."""
     n, _, h, w = x.shape
-    rows = x.permute(0, 2, 3, 1).reshape(n * h * w, -1)  # (N*H*W, C), a view if channels_last
+    rows = reshaped(x.permute(0, 2, 3, 1), n * h * w, -1)  # (N*H*W, C), a view if channels_last
     y = product(rows, matrix, bias)
     o = len(matrix)
     # in place, as autograd forbids to write into views that a custom Function made

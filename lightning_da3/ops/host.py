@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_da3.ops.backward import once_differentiable
-from lightning_da3.ops.bits import layout_of
+from lightning_da3.ops.bits import is_recorded, layout_of
 from lightning_da3.ops.codes import Rows
 from lightning_da3.ops.exportable import is_exportable
 from lightning_da3.torch_private.kernels import (
@@ -264,7 +264,7 @@ def write_(f: Tensor, addend: Tensor, gate: Tensor | None) -> Tensor:
         gate = None if gate is None else upsample(gate, size)
     if gate is None:
         cells.add_(addend)
-    elif torch.compiler.is_compiling() or is_exportable():  # fuses them; `out` may have no gaps
+    elif is_recorded():  # compilers fuse them; `out` may have no gaps, and builds no graph
         cells.mul_(gate).add_(addend)
     else:
         torch.addcmul(addend, cells, gate, out=cells)

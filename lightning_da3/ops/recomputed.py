@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_da3.ops.backward import once_differentiable
-from lightning_da3.ops.bits import dense, has_no_values
+from lightning_da3.ops.bits import dense, has_no_values, may_lie_otherwise
 from lightning_da3.ops.codes import Code, decode, encode, kept_of, read_back, sample_group
 from lightning_da3.ops.exportable import is_exportable
 from lightning_da3.ops.masks import record_masks, replay_masks
@@ -138,7 +138,7 @@ def _owner(y: Any, inputs: Sequence[Any]) -> Any:
     """`y` as a tensor that is no view: autograd forbids to write into views of a Function."""
     if not isinstance(y, Tensor) or not is_view(y):
         return y
-    if is_exportable():
+    if is_exportable() or may_lie_otherwise(y):
         return y.clone()
     read = {storage_key(t.untyped_storage()) for t in inputs if isinstance(t, Tensor)}
     if storage_key(y.untyped_storage()) in read:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_da3.ops.backward import once_differentiable
+from lightning_da3.ops.bits import reshaped
 from lightning_da3.ops.exportable import is_exportable
 from lightning_da3.ops.host import (
     Means,
@@ -115,7 +116,7 @@ class _ReadTokens(torch.autograd.Function):
             return whole if grad is None else grad + whole, None, None
         grad = writable(grad, ctx.size, grad_cells)
         if place.whole:
-            return grad.add_(grad_cells.transpose(1, 2).reshape(ctx.size)), None, None
+            return grad.add_(reshaped(grad_cells.transpose(1, 2), *ctx.size)), None, None
         add_pool_gradient_(place.maps(grad), place.on_grid(grad_cells))
         if place.own:
             place.prefix_tokens(grad).add_(grad_cells[:, :, : place.own])
