@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from measure import apart, processor
 from torch import Tensor, nn
@@ -175,6 +176,7 @@ class Comparison:
         return after
 
     def _in_a_row(self, method: str) -> dict[str, float]:
+        L.seed_everything(0, verbose=False)  # whatever ran before it in this process
         first, *others = self.domains
         network = METHODS[method].build(self.backbone.with_head(len(first.classes)))
         self._with_state(network, method, first.name)

@@ -255,8 +255,21 @@ def test_fine_tuning_in_a_row_goes_on_from_the_network_of_the_domain_before(tmp_
         return whole(method, network, domain, *others)
 
     monkeypatch.setattr(protocol, "learn_on", learn_on)
+    heads = []
+    backbone = comparison.backbone
+    with_head = type(backbone).with_head
+
+    def noted(self, classes):
+        network = with_head(self, classes)
+        heads.append(network.classifier.weight.detach().clone())
+        return network
+
+    monkeypatch.setattr(type(backbone), "with_head", noted)
     assert comparison._in_a_row("fine-tuning").keys() == {"a"}
     assert seen == [("b", {"classifier"})]  # a fresh head
+    torch.rand(7)  # another piece of work ran before
+    comparison._in_a_row("fine-tuning")
+    assert torch.equal(heads[1], heads[3])
 
 
 def test_states_put_back_forget_nothing(tmp_path):
