@@ -98,8 +98,9 @@ class _WithLoss(torch.autograd.Function):
         if not isinstance(ctx.scale, Tensor):
             return grad, torch.full((), ctx.scale, dtype=dtype, device=device), None
         now, unit = _largest(grad), ctx.scale
-        if proxy_mode() is not None and not is_exportable():
-            # the program may run where a graph is built, and no program notes `detach`
+        program = not torch.compiler.is_compiling() and proxy_mode() is not None
+        if program and not is_exportable():
+            # it may run where a graph is built, and no program notes `detach`
             now = now.view(torch.int32).view(torch.float32)
         unit.mul_(KEEPS)
         unit.copy_(torch.where(now.isfinite() & (now > unit), now.to(unit.device), unit))

@@ -148,37 +148,6 @@ def _tell(comparison, rate, accuracy, domain="a"):
     comparison.records.add(key, {"accuracy": accuracy, "loss": 1.0})
 
 
-def test_rates_are_tried_beyond_a_grid_while_its_end_is_best(tmp_path):
-    comparison = prepared(tmp_path, ["linear probe"], rates=6)
-    grid = [3e-3, 1e-2, 3e-2]
-    assert comparison._rates("linear probe", "a") == grid
-    for rate, accuracy in zip(grid, (0.5, 0.6, 0.7), strict=True):
-        _tell(comparison, rate, accuracy)
-    assert comparison._rates("linear probe", "a") == [*grid, 1e-1]
-    assert comparison.rate("linear probe", "a") == 3e-2  # so far
-    _tell(comparison, 1e-1, 0.8)
-    assert comparison._rates("linear probe", "a") == [*grid, 1e-1, 3e-1]
-    _tell(comparison, 3e-1, 0.75)
-    assert comparison._rates("linear probe", "a") == [*grid, 1e-1, 3e-1]
-    assert comparison.rate("linear probe", "a") == 1e-1
-    for rate, accuracy in zip(grid, (0.5, 0.4, 0.3), strict=True):
-        _tell(comparison, rate, accuracy, "b")
-    assert comparison._rates("linear probe", "b") == [1e-3, *grid]
-    few = dataclasses.replace(comparison, most_rates=4)
-    assert few._rates("linear probe", "a") == [*grid, 1e-1]
-    assert dataclasses.replace(comparison, most_rates=3)._rates("linear probe", "a") == grid
-    assert dataclasses.replace(comparison, most_rates=1)._rates("linear probe", "a") == [1e-2]
-
-
-def test_the_ladder_ends():
-    from comparison.rates import LADDER, rates_to_try
-
-    def higher_is_better(rate):
-        return {"accuracy": rate, "loss": 1.0}
-
-    assert rates_to_try(LADDER[-3:-1], 9, higher_is_better) == list(LADDER[-3:])
-
-
 def test_what_was_learned_at_a_rate_that_is_no_longer_best_is_learned_again(tmp_path):
     comparison = prepared(tmp_path, ["linear probe"], rates=3, epochs=1)
     for domain in ("a", "b"):
