@@ -55,9 +55,11 @@ def convert(
         example_inputs: A tensor or a tuple of the network's arguments. If given, their shapes
             decide what is computed again, instead of guessed ones, and the comparison runs on the
             first samples.
-        verify: Whether to compare. True: in float64, however long it takes. None: if the inputs
-            are given or can be guessed; of a large network only one pass on one sample, of a huge
-            one nothing. The conversion takes about three times as long as without.
+        verify: Whether to compare. True: in float64, however long it takes, or in the network's own
+            types where there is no memory for copies in float64. None: if the inputs are given or
+            can be guessed; of a large network, and with little memory, only one pass on one sample,
+            of one that takes very long nothing, and without memory nothing but a warning. The
+            conversion takes about three times as long as without.
 
     Returns:
         A `DA3Model` without domains, which computes what `backbone` computes in eval.
@@ -67,11 +69,12 @@ def convert(
             its classifier cannot be found, it does not take the example inputs, or its conversion
             computes something else whatever stays Python.
         ConfigError: An argument has a wrong type; or `verify` is True, and the inputs are neither
-            given nor can be guessed; or domains are to skip branches, and the network has none, or
-            not enough.
+            given nor can be guessed, or there is no memory to compare; or domains are to skip
+            branches, and the network has none, or not enough.
 
     Warns:
-        ConversionWarning: A module stays Python, as its converted form computed something else.
+        ConversionWarning: A module stays Python, as its converted form computed something else; or
+            there is no memory to compare.
     """
     config = _checked(backbone, config)
     builder = _Builder(backbone, config, _arguments(example_inputs))

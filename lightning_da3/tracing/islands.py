@@ -26,6 +26,8 @@ from lightning_da3.tracing.probes import PROBED
 from lightning_da3.tracing.refusals import first_line
 from lightning_da3.tracing.tracer import Tracer
 
+STACK = "nn_module_stack"  # key of a node's meta, where torch.fx notes whose forward called it
+
 
 def trace(
     model: nn.Module,
@@ -141,12 +143,23 @@ class _Islands:
         for node in found.graph.nodes:
             node.type = None  # an annotation may be a string, with which no graph can be pickled
             node.meta.pop(PROBED, None)
+            if STACK in node.meta:  # classes of the trace, which hold it, and all of the copy
+                stack = node.meta[STACK].items()
+                node.meta[STACK] = {key: (name, _kind(module, name)) for key, (name, _) in stack}
         gm = graph_of_module(module, found.graph)
         call = self.session.calls.get(path)
         inputs = None if call is None else call.inputs[0]
         turned = call is not None and _is_turned(call.inputs, self.session.guessed)
         self.parts.insert(index, Part(path, gm, inputs=inputs, turned=turned))
         return gm
+
+
+def _kind(network: nn.Module, path: str) -> type[nn.Module]:
+    """The class of a module of a network, as its user wrote it."""
+    try:
+        return type(network.get_submodule(path))
+    except AttributeError:
+        return nn.Module
 
 
 def _is_turned(probes: Sequence[Sequence[Any]], network: Sequence[Any]) -> bool:

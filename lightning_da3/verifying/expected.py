@@ -18,6 +18,7 @@ from lightning_da3.verifying.batches import Batch, Known, batch_for, other_batch
 from lightning_da3.verifying.comparing import Comparison, Tolerance, compare
 from lightning_da3.verifying.decisions import Decisions
 from lightning_da3.verifying.own_types import in_own_types
+from lightning_da3.verifying.room import NoRoom, free_for, lack_of_room
 from lightning_da3.verifying.running import Conditions, Outcome, run
 from lightning_da3.verifying.shadows import shadow
 
@@ -26,7 +27,7 @@ THOROUGH_FLOPS = 2e9
 GRADIENT_FLOPS = 1e10
 MOST_FLOPS = 5e10
 THOROUGH_PARAMETERS = 1e8
-MOST_PARAMETERS = 3e8
+MOST_PARAMETERS = 3e8  # where it is not known what memory is free
 _AS_ROUNDED = 2.0  # so far apart may networks be, measured by what rounding does to the original
 
 
@@ -117,21 +118,26 @@ def expected_of(
     Args:
         network: Left unchanged: copies run.
         known: Of its arguments.
-        thorough: In float64, in every mode and on another batch; None: if that is quick, else
-            briefly: one sample, as it is.
+        thorough: In float64, in every mode and on another batch; None: if that is quick and there
+            is memory for it, else briefly: one sample, as it is.
 
     Returns:
-        What it computes; None, if that takes long; or what it raised on the last of the inputs.
+        What it computes; None, if that takes long; or what it raised on the last of the inputs,
+        `NoRoom` where there is not even memory for a run.
     """
+    lacks = lack_of_room(network)
+    if lacks:
+        return NoRoom(lacks)
     parameters = sum(p.numel() for p in network.parameters())
-    if not thorough and parameters > MOST_PARAMETERS:
-        return None
+    if not thorough and parameters > MOST_PARAMETERS and free_for(network) == math.inf:
+        return None  # nobody knows whether there is memory
     index, tried = _fitting(network, known, math.inf if thorough else THOROUGH_FLOPS)
     error = tried.error
     if error is not None and not isinstance(error, TooMuch):
         return error
-    if thorough or (error is None and parameters <= THOROUGH_PARAMETERS):
-        return _thoroughly(network, known.batch(index, samples=2), tried.drew)
+    wide = not lack_of_room(network, torch.double)
+    if thorough or (error is None and parameters <= THOROUGH_PARAMETERS and wide):
+        return _thoroughly(network, known.batch(index, samples=2), tried.drew, wide=wide)
     return _briefly(network, known.batch(index, samples=1), tried.drew)
 
 
@@ -148,16 +154,27 @@ def _fitting(network: nn.Module, known: Known, most: float) -> tuple[int, Outcom
     return 0, outcome
 
 
-def _thoroughly(network: nn.Module, batch: Batch, draws: bool) -> Expected | Exception:
-    """Every pass, in float64; as it is where the network's own code names other types."""
-    for dtype in (torch.double, None):
+def _thoroughly(
+    network: nn.Module, batch: Batch, draws: bool, *, wide: bool
+) -> Expected | Exception:
+    """Every pass, in float64; as it is where the network's own code names other types.
+
+    Args:
+        network: See `expected_of`.
+        batch: Its arguments.
+        draws: It draws random numbers.
+        wide: There is memory for it in float64.
+    """
+    for dtype in (torch.double, None) if wide else (None,):
         copied = shadow(network, dtype)
         inputs = batch_for(copied, batch)
         first = Conditions("eval, with gradients", inputs, gradients=True, draws=draws)
         outcome = run(copied, first)
         if outcome.error is None:
-            more = (*_more(copied, first), *in_own_types(network, dtype, batch, draws=draws))
-            return Expected(network, ((first, outcome), *more), dtype)
+            passes = [(first, outcome), *_more(copied, first)]
+            del copied  # in float64 it is as large as two
+            passes += in_own_types(network, dtype, batch, draws=draws)
+            return Expected(network, tuple(passes), dtype)
     assert outcome.error is not None
     return outcome.error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import torch
 from torch import fx, nn
@@ -11,6 +12,7 @@ from lightning_da3.memory.fake import left_by_forward, tensors_of
 from lightning_da3.torch_private.modules import FORWARD_HOOKS, HOOKS_WITH_KWARGS, hooks_of, silence_
 from lightning_da3.tracing.graph_modules import UserGraph
 
+LARGE = 1e8  # numbers: of a network of which no copy should be there for nothing
 _KINDS = (*FORWARD_HOOKS, *HOOKS_WITH_KWARGS)
 
 
@@ -22,6 +24,8 @@ def shadow(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         dtype: Of the copy's parameters and buffers, where they are floating-point; None: as they
             are, and parameters share their memory with the network's.
     """
+    if sum(t.numel() for t in tensors_of(network)) > LARGE:
+        gc.collect()  # graphs and their modules refer to each other: copies that are gone linger
     memo = left_by_forward(network)
     for tensor in tensors_of(network):
         cast = dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 
+import torch
 from torch import nn
 
 from lightning_da3.errors import ConfigError, ConversionError, ConversionWarning, DA3Error
@@ -14,8 +15,10 @@ from lightning_da3.verifying.batches import Known
 from lightning_da3.verifying.comparing import Comparison
 from lightning_da3.verifying.expected import Expected, expected_of
 from lightning_da3.verifying.narrowing import MOST_TRIES, holders, modules, narrowed
+from lightning_da3.verifying.room import NoRoom, lack_of_room
 
 Build = Callable[[Mapping[str, str]], DA3Model]
+_ROUNDING = 0.02  # what differs by less may differ by rounding alone
 _LONG = 10.0  # seconds, from which a search is no longer silent
 
 
@@ -43,6 +46,13 @@ def verified(
             return model
     if expected is None or wrong is None:
         return model
+    lacks = lack_of_room(network, torch.double)
+    if lacks and expected.dtype is None and not thorough and wrong.difference < _ROUNDING:
+        _warn(
+            f"{type(network).__name__}: converted, it computed something else ({wrong}). That may "
+            f"be rounding. A comparison in float64 would tell, but {lacks}."
+        )
+        return model
     found = _narrowed(network, build, expected, wrong)
     return _refusing(network, model, expected, wrong) if found is None else found
 
@@ -54,8 +64,8 @@ def _closer(network: nn.Module, known: Known, thorough: bool | None) -> Iterator
         return
     yield expected
     yield expected.with_decisions()
-    if expected.dtype is None and not thorough:  # rounding may be to blame
-        yield from _closer(network, known, thorough=True)
+    if expected.dtype is None and not (thorough or lack_of_room(network, torch.double)):
+        yield from _closer(network, known, thorough=True)  # rounding may be to blame
 
 
 def _refusing(
@@ -94,13 +104,26 @@ def comparisons(network: nn.Module, model: DA3Model, known: Known) -> list[Compa
 
 def _expected(network: nn.Module, known: Known, thorough: bool | None) -> Expected | None:
     found = expected_of(network, known, thorough=thorough)
+    name = type(network).__name__
+    if isinstance(found, NoRoom):
+        if thorough:
+            raise ConfigError(f"{name} cannot be compared with its conversion: {found}.") from found
+        _warn(
+            f"{name} is not compared with its conversion: {found}. `convert(..., verify=True)` or "
+            "`lightning-da3 verify` compares it on a machine that has more; `verify=False` says "
+            "that this is meant."
+        )
+        return None
     if not isinstance(found, Exception):
+        lacks = lack_of_room(network, torch.double) if thorough else ""
+        if lacks and found is not None and found.dtype is None:
+            _warn(f"{name} is compared in its own types, not in float64: {lacks}.")
         return found
     if known.examples is not None:
         raise ConversionError(f"The example inputs do not fit the network: {found}") from found
     if thorough:
         raise ConfigError(
-            f"What {type(network).__name__} takes is not known, so it cannot be verified "
+            f"What {name} takes is not known, so it cannot be verified "
             f"({found}). Give `example_inputs`: a tensor or a tuple of its arguments."
         ) from found
     return None
@@ -114,6 +137,8 @@ def _narrowed(
     network: nn.Module, build: Build, expected: Expected, wrong: Comparison
 ) -> DA3Model | None:
     """The conversion in which the modules that are to blame stay Python."""
+    if lack_of_room(network, own=True):  # it is converted anew, again and again
+        return None
     build = _announced(network, build, wrong)
     for passes in (expected.until(wrong), expected):  # at first no more than shows the difference
         for candidates in (holders(network), modules(network)):

@@ -2,6 +2,7 @@
 
 import builtins
 import functools
+import gc
 import math
 from math import sqrt
 from types import MethodType
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_da3 import convert
 from lightning_da3.tracing.tracer import Tracer
 
 
@@ -178,3 +180,28 @@ def test_a_failed_trace_sets_the_classes_back():
     with pytest.raises(ValueError, match="1 item"):
         Tracer().trace(module)
     assert type(module) is Fails
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        return self.conv(x).reshape(len(x), 8, -1).mean(2)
+
+
+def test_nothing_of_a_trace_is_left_in_what_was_converted():
+    """A trace refers to the whole copy of the network, with weights that are folded by now."""
+
+    def tracers():
+        gc.collect()
+        return {id(each) for each in gc.get_objects() if type(each) is Tracer}
+
+    before = tracers()
+    model = convert(nn.Sequential(Inner(), nn.Linear(8, 3)), verify=False)
+    assert tracers() <= before
+    stacks = [node.meta.get("nn_module_stack", {}) for node in model.backbone.graph.nodes]
+    kinds = {kind for stack in stacks for _, kind in stack.values()}
+    assert kinds >= {Inner, nn.Linear}
+    assert kinds <= {nn.Sequential, Inner, nn.Conv2d, nn.Linear}
