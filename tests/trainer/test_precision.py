@@ -128,9 +128,10 @@ class Lit(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-3)
 
 
-def fit(folder, module, config=CONFIG, **kwargs):
-    da3 = DA3Callback("a", 2, config, **kwargs)
-    trainer(folder, da3, epochs=1, precision="bf16-mixed").fit(module.train(), data())
+def fit(folder, module, **kwargs):
+    da3 = DA3Callback("a", 2, CONFIG)
+    made = trainer(folder, da3, epochs=1, precision="bf16-mixed", **kwargs)
+    made.fit(module.train(), data())
 
 
 @pytest.mark.parametrize("make", MAKES.values(), ids=[*MAKES])
@@ -148,6 +149,15 @@ def test_what_is_trained_is_the_network_under_the_same_autocast(tmp_path, make):
     adapters = module.net.domain("a").adapters
     assert adapters
     assert all(any(v.any() for v in a.value.parameters()) for a in adapters.values())  # all learned
+
+
+def test_so_it_is_with_a_strategy_of_our_own(tmp_path):
+    net = switching(Asks)
+    module = Lit(net, copy.deepcopy(net))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConversionWarning)
+        fit(tmp_path, module, strategy="da3")
+    assert module.far[0] < 0.02
 
 
 @pytest.mark.parametrize("make", [lambda: Around(off), lambda: switching(Off)])
