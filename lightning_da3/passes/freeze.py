@@ -52,7 +52,7 @@ def freeze_(part: Part, plan: PartPlan, config: DA3Config) -> None:
             answer_as_(layer, called)
         _call(gm, nodes[step.name], step, layer)
     for step in plan.nodes:
-        if step.action in ("fold", "remove"):
+        if step.gone:
             _bypass(gm, nodes[step.name])
     gm.delete_all_unused_submodules()
 

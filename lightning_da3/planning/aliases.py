@@ -49,7 +49,7 @@ def _hands_on(gm: fx.GraphModule, node: fx.Node, step: NodePlan | None) -> bool:
     """Whether the value may be, or be a view of, the first argument."""
     if is_in_place(node) or facts_of_call(node).view or node.target is getattr:
         return True
-    if step is not None and (step.inplace or step.action in ("fold", "remove")):
+    if step is not None and (step.inplace or step.gone):
         return True
     layer = module_of(gm, node)
     facts = facts_of(layer)  # such as a Flatten's; what a matrix gives is new

@@ -13,6 +13,7 @@ from lightning_da3.nn.activation import HardSigmoid, PiecewiseLinear, QuantizedG
 from lightning_da3.nn.convolution import pads_zeros_alike
 from lightning_da3.nn.pooling import AdaptiveAvgPool
 from lightning_da3.planning.layers import layer_called
+from lightning_da3.planning.nodes import value_of
 from lightning_da3.planning.plan import NodePlan, RecomputeRegion
 
 _SPATIAL = ((2, 3), [2, 3], (-2, -1), [-2, -1])
@@ -37,7 +38,7 @@ class FormFinder:
         """The form, as `RecomputeRegion.form` says it."""
         inside = [self.named[name] for name in region.nodes]
         read = [n for n in inside if any(user not in inside for user in n.users)]
-        inside = [n for n in inside if not self._is_gone(n)]
+        inside = [n for n in inside if self._of(n) is n]
         if region.with_hosts or region.also or len(read) != 1 or len(inside) < 2:
             return "graph"
         x, last = self.named[region.source], self._of(read[0])
@@ -49,16 +50,8 @@ class FormFinder:
         v, rest = (inside[0], inside[1:]) if bends else (self._of(x), inside)
         return "excitation" if self._is_excitation(v, rest) else "graph"
 
-    # --- nodes that are gone ----------------------------------------------------------------------
-
-    def _is_gone(self, node: fx.Node) -> bool:
-        return node.name in self.plan and self.plan[node.name].action in ("fold", "remove")
-
     def _of(self, node: fx.Node) -> fx.Node:
-        """The node that gives the value of `node` in the converted network."""
-        while self._is_gone(node) and isinstance(node.args[0], fx.Node):
-            node = node.args[0]
-        return node
+        return value_of(node, self.plan)
 
     def _is_chain(self, nodes: Sequence[fx.Node]) -> bool:
         """Whether each reads the one before first, and nothing else."""

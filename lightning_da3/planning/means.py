@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from torch import fx
 
 from lightning_da3.layers import CONVS
+from lightning_da3.planning.nodes import value_of
 from lightning_da3.planning.plan import HostPlan, NodePlan
 from lightning_da3.tracing.graphs import module_of
 
@@ -34,12 +35,8 @@ def find_means(
     named = {node.name: node for node in gm.graph.nodes}
     plan = {node.name: node for node in nodes}
     for host in hosts:
-        node: fx.Node | None = named[host.last]
-        while node is not None and plan[node.name].action in ("fold", "remove"):
-            before = node.args[0]
-            node = before if isinstance(before, fx.Node) and before.name in plan else None
-        alone = node is not None and node.args[:1] == (named[host.source],)
-        conv = module_of(gm, node) if node is not None and alone else None
+        node = value_of(named[host.last], plan)
+        conv = module_of(gm, node) if node.args[:1] == (named[host.source],) else None
         cheap = isinstance(conv, CONVS) and conv.weight[0].numel() <= MOST_MACS
-        frozen = node is not None and plan[node.name].action == "freeze"
-        yield dataclasses.replace(host, means_from=node.name) if node and cheap and frozen else host
+        frozen = node.name in plan and plan[node.name].action == "freeze"
+        yield dataclasses.replace(host, means_from=node.name) if cheap and frozen else host

@@ -55,6 +55,13 @@ def plan_nodes(
         yield planned
 
 
+def value_of(node: fx.Node, plan: Mapping[str, NodePlan]) -> fx.Node:
+    """The node that gives the value of `node` in the converted network."""
+    while node.name in plan and plan[node.name].gone and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
 def _is_free(node: fx.Node, fresh: set[str]) -> bool:
     """Whether `node` alone reads its first argument, and that is new memory."""
     before = node.args[0] if node.args else None
@@ -63,10 +70,9 @@ def _is_free(node: fx.Node, fresh: set[str]) -> bool:
 
 def _is_fresh(node: fx.Node, planned: NodePlan, fresh: set[str]) -> bool:
     facts = facts_of_call(node)
-    gone = planned.action in ("fold", "remove")
     if is_in_place(node) and planned.action == "leave" and not facts.elementwise:
         return False  # its backward may read what it wrote, as that of torch.tanh_ does
-    if planned.inplace or gone or is_in_place(node):
+    if planned.inplace or planned.gone or is_in_place(node):
         return _is_free(node, fresh)  # the memory of what it reads, under a second name
     if planned.action in ("freeze", "affine", "replace"):
         return True

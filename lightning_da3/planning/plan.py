@@ -102,6 +102,11 @@ class NodePlan:
     fold_into: str | None = None
     stored: str = ""
 
+    @property
+    def gone(self) -> bool:
+        """Nothing is left of it: the value of its first argument stands for its own."""
+        return self.action in ("fold", "remove")
+
 
 @dataclass(frozen=True)
 class RecomputeRegion:

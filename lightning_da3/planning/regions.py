@@ -33,7 +33,6 @@ from lightning_da3.tracing.graphs import module_of
 # passing a convolution or a matrix product must make the kept value at least so much smaller
 WORTH = 2.0
 SQUEEZED = 16.0  # a mean over so many elements is not rounded
-_GONE = ("fold", "remove")
 
 
 @dataclasses.dataclass
@@ -334,7 +333,7 @@ class RegionFinder:
         while isinstance(first, fx.Node) and len(first.users) == 1:
             if first is source:
                 return True
-            if first.name not in self.plan or self.plan[first.name].action not in _GONE:
+            if first.name not in self.plan or not self.plan[first.name].gone:
                 return False
             first = first.args[0]
         return False

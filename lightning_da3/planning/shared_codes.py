@@ -16,6 +16,7 @@ from lightning_da3.layers import replacement_for
 from lightning_da3.nn.activation import QuantizedGradActivation
 from lightning_da3.ops.activated import gives_value
 from lightning_da3.planning.layers import layer_called
+from lightning_da3.planning.nodes import value_of
 from lightning_da3.planning.plan import HostPlan, NodePlan
 
 
@@ -32,18 +33,9 @@ def find_shared_codes(
     named = {node.name: node for node in gm.graph.nodes}
     plan = {node.name: node for node in nodes}
     for host in hosts:  # what a graph reads, nothing wrote into: tracing sees to that
-        node = _past_what_is_gone(named[host.source], plan)
+        node = value_of(named[host.source], plan)
         shares = host.stride is not None and _keeps_codes(gm, node, plan)
         yield dataclasses.replace(host, codes_from=node.name if shares else None)
-
-
-def _past_what_is_gone(node: fx.Node, plan: Mapping[str, NodePlan]) -> fx.Node:
-    """The node whose value stands for that of `node`: dropouts are removed."""
-    while node.name in plan and plan[node.name].action == "remove":
-        before = node.args[0]
-        assert isinstance(before, fx.Node)  # or it would not be removed
-        node = before
-    return node
 
 
 def _keeps_codes(gm: fx.GraphModule, node: fx.Node, plan: Mapping[str, NodePlan]) -> bool:
