@@ -31,6 +31,7 @@ from lightning_da3 import (
     MemoryConfig,
     convert,
 )
+from lightning_da3.budget.microbatches import Microbatches
 from lightning_da3.memory import saved_activation_bytes
 
 EXACT = MemoryConfig(exact=True)
@@ -276,6 +277,28 @@ def test_transforms_of_functions_are_refused(name):
 
     with pytest.raises(RuntimeError, match=r"torch.func|functorch|setup_context"):
         torch.func.grad(loss)(parameters)
+
+
+def lent(model):
+    """Other parameters, and the model's own as they would be in their place."""
+    other = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    other = {n: (p + 0.3 * torch.randn_like(p)).detach().requires_grad_() for n, p in other.items()}
+    owner = copy.deepcopy(model)
+    owner.load_state_dict(other, strict=False)
+    return other, owner
+
+
+@pytest.mark.parametrize("split", [None, Microbatches(1, 1)], ids=["whole", "again"])
+@MODES
+@pytest.mark.parametrize("name", [*KINDS, "Norms", "GatedLinearUnits"])  # hosts in regions
+def test_parameters_lent_to_a_call_get_the_gradient_when_it_is_over(name, memory, split):
+    model, batch = converted(name, memory=memory).double(), zoo.batch(name, torch.float64)
+    model.budget_policy.split = split
+    other, owner = lent(model)
+    got = score(torch.func.functional_call(model, other, batch))
+    got = torch.autograd.grad(got, list(other.values()))
+    want = torch.autograd.grad(score(owner(*batch)), trained(owner))
+    assert_gradients_close(got, want, 1e-9)  # float32 might have another 8-bit code
 
 
 def transformed(model, x, transform):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_da3.errors import InputError
 from lightning_da3.nn.call import Executed
@@ -131,7 +131,7 @@ def run_microbatches(
     kwargs: Mapping[str, Any],
     counts: Sequence[int],
     again: int = 0,
-    parameters: Sequence[Tensor] = (),
+    uses: Sequence[nn.Module] = (),
 ) -> tuple[Any, Ledger]:
     """What a run on the whole batch returns, from microbatches.
 
@@ -142,7 +142,7 @@ def run_microbatches(
         kwargs: The keyword arguments of a run.
         counts: The number of samples in every microbatch.
         again: How many microbatches, from the first, are computed again in the backward.
-        parameters: The trainable tensors that a run uses by itself.
+        uses: The modules whose parameters a run uses by itself.
 
     Raises:
         InputError: Outputs are not of one sample each along axis 0.
@@ -151,7 +151,7 @@ def run_microbatches(
     for i, (some, named) in enumerate(cut((args, kwargs), counts)):
         run = run_of(sum(counts[:i]), counts[i])
         if i < again:
-            output, ledger = _run_again(run, some, named, tuple(parameters))
+            output, ledger = _run_again(run, some, named, uses)
         else:
             output, ledger = run(*some, **named)
         outputs.append(output)
@@ -184,9 +184,7 @@ def check_apart(run: Run, args: Sequence[Any], kwargs: Mapping[str, Any], networ
     )
 
 
-def _run_again(
-    run: Run, args: Any, kwargs: Any, parameters: tuple[Tensor, ...]
-) -> tuple[Any, Ledger]:
+def _run_again(run: Run, args: Any, kwargs: Any, uses: Sequence[nn.Module]) -> tuple[Any, Ledger]:
     """``run``, whose graph is built in the backward, for as long as it takes."""
     leaves, structure = tree_flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -203,7 +201,7 @@ def _run_again(
         return (*values, *(done.gate for _, done in ledger))
 
     x, *rest = (leaves[place] for place in places)
-    results = recomputed(piece, x, *rest, exact=True, parameters=parameters, random=True)
+    results = recomputed(piece, x, *rest, exact=True, uses=uses, random=True)
     ((spec, count, hosts),) = shape
     gates = results[count:]
     ledger = [(host, Executed(g, macs)) for (host, macs), g in zip(hosts, gates, strict=True)]

@@ -165,8 +165,7 @@ class Running(SavesDomains):
         """`_run`; a training step's batch goes in microbatches if it would exceed the budget."""
         policy, trains = self.budget_policy, self.backbone if call.alone else self
         run = run or self._run
-        trained = [p for p in trains.parameters() if p.requires_grad]
-        if not (trained and torch.is_grad_enabled()):
+        if not (torch.is_grad_enabled() and any(p.requires_grad for p in trains.parameters())):
             return run(call, *args, **kwargs)
         count, check = batch_size(args, kwargs), partial(self._check_apart, run)
         split = policy.microbatches_for(self, args, kwargs, check, method)
@@ -176,7 +175,7 @@ class Running(SavesDomains):
         def run_of(start: int, samples: int) -> Run:
             return partial(run, call.part(start, samples))
 
-        return run_microbatches(run_of, args, kwargs, split.counts(count), split.again, trained)
+        return run_microbatches(run_of, args, kwargs, split.counts(count), split.again, [trains])
 
     @torch.no_grad()
     def _check_apart(self, run: Run, args: Any, kwargs: Any) -> None:

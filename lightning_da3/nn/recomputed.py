@@ -122,7 +122,7 @@ class Recomputed(nn.Module):
             x,
             *rest,
             exact=self.exact,
-            parameters=tuple(p for module in active for p in module.parameters()),
+            uses=active,
             codes=None if self.exact else codes,
             frozen=self.frozen,
         )

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_da3.ops.backward import once_differentiable
 from lightning_da3.ops.bits import dense, has_no_values, may_lie_otherwise
 from lightning_da3.ops.codes import Code, decode, encode, kept_of, read_back, sample_group
 from lightning_da3.ops.exportable import is_exportable
+from lightning_da3.ops.lent import call_with, parameters_of
 from lightning_da3.ops.masks import record_masks, replay_masks
 from lightning_da3.ops.smooth import Smooth, widened
 from lightning_da3.torch_private.autograd import is_view, storage_key, without_base
@@ -31,7 +32,8 @@ Piece = Callable[..., tuple[Any, ...]]
 class _Options(NamedTuple):
     exact: bool
     random: bool
-    parameters: int  # trainable tensors in front of the activations
+    uses: Sequence[nn.Module]
+    parameters: int  # of what it uses, in front of the activations
     frozen: tuple[int, ...]  # positions of activations that need no gradient
 
 
@@ -84,7 +86,7 @@ class _Recomputed(torch.autograd.Function):
         again = contextlib.nullcontext() if ctx.random is None else ctx.random.again()
         decisions = contextlib.nullcontext() if ctx.how.exact else replay_masks(noted)
         with torch.enable_grad(), ctx.autocast(), again, decisions:
-            outputs = ctx.piece(*activations)
+            outputs = call_with(parameters, ctx.how.uses, ctx.piece, *activations)
         found = iter(_gradients(outputs, leaves, grads))
         return None, None, None, *[next(found) if need else None for need in needed]
 
@@ -308,7 +310,7 @@ def recomputed(
     x: Tensor,
     *rest: Any,
     exact: bool = False,
-    parameters: tuple[Tensor, ...] = (),
+    uses: Sequence[nn.Module] = (),
     random: bool = False,
     codes: Tensor | None = None,
     frozen: tuple[int, ...] = (),
@@ -320,7 +322,7 @@ def recomputed(
         x: An activation that it reads; must not be overwritten by `piece`.
         rest: What else it reads: constants and numbers, kept as they are, and other activations.
         exact: Keep activations themselves, not their 8-bit codes.
-        parameters: Trainable tensors that `piece` uses by itself.
+        uses: Modules whose parameters `piece` uses by itself.
         random: `piece` draws random numbers, which must be the same again.
         codes: Codes of `x` by `encode` in groups of `sample_group`, if something else keeps them.
         frozen: Positions, `x` being the first, of activations that need no gradient.
@@ -328,12 +330,13 @@ def recomputed(
     Returns:
         What `piece` returns.
     """
+    parameters = parameters_of(uses) if uses else ()
     tensors = (x, *parameters, *[r for r in rest if isinstance(r, Tensor)])
     wanted = any(tensor.requires_grad for tensor in tensors)
     if not (torch.is_grad_enabled() and wanted):
         return piece(x, *rest)
     if torch.compiler.is_compiling():
         return _compiled(piece, x, *rest, exact=exact, codes=codes)
-    how = _Options(exact, random, len(parameters), frozen)
+    how = _Options(exact, random, uses, len(parameters), frozen)
     flat = _Flat(piece)
     return flat.nested(_Recomputed.apply(flat, how, codes, *parameters, x, *rest))
