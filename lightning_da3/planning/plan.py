@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -250,20 +250,21 @@ class Plan:
     @property
     def headline(self) -> str:
         """What there is to adapt, and what stays Python; for people."""
+        return self._summary(most=3)
+
+    def _summary(self, most: int | None) -> str:
+        """The headline; where so many are alike, no more of them by name."""
         lines = [f"{self.network}: {len(self.hosts)} hosts, head: {self.head or 'its own'}"]
-        for part in self.parts:
-            if part.prologue is not None:
-                places = {node.name: node.place for node in part.nodes}
-                first, last = (places[part.prologue.nodes[i]] for i in (0, -1))
-                where = f"{part.path}: " if part.path else ""
-                ends = " to ".join(dict.fromkeys((first, last)))
-                lines.append(f"{where}prologue {ends}: a large batch in microbatches (on CPU)")
+        prologues = [(_prologue(part), "") for part in self.parts if part.prologue is not None]
+        how = ": a large batch in microbatches (on CPU)"
+        lines += [f"prologue {names}{how}" for names, _ in _by_reason(prologues, most)]
         if self.branches:
             share = 1 - self.executed_share([branch.name for branch in self.branches])
             count = f"{len(self.branches)} branch{'' if len(self.branches) == 1 else 'es'}"
             lines.append(f"{count} can be skipped, {share:.0%} of the network's FLOPs")
-        lines += [f"stays Python: {path or 'the network'}, {why}" for path, why in self.python]
-        lines += [f"called as it is: {path}, {why}" for path, why in self.functions]
+        for what, cases in (("stays Python", self.python), ("called as it is", self.functions)):
+            named = [(path or "the network", why) for path, why in cases]
+            lines += [f"{what}: {names}, {why}" for names, why in _by_reason(named, most)]
         return "\n".join(lines)
 
     if not TYPE_CHECKING:  # or type checkers would take every misspelt name
@@ -287,7 +288,7 @@ class Plan:
 
     def __str__(self) -> str:
         """A table for people."""
-        return "\n".join([self.headline, *self._tables])
+        return "\n".join([self._summary(most=None), *self._tables])
 
     @property
     def _tables(self) -> list[str]:
@@ -297,6 +298,26 @@ class Plan:
         if self.left_to_pytorch:
             lines.append(f"left to PyTorch (more memory): {', '.join(self.left_to_pytorch)}")
         return lines
+
+
+def _by_reason(cases: Iterable[tuple[str, str]], most: int | None) -> Iterator[tuple[str, str]]:
+    """Names in a row and the reason that they share; only the first of many."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in cases:
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        more = 0 if most is None or len(names) <= most + 1 else len(names) - most
+        yield ", ".join(names[: len(names) - more]) + (f" and {more} more" if more else ""), why
+
+
+def _prologue(part: PartPlan) -> str:
+    """Where its prologue begins and ends."""
+    assert part.prologue is not None
+    places = {node.name: node.place for node in part.nodes}
+    ends = " to ".join(dict.fromkeys(places[part.prologue.nodes[i]] for i in (0, -1)))
+    if not part.path:
+        return ends
+    return part.path if ends == "layer" else f"{part.path}: {ends}"
 
 
 def _table(part: PartPlan) -> list[str]:

@@ -48,6 +48,21 @@ def test_what_stays_python_is_named_and_its_children_are_graphs(name, python):
     assert "stays Python: the network" in str(plan)
 
 
+def test_many_modules_that_stay_python_for_one_reason_are_one_line():
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(x) * int(x.shape[-1])
+
+    plan = convert(nn.Sequential(*(Sized() for _ in range(6))), CONFIG).plan
+    (line,) = (line for line in plan.headline.splitlines() if "stays Python" in line)
+    assert line.startswith("stays Python: 0, 1, 2 and 3 more, Sized: it decides on the size")
+    assert "stays Python: 0, 1, 2, 3, 4, 5, Sized" in str(plan)
+
+
 def test_the_length_of_a_tensor_is_no_reason_to_stay_python():
     model = convert(zoo.network("VisionTransformer"), CONFIG)
     assert model.plan.python == ()
