@@ -43,6 +43,7 @@ def simplify_(model: Any, outputs: Sequence[str]) -> None:
     if LOSS in outputs:
         keep_before_going_on_(model, LOSS, _constants(model))
         _passed("ShapeInference", model)
+    _passed("DeduplicateInitializers", model)
     _passed("ClearMetadataAndDocString", model)
 
 

@@ -22,6 +22,7 @@ from lightning_da3.exporting.onnx_graph import (
     simplify_,
     standard_operations,
 )
+from lightning_da3.exporting.onnx_size import compact_
 from lightning_da3.exporting.program import Program
 from lightning_da3.files.writing import replacing
 from lightning_da3.formatting import shown
@@ -177,6 +178,7 @@ def _write_onnx(
     manifest["operations"] = standard_operations(model)
     manifest["opset"] = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     manifest["versions"] = {**manifest["versions"], "onnx": onnx.__version__}
+    compact_(model)
     onnx.helper.set_model_props(model, {KEY: json.dumps(manifest, sort_keys=True)})
     onnx.save_model(model, str(path))
     return _onnx_run(path, names)
