@@ -12,6 +12,7 @@ from lightning_da3.files.content import Content, read_content, write_content
 from lightning_da3.files.fitting import config_differences
 from lightning_da3.files.stored import Stored
 
+CHECKPOINT = "fit"  # key of the metadata of what `Learner.fit` goes on from
 _SAME = ("backbone", "architecture", "plan")
 
 
@@ -29,6 +30,29 @@ def read_domain_for(
         CheckpointError: It is missing or damaged, or was learned with another model.
     """
     found = read_content(path)
+    if CHECKPOINT in found.metadata:
+        raise CheckpointError(
+            f"{os.fspath(path)!r} is no domain file, but the checkpoint of a fit. "
+            "`Learner.fit(..., checkpoint=...)` goes on from it."
+        )
+    check_fits(found, path, session, names)
+    return found
+
+
+def check_fits(
+    found: Content, path: str | os.PathLike[str], session: Session, names: Sequence[str]
+) -> None:
+    """Refuse what does not fit an exported file.
+
+    Args:
+        found: What a file holds.
+        path: That file.
+        session: The exported file.
+        names: Those of the tensors that the exported file takes.
+
+    Raises:
+        CheckpointError: It was learned with another model, or tensors are missing or others.
+    """
     ports = {name: session.inputs[name] for name in names}
     problems = [*_others(found.metadata, session.manifest), *_misfits(found.tensors, ports)]
     if problems:
@@ -36,7 +60,6 @@ def read_domain_for(
             f"The domain file {os.fspath(path)!r} does not fit {session.path!r}: "
             f"{' '.join(problems)}"
         )
-    return found
 
 
 def check_same_model(one: Session, other: Session) -> None:

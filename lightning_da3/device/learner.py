@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_da3.device.checkpoint import Checkpoint
 from lightning_da3.device.domains import check_same_model, read_domain_for, write_domain_of
 from lightning_da3.device.predictor import Predictor, check_count, check_whole_parts
 from lightning_da3.device.session import Array, Session, parts_of
@@ -150,6 +151,7 @@ class Learner:
         epochs: int,
         batch_size: int = 32,
         learning_rate: float | Callable[[float], float] = 1e-3,
+        checkpoint: str | os.PathLike[str] | None = None,
     ) -> list[float]:
         """Learn from all samples, several times, in an order of its own each time.
 
@@ -160,12 +162,15 @@ class Learner:
             batch_size: Samples of a step. What is left at the end of an epoch is a smaller batch,
                 or waits for another epoch if the file takes this number of samples alone.
             learning_rate: Of every step; or what it is at a progress from 0 to 1.
+            checkpoint: A file that is written after every epoch. Where it exists, learning goes on
+                from it as if it had not stopped, given the same samples. It is no domain file.
 
         Returns:
             The mean loss of every epoch.
 
         Raises:
             InputError: As for `step`.
+            CheckpointError: The checkpoint cannot be written, or is of another fit.
         """
         check_count("epochs", epochs)
         check_count("batch_size", batch_size)
@@ -177,8 +182,9 @@ class Learner:
                 f"There are {count} samples, and {self.session.path!r} takes {self.part_size} at "
                 "once. Give more, or export it with dynamic_batch=True."
             )
-        losses = []
-        for epoch in range(epochs):
+        run = {"domain": self.domain, "epochs": epochs, "batch_size": batch_size, "samples": count}
+        losses = [] if checkpoint is None else self._gone_on(checkpoint, run)
+        for epoch in range(len(losses), epochs):
             order, total = self.random.permutation(count), 0.0
             for i, (start, end) in enumerate(batches):
                 chosen = np.sort(order[start:end])  # in the order in which they lie on a disk
@@ -188,7 +194,20 @@ class Learner:
                 loss = self.step(batch, given["targets"][chosen], rate, progress=progress)
                 total += loss * (end - start)
             losses.append(total / batches[-1][1])
+            if checkpoint is not None:
+                random = self.random.bit_generator.state
+                now = Checkpoint(self._state, self.steps, losses, run, random)
+                now.write(checkpoint, self._start)
         return losses
+
+    def _gone_on(self, path: str | os.PathLike[str], run: Mapping[str, Any]) -> list[float]:
+        """Take a checkpoint over, if there is one; the losses of its epochs."""
+        if not os.path.lexists(path):
+            return []
+        found = Checkpoint.read(path, self.session, self._state, run)
+        self._state, self.steps = dict(found.state), found.steps
+        self.random.bit_generator.state = dict(found.random)
+        return list(found.losses)
 
     def _cut(self, count: int, size: int) -> Iterator[tuple[int, int]]:
         """Where batches begin and end."""

@@ -238,6 +238,50 @@ def test_an_inference_file_that_does_not_fit(step_file, tmp_path):
         Learner(step_file, inference=other)
 
 
+class Stopped(Exception):  # noqa: N818
+    """As if the power went."""
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_a_fit_that_was_stopped_goes_on_as_if_it_had_not(tmp_path, accumulate):
+    step_file = training_file(tmp_path / "step.onnx", accumulate=accumulate)
+    path = tmp_path / "fit.safetensors"
+    about = {"epochs": 5, "batch_size": 8, "checkpoint": path}
+    whole = Learner(step_file, seed=3)
+    losses = whole.fit(*learnable(20), epochs=5, batch_size=8, learning_rate=0.5)
+
+    def until(progress):
+        if progress >= 0.5:  # in the third epoch
+            raise Stopped
+        return 0.5
+
+    with pytest.raises(Stopped):
+        Learner(step_file, seed=3).fit(*learnable(20), **about, learning_rate=until)
+    again = Learner(step_file, seed=4)
+    assert again.fit(*learnable(20), **about, learning_rate=0.5) == losses
+    assert again.steps == whole.steps == 15
+    for name, array in whole.tensors.items():
+        np.testing.assert_array_equal(again.tensors[name], array)
+    finished = Learner(step_file)  # nothing is left to do
+    assert finished.fit(*learnable(20), **about, learning_rate=until) == losses
+    np.testing.assert_array_equal(finished.tensors["head.bias"], whole.tensors["head.bias"])
+
+
+def test_a_checkpoint_is_of_one_fit_and_no_domain(step_file, tmp_path):
+    path = tmp_path / "fit.safetensors"
+    learner = Learner(step_file)
+    learner.fit(*learnable(20), epochs=1, checkpoint=path)
+    with refused(CheckpointError, "of another fit", "epochs=1", "samples=20; now", "samples=12"):
+        learner.fit(*learnable(12), epochs=2, checkpoint=path)
+    with refused(CheckpointError, "is no domain file", "checkpoint"):
+        Learner(step_file, path)
+    domain = write_start(tmp_path / "a.safetensors")
+    with refused(CheckpointError, "is no checkpoint of a fit"):
+        learner.fit(*learnable(20), epochs=1, checkpoint=domain)
+    with refused(CheckpointError, "Cannot write"):
+        learner.fit(*learnable(20), epochs=1, checkpoint=tmp_path / "nowhere" / "fit.safetensors")
+
+
 def test_what_cannot_be_saved_leaves_the_file(step_file, tmp_path):
     learner, path = Learner(step_file), write_start(tmp_path / "a.safetensors")
     before = path.read_bytes()
