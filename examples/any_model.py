@@ -121,7 +121,9 @@ def score(outputs: Any) -> Tensor:
 
 def with_domain(network: nn.Module, *, exact: bool) -> DA3Model:
     """Converted, with a domain of random parameters and gates that are partly closed."""
-    model = convert(network, DA3Config(gate=GateConfig(), memory=MemoryConfig(exact=exact)))
+    model = convert(
+        network, DA3Config(gate=GateConfig(target=0.5, by="cell"), memory=MemoryConfig(exact=exact))
+    )
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model.add_domain("measured", None if model.plan.head is None else CLASSES)

@@ -45,7 +45,7 @@ def say(text: str) -> None:
 
 
 def config_of(settings: dict[str, Any]) -> DA3Config:
-    return DA3Config(gate=GateConfig() if settings["gates"] else None)
+    return DA3Config(gate=GateConfig(target=0.5, by="cell") if settings["gates"] else None)
 
 
 # --- learning -------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, default=8, help="for every method and domain")
     parser.add_argument("--seeds", type=int, default=1, help="repeat and print means")
-    parser.add_argument("--gates", action="store_true", help="DA3 with gate=GateConfig()")
+    parser.add_argument("--gates", action="store_true", help="DA3 with gates of cells")
     parser.add_argument("--logger", choices=("csv", "wandb"), default="csv")
     parser.add_argument("--output", type=Path, default=Path("outputs/learn_domains"))
     parser.add_argument("--fresh", action="store_true", help="learn again what is finished")

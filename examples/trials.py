@@ -19,7 +19,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_da3 import AdapterConfig, CheckpointError, DA3Config, DA3Model, GateConfig, convert
 
 ADAPTER = AdapterConfig(hidden_channels=4, min_stride=2)
-CONFIG = DA3Config(ADAPTER, GateConfig())  # whose noise a resumed run has to draw again
+CONFIG = DA3Config(
+    ADAPTER, GateConfig(target=0.5, by="cell")
+)  # whose noise a resumed run has to draw again
 CLASSES = 3
 
 

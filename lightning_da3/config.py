@@ -78,29 +78,33 @@ class AdapterConfig:
         refuse(problems)
 
 
+_WEIGHT = 5.0
+
+
 @dataclass(frozen=True)
 class GateConfig:
     """What is not computed; off by default.
 
     Args:
-        target: The share to execute, in (0, 1]: of the hosts' FLOPs, by cell; of the whole
-            network's, by domain.
+        target: The share to execute, in (0, 1]: of the whole network's FLOPs, by domain; of the
+            hosts', by cell.
         weight: Weight of the budget loss that moves gates of cells there.
         noise: Logistic (Gumbel) noise on the logits of gates of cells while training, off for the
             last fifth of it. A `DA3Callback` tells the model how far training is; without one, call
             `set_progress`, or the target holds from the first step and there is no noise.
-        by: ``"cell"``: every sample has gates of its own, which say which cells of a host are
-            computed at all, and are learned; training moves from 1 to the target over its first
-            half. They multiply, and save no time. ``"domain"``: a domain skips whole residual
-            branches, the same ones for every sample, and so is a smaller network, which is faster
-            in inference, in training and in exported files. They are chosen before it learns: by a
-            `DA3Callback`, or by `DA3Model.choose_branches`. Adapters have no gates then.
+        by: ``"domain"``: a domain skips whole residual branches, the same ones for every sample,
+            and so is a smaller network, which is faster in inference, in training and in exported
+            files. They are chosen before it learns: by a `DA3Callback`, or by
+            `DA3Model.choose_branches`. Adapters have no gates then. ``"cell"``: every sample has
+            gates of its own, which say which cells of a host are computed at all, and are learned;
+            training moves from 1 to the target over its first half. They multiply, and save no
+            time.
     """
 
-    target: float = 0.5
-    weight: float = 5.0
+    target: float = 0.65
+    weight: float = _WEIGHT
     noise: bool = True
-    by: Literal["cell", "domain"] = "cell"
+    by: Literal["domain", "cell"] = "domain"
 
     def __post_init__(self) -> None:
         """Check every field and report all problems at once."""
@@ -122,8 +126,15 @@ class GateConfig:
         )
         require(
             problems,
-            is_one_of(self.by, ("cell", "domain")),
-            f"`by` must be 'cell' or 'domain', got {shown(self.by)}.",
+            is_one_of(self.by, ("domain", "cell")),
+            f"`by` must be 'domain' or 'cell', got {shown(self.by)}.",
+        )
+        learned = self.noise is False or (is_finite(self.weight) and self.weight != _WEIGHT)
+        require(
+            problems,
+            not (is_one_of(self.by, ["domain"]) and learned),
+            "`weight` and `noise` are for gates that are learned: say by='cell', or leave them "
+            "out.",
         )
         refuse(problems)
 
@@ -307,7 +318,8 @@ class DA3Config:
                 "can). Update lightning_da3."
             )
         if version < 2:
-            fields.setdefault("gate", GateConfig())  # the default was to have them
+            gate = fields.get("gate", {})  # the default was to have them, and they were of cells
+            fields["gate"] = {**_CELLS, **gate} if isinstance(gate, Mapping) else gate
             if isinstance(fields.get("adapter", {}), Mapping):
                 fields["adapter"] = {"min_depth": 0, **fields.get("adapter", {})}  # anywhere
         parts = {"adapter": AdapterConfig, "gate": GateConfig, "memory": MemoryConfig}
@@ -316,6 +328,8 @@ class DA3Config:
                 fields[name] = _build(kind, _today(fields[name]))
         return _build(cls, fields)
 
+
+_CELLS = {"target": 0.5, "by": "cell"}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {"adapter": AdapterConfig(hidden_channels=16)},

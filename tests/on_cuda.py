@@ -57,7 +57,7 @@ def same_on_both(model, inputs, device, tolerance=1e-3):
 
 
 def learns(network, images, device, dtype=None):
-    model = convert(network, DA3Config(gate=GateConfig()))
+    model = convert(network, DA3Config(gate=GateConfig(target=0.5, by="cell")))
     model.add_domain("a", 5)
     model.set_domain("a")
     model = model.to(device).train()

@@ -22,9 +22,10 @@ from lightning_da3 import (
 )
 from lightning_da3.config import CONFIG_VERSION
 
+CELLS = GateConfig(0.5, by="cell")
 UNUSUAL = DA3Config(
     adapter=AdapterConfig(hidden_channels=3, kernel_size=1, max_cells=4, min_stride=1),
-    gate=GateConfig(target=1.0, weight=0, noise=True),
+    gate=GateConfig(target=1.0, weight=0, noise=True, by="cell"),
     memory=MemoryConfig(exact=True, weights="bfloat16"),
     head="classifier.1",
 )
@@ -80,12 +81,20 @@ def test_target_is_a_fraction(value):
     assert GateConfig(target=1).target == 1
 
 
+def test_gates_skip_branches_by_default_and_those_of_cells_have_options():
+    assert GateConfig() == GateConfig(target=0.65, by="domain")
+    for option in ({"weight": 1.0}, {"noise": False}):
+        refused(lambda option=option: GateConfig(**option), "`weight` and `noise`", "by='cell'")
+        assert GateConfig(by="cell", **option) != GateConfig(by="cell")
+    refused(lambda: GateConfig(by="sample"), "`by` must be 'domain' or 'cell', got 'sample'.")
+
+
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "1", False, None])
 def test_weight_is_finite(value):
     refused(
         lambda: GateConfig(weight=value), f"`weight` must be finite and at least 0, got {value!r}."
     )
-    assert GateConfig(weight=0).weight == 0
+    assert GateConfig(weight=0, by="cell").weight == 0
 
 
 def test_flags_are_bools():
@@ -134,8 +143,10 @@ def test_round_trip_through_json(config):
 
 def test_missing_fields_are_defaults():
     assert DA3Config.from_dict({}) == DA3Config()
-    config = DA3Config.from_dict({"adapter": {"min_stride": 2}, "gate": {"noise": False}})
-    assert config == DA3Config(AdapterConfig(min_stride=2), GateConfig(noise=False))
+    config = DA3Config.from_dict(
+        {"adapter": {"min_stride": 2}, "gate": {"noise": False, "by": "cell"}}
+    )
+    assert config == DA3Config(AdapterConfig(min_stride=2), GateConfig(noise=False, by="cell"))
     assert DA3Config.from_dict({"gate": None}).gate is None
 
 
@@ -146,9 +157,9 @@ def test_gates_are_off_unless_asked_for():
 
 def test_configs_of_version_1_had_gates_unless_they_say_otherwise():
     old = {"version": 1, "adapter": {"min_depth": 0}}
-    assert DA3Config.from_dict(old) == DA3Config(AdapterConfig(min_depth=0), GateConfig())
+    assert DA3Config.from_dict(old) == DA3Config(AdapterConfig(min_depth=0), CELLS)
     assert DA3Config.from_dict({**old, "gate": None}).gate is None
-    assert DA3Config.from_dict({**old, "gate": {"target": 0.3}}).gate == GateConfig(target=0.3)
+    assert DA3Config.from_dict({**old, "gate": {"target": 0.3}}).gate == GateConfig(0.3, by="cell")
 
 
 def test_configs_of_before_had_hosts_at_any_depth():
@@ -299,14 +310,14 @@ def test_what_stands_for_no_config(value):
 
 
 def test_a_dict_is_a_config_as_in_yaml():
-    values = {"gate": {}, "memory": {"budget": "1GiB"}, "adapter": {"hidden_channels": 3}}
-    want = DA3Config(AdapterConfig(hidden_channels=3), GateConfig())
+    values = {"gate": {"by": "cell"}, "memory": {"budget": "1GiB"}, "adapter": {"hidden_channels": 3}}
+    want = DA3Config(AdapterConfig(hidden_channels=3), GateConfig(by="cell"))
     config = DA3Config.of(values)
     assert config == want
     assert config.memory.budget == "1GiB"
     assert DA3Callback("a", 2, config=values).config == want
     model = convert(nn.Sequential(nn.Conv2d(3, 4, 3)), {**values, "head": None})
-    assert model.config.gate == GateConfig()
+    assert model.config.gate == want.gate
     assert DA3Config.of({}) == DA3Config.of(None) == DA3Config()
     assert DA3Config.of(config) is config
     refused(lambda: DA3Callback("a", 2, config={"gates": None}), "DA3Config has no field ['gates']")

@@ -96,7 +96,7 @@ def test_sampling_at_points(exact):
 def converted(memory, size=12, dtype=torch.float32):
     adapter = AdapterConfig(hidden_channels=4, max_cells=16)
     net = zoo.network("RefinesStepwise").to(dtype)
-    config = DA3Config(adapter, GateConfig(), memory, head=None)
+    config = DA3Config(adapter, GateConfig(target=0.5, by="cell"), memory, head=None)
     model = add(convert(net, config), "a")
     model.set_domain("a")
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)

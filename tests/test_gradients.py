@@ -48,7 +48,7 @@ def _seed():
 
 
 @pytest.mark.parametrize(
-    "gate", [None, GateConfig(target=0.3, weight=10.0)], ids=["plain", "gated"]
+    "gate", [None, GateConfig(target=0.3, weight=10.0, by="cell")], ids=["plain", "gated"]
 )
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.slow

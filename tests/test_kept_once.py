@@ -34,7 +34,7 @@ def _seed():
 def converted(network, x, cells=49, **memory):
     """With a domain that has learned something, and gates partly closed."""
     adapter = AdapterConfig(hidden_channels=4, max_cells=cells, min_stride=1, min_depth=0)
-    config = DA3Config(adapter, GateConfig(), MemoryConfig(**memory))
+    config = DA3Config(adapter, GateConfig(target=0.5, by="cell"), MemoryConfig(**memory))
     model = add(convert(network.eval(), config), "a")
     model.set_domain("a")
     mix_gates_(model, (x,))

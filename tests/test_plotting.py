@@ -236,7 +236,9 @@ def test_gate_maps_pick_hosts_from_first_to_last():
 
 def test_gate_maps_of_a_converted_network():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
-    model = convert(network, DA3Config(AdapterConfig(min_stride=1), GateConfig()))
+    model = convert(
+        network, DA3Config(AdapterConfig(min_stride=1), GateConfig(target=0.5, by="cell"))
+    )
     model.add_domain("a", num_classes=2)
     model.set_domain("a")
     images = torch.rand(2, 3, 8, 8)

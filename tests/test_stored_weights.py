@@ -48,7 +48,7 @@ def _seed():
 
 
 def converted(name, memory, domain="a"):
-    config = DA3Config(ADAPTER, GateConfig(), memory, head=None)
+    config = DA3Config(ADAPTER, GateConfig(target=0.5, by="cell"), memory, head=None)
     model = convert(zoo.network(name), config)
     torch.manual_seed(1)
     add(model, domain)

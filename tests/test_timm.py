@@ -100,7 +100,7 @@ def network(name):
 
 
 def converted(net, x, **choices):
-    config = DA3Config(ADAPTER, GateConfig(), **choices)
+    config = DA3Config(ADAPTER, GateConfig(target=0.5, by="cell"), **choices)
     model = add(convert(net, config, x, verify=False), "a")
     model.set_domain("a")
     mix_gates_(model, (x,))

@@ -36,7 +36,7 @@ from lightning_da3.memory import saved_activation_bytes
 
 EXACT = MemoryConfig(exact=True)
 ADAPTER = AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1)
-CONFIG = DA3Config(adapter=ADAPTER, gate=GateConfig(), head=None)
+CONFIG = DA3Config(adapter=ADAPTER, gate=GateConfig(target=0.5, by="cell"), head=None)
 # convolutions, regions, tokens; what stays Python with graphs inside
 WHOLE = ["Transposed", "SqueezeExcite", "VisionTransformer"]
 KINDS = [*WHOLE, "Detector"]
@@ -49,7 +49,9 @@ def _seed():
 
 
 def converted(name, **choices):
-    config = DA3Config(**{"adapter": ADAPTER, "gate": GateConfig(), "head": None, **choices})
+    config = DA3Config(
+        **{"adapter": ADAPTER, "gate": GateConfig(target=0.5, by="cell"), "head": None, **choices}
+    )
     model = add(convert(zoo.network(name), config), "a")
     model.set_domain("a")
     mix_gates_(model, zoo.batch(name))

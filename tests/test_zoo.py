@@ -28,10 +28,10 @@ EXACT = MemoryConfig(exact=True)
 ADAPTER = AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1)
 
 
-CONFIG = DA3Config(adapter=ADAPTER, gate=GateConfig(), head=None)
+CONFIG = DA3Config(adapter=ADAPTER, gate=GateConfig(target=0.5, by="cell"), head=None)
 
 
-GATES = [None, GateConfig(target=0.3, weight=10.0)]
+GATES = [None, GateConfig(target=0.3, weight=10.0, by="cell")]
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,9 @@ def _seed():
 
 
 def converted(name, dtype=torch.float32, **choices):
-    config = DA3Config(**{"adapter": ADAPTER, "gate": GateConfig(), "head": None, **choices})
+    config = DA3Config(
+        **{"adapter": ADAPTER, "gate": GateConfig(target=0.5, by="cell"), "head": None, **choices}
+    )
     model = add(convert(zoo.network(name).to(dtype), config), "a")
     model.set_domain("a")
     mix_gates_(model, zoo.batch(name, dtype))
@@ -146,8 +148,10 @@ def test_channels_last(name):
 
 
 def test_gates_of_a_network_that_returns_a_dataclass_learn():
-    model = converted("DataclassOutput", gate=GateConfig(target=0.1, weight=10.0))
-    plain = converted("DataclassOutput", gate=GateConfig(target=0.1, weight=10.0), memory=EXACT)
+    model = converted("DataclassOutput", gate=GateConfig(target=0.1, weight=10.0, by="cell"))
+    plain = converted(
+        "DataclassOutput", gate=GateConfig(target=0.1, weight=10.0, by="cell"), memory=EXACT
+    )
     plain.gate_loss_scale = 0.0
     x = zoo.batch("DataclassOutput")
     pairs = [torch.autograd.grad(score(m(*x)), trained(m)) for m in (model, plain)]

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--min-stride", help="AdapterConfig(min_stride=...), a number or auto")
     shared.add_argument("--min-depth", help="AdapterConfig(min_depth=...), a number or auto")
     gates = argparse.BooleanOptionalAction  # --no-gates was the way to what is the default now
-    shared.add_argument("--gates", action=gates, default=False, help="gate=GateConfig()")
+    shared.add_argument("--gates", action=gates, default=False, help="gates of cells")
 
     about = "what training a domain will cost"
     plan = commands.add_parser("plan", help=about, description=about, parents=[shared])

@@ -56,7 +56,7 @@ def _config(given: argparse.Namespace, **memory: Any) -> DA3Config:
     if where:
         options["adapter"] = AdapterConfig(**where)
     return DA3Config(
-        gate=GateConfig() if given.gates else None,
+        gate=GateConfig(target=0.5, by="cell") if given.gates else None,
         memory=MemoryConfig(exact=given.exact, weights=given.weights, **memory),
         head=None if given.head.lower() == "none" else str(given.head),
         **options,

@@ -47,7 +47,7 @@ class GivenNoise(Noise):
             if rows % self.total:
                 raise ConversionError(
                     f"{host!r} works on {rows} at once for {self.total} samples, so that its gates "
-                    "have no noise for every sample. Say GateConfig(noise=False)."
+                    "have no noise for every sample. Say GateConfig(by='cell', noise=False)."
                 )
             self.places[host] = (self.columns, rows // self.total * cells, cells)
         first, columns, cells = self.places[host]

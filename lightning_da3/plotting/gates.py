@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 NO_MAP = (
     "There is no gate map. `DA3Model.gate_maps(images)` gives them while a domain with gates is "
-    "active: call `set_domain` first, and convert with gate=GateConfig()."
+    "active: call `set_domain` first, and convert with gate=GateConfig(by='cell')."
 )
 BAR = "#0072B2"
 DIMMED = (0.05, 0.08, 0.20)

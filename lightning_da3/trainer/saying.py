@@ -84,7 +84,7 @@ class Saying:
                 rank_zero_warn(
                     f"The gates of domain {name!r} let {share:.0%} of the hosts' FLOPs run in the "
                     f"last epoch; the target is {gate.target:.0%}. Train longer, or set another "
-                    "`GateConfig(weight=...)`: a larger one moves the gates more.",
+                    "`GateConfig(by='cell', weight=...)`: a larger one moves the gates more.",
                     category=NoEffectWarning,
                 )
 

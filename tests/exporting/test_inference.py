@@ -21,7 +21,9 @@ from lightning_da3.errors import (
 from lightning_da3.exporting import writing
 
 SIZE = 16
-SMALL = DA3Config(AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1), GateConfig())
+SMALL = DA3Config(
+    AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1), GateConfig(target=0.5, by="cell")
+)
 
 
 class Smooth(nn.Sequential):

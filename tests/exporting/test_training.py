@@ -99,9 +99,9 @@ def batch(count, seed):
 
 
 NETWORKS = {
-    "convolutions": (convolutions, GateConfig(), "sgd"),
+    "convolutions": (convolutions, GateConfig(target=0.5, by="cell"), "sgd"),
     "depthwise": (depthwise, None, "adam"),
-    "tokens": (Tokens, GateConfig(noise=False), "sgd"),
+    "tokens": (Tokens, GateConfig(target=0.5, noise=False, by="cell"), "sgd"),
 }
 CASES = [
     pytest.param(

@@ -123,7 +123,9 @@ def test_another_head_is_no_other_backbone(learned):
 
 
 def test_another_config_is_named(learned):
-    config = DA3Config(adapter=AdapterConfig(hidden_channels=3), gate=GateConfig(target=0.25))
+    config = DA3Config(
+        adapter=AdapterConfig(hidden_channels=3), gate=GateConfig(target=0.25, by="cell")
+    )
     message = does_not_fit(
         learned[1], v1.network(), DA3Config(adapter=v1.CONFIG.adapter, gate=config.gate)
     )

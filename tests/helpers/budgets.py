@@ -84,7 +84,7 @@ def converted(network, *, noise=False, target=0.3, seed=0, **memory):
     torch.manual_seed(seed)
     config = DA3Config(
         adapter=AdapterConfig(hidden_channels=4, max_cells=9, min_stride=4, min_depth=0),
-        gate=GateConfig(target=target, noise=noise),
+        gate=GateConfig(target=target, noise=noise, by="cell"),
         memory=MemoryConfig(**memory),
     )
     model = add(convert(network, config), "d")

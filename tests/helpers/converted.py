@@ -21,7 +21,9 @@ def choose(name="", **choices):
     """A config for tiny networks: adapters everywhere, small and with gates."""
     adapter = AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1)
     head = None if name in models.WITHOUT_A_HEAD else "auto"
-    return DA3Config(**{"adapter": adapter, "gate": GateConfig(), "head": head, **choices})
+    return DA3Config(
+        **{"adapter": adapter, "gate": GateConfig(target=0.5, by="cell"), "head": head, **choices}
+    )
 
 
 def network(name):

@@ -8,7 +8,7 @@ from helpers.domains import shake_
 from lightning_da3 import AdapterConfig, DA3Config, GateConfig, convert
 
 ADAPTER = AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1)
-CONFIG = DA3Config(adapter=ADAPTER, gate=GateConfig())
+CONFIG = DA3Config(adapter=ADAPTER, gate=GateConfig(target=0.5, by="cell"))
 
 
 def converted(*domains, name="Residual", config=CONFIG):

@@ -8,7 +8,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_da3 import AdapterConfig, DA3Callback, DA3Config, GateConfig
 
-CONFIG = DA3Config(AdapterConfig(hidden_channels=4, min_stride=1), GateConfig())
+CONFIG = DA3Config(
+    AdapterConfig(hidden_channels=4, min_stride=1), GateConfig(target=0.5, by="cell")
+)
 
 
 def network():

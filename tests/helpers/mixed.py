@@ -90,7 +90,9 @@ def learned(name="Residual", gate=True, classes=CLASSES):
     """A network with domains that have learned something: random parameters."""
     network = models.randomise_(OWN[name]()) if name in OWN else models.zoo(name)
     head = None if name in HEADLESS else {"Island": "fc"}.get(name, "auto")
-    config = DA3Config(adapter=ADAPTER, gate=GateConfig() if gate else None, head=head)
+    config = DA3Config(
+        adapter=ADAPTER, gate=GateConfig(target=0.5, by="cell") if gate else None, head=head
+    )
     model = convert(network, config).eval()
     for domain, count in classes.items():
         model.add_domain(domain, None if head is None else count)

@@ -37,7 +37,9 @@ class Net(nn.Module):
 
 
 def domain_of(network, **memory):
-    model = convert(network, DA3Config(gate=GateConfig(), memory=MemoryConfig(**memory)))
+    model = convert(
+        network, DA3Config(gate=GateConfig(target=0.5, by="cell"), memory=MemoryConfig(**memory))
+    )
     model.add_domain("d", num_classes=5)
     model.set_domain("d")
     return model.train()

@@ -36,7 +36,7 @@ class Net(nn.Module):
 
 def domain_of(network, **adapter):
     torch.manual_seed(0)
-    model = convert(network, DA3Config(AdapterConfig(**adapter), GateConfig()))
+    model = convert(network, DA3Config(AdapterConfig(**adapter), GateConfig(target=0.5, by="cell")))
     model.add_domain("d", num_classes=2)
     model.set_domain("d")
     return model.train()

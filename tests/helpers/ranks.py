@@ -29,7 +29,7 @@ from lightning_da3.metrics import AccuracyMatrix, DecathlonScore
 # nothing random, nothing rounded, and a budget that weighs as much as the loss
 BUDGET = DA3Config(
     adapter=CONFIG.adapter,
-    gate=GateConfig(target=0.3, weight=5.0, noise=False),
+    gate=GateConfig(target=0.3, weight=5.0, noise=False, by="cell"),
     memory=MemoryConfig(exact=True),
 )
 UNGATED = DA3Config(

@@ -21,7 +21,7 @@ from lightning_da3 import AdapterConfig, DA3Config, GateConfig, fit_sequence
 from lightning_da3.files.domain_file import read_domain
 
 ADAPTER = AdapterConfig(hidden_channels=2, min_stride=1)
-CONFIG = DA3Config(ADAPTER, GateConfig())  # gates draw noise
+CONFIG = DA3Config(ADAPTER, GateConfig(target=0.5, by="cell"))  # gates draw noise
 
 
 class DeathError(Exception):

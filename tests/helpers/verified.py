@@ -15,8 +15,8 @@ from lightning_da3 import (
 )
 
 ADAPTER = AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1)
-CONFIG = DA3Config(adapter=ADAPTER, gate=GateConfig(), head=None)
-EXACT = DA3Config(ADAPTER, GateConfig(), MemoryConfig(exact=True), head=None)
+CONFIG = DA3Config(adapter=ADAPTER, gate=GateConfig(target=0.5, by="cell"), head=None)
+EXACT = DA3Config(ADAPTER, GateConfig(target=0.5, by="cell"), MemoryConfig(exact=True), head=None)
 
 
 class Block(nn.Module):

@@ -96,7 +96,7 @@ CHANGES = {
 @pytest.mark.parametrize("exact", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_changes_before_the_backward_changes_nothing(change, exact):
-    model = converted(Deep, "a", "b", exact=exact, gate=GateConfig())
+    model = converted(Deep, "a", "b", exact=exact, gate=GateConfig(target=0.5, by="cell"))
     x = torch.randn(2, 3, 16, 16, dtype=torch.double)
 
     def step(change):

@@ -92,7 +92,7 @@ def test_without_gates_everything_runs(training):
 
 
 def test_a_closed_gate_leaves_what_is_added_alone():
-    config = DA3Config(ADAPTER, GateConfig(), head=None)
+    config = DA3Config(ADAPTER, GateConfig(target=0.5, by="cell"), head=None)
     model = converted("a", name="ConvNorm", config=config)
     with torch.no_grad():
         for adapter in model.domain("a").adapters.values():
@@ -136,7 +136,10 @@ def test_the_budget_rides_on_the_output_while_training(name):
     head = None if name in models.WITHOUT_A_HEAD else "auto"
     heavy, light = (
         converted("a", name=name, config=DA3Config(adapter=ADAPTER, gate=gate, head=head))
-        for gate in (GateConfig(weight=100.0), GateConfig(weight=0.0))
+        for gate in (
+            GateConfig(target=0.5, weight=100.0, by="cell"),
+            GateConfig(target=0.5, weight=0.0, by="cell"),
+        )
     )
     light.load_state_dict(heavy.state_dict())
     x = models.inputs(name)
@@ -162,7 +165,7 @@ def test_the_budget_rides_on_the_output_while_training(name):
 
 @pytest.mark.parametrize("target", [0.3, 0.7])
 def test_training_moves_the_executed_fraction_to_its_target(target):
-    gate = GateConfig(target=target, weight=20.0)
+    gate = GateConfig(target=target, weight=20.0, by="cell")
     model = converted(config=DA3Config(adapter=ADAPTER, gate=gate))
     model.add_domain("a", 3)
     model.set_domain("a")
@@ -196,7 +199,9 @@ def test_noise_is_for_the_first_part_of_training():
     assert varies() == 1
     model.train().set_progress(0.9)
     assert varies() == 1
-    quiet = converted("a", config=DA3Config(adapter=ADAPTER, gate=GateConfig(noise=False)))
+    quiet = converted(
+        "a", config=DA3Config(adapter=ADAPTER, gate=GateConfig(target=0.5, noise=False, by="cell"))
+    )
     quiet.set_domain("a")
     quiet.train().set_progress(0.0)
     assert torch.equal(quiet(x), quiet(x))
@@ -215,7 +220,9 @@ def test_an_empty_batch_executes_all_of_nothing():
 def loop(multiply, *, steps=100, split=1):
     """Gradients of the gates in every step of a plain loop, and the share in the end."""
     torch.manual_seed(0)
-    model = converted(config=DA3Config(adapter=ADAPTER, gate=GateConfig(noise=False)))
+    model = converted(
+        config=DA3Config(adapter=ADAPTER, gate=GateConfig(target=0.5, noise=False, by="cell"))
+    )
     model.add_domain("a", 3)
     model.set_domain("a")
     model.train()

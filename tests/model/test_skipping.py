@@ -139,7 +139,7 @@ def test_others_stay_as_they_are_bit_for_bit():
 
 
 def test_switching_an_active_domain_and_gates_beside():
-    model = converted("a", gate=GateConfig())
+    model = converted("a", gate=GateConfig(0.5, by="cell"))
     model.set_domain("a")
     model.eval()
     whole = model(images())

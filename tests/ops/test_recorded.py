@@ -94,7 +94,9 @@ def test_a_recorded_training_step_is_right_for_another_batch(exact, mode):
     recorded(network, exact, mode, None)
 
 
-@pytest.mark.parametrize("gate", [None, GateConfig(noise=False)], ids=["open", "gates"])
+@pytest.mark.parametrize(
+    "gate", [None, GateConfig(target=0.5, noise=False, by="cell")], ids=["open", "gates"]
+)
 @pytest.mark.parametrize("mode", ["fake", pytest.param("symbolic", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=[*NETWORKS])
 def test_every_kind_of_operation_in_exact_mode(make, mode, gate):
@@ -105,13 +107,15 @@ def test_every_kind_of_operation_in_exact_mode(make, mode, gate):
 @pytest.mark.slow
 def test_every_kind_of_operation_in_channels_last(make):
     for exact in (False, True):
-        recorded(make, exact, "fake", GateConfig(noise=False), LAST)
+        recorded(make, exact, "fake", GateConfig(target=0.5, noise=False, by="cell"), LAST)
 
 
 @pytest.mark.parametrize("mode", ["real", "fake"])
 def test_a_program_leaves_the_unit_of_the_loss_without_a_graph(mode):
     """Its weights require gradients, and the model's own step follows."""
-    model, program, x = recorded(network, True, mode, GateConfig(noise=False))
+    model, program, x = recorded(
+        network, True, mode, GateConfig(target=0.5, noise=False, by="cell")
+    )
     model.gate_loss_scale = None
     trained = [p for p in model.parameters() if p.requires_grad]
 

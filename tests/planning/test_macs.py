@@ -11,7 +11,7 @@ from lightning_da3 import AdapterConfig, DA3Config, GateConfig, convert
 from lightning_da3.planning.macs import macs_per_position
 
 ADAPTER = AdapterConfig(hidden_channels=4, max_cells=16, min_stride=1)
-CONFIG = DA3Config(ADAPTER, GateConfig(), head=None)
+CONFIG = DA3Config(ADAPTER, GateConfig(target=0.5, by="cell"), head=None)
 
 
 class Residual(nn.Module):

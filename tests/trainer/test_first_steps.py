@@ -149,7 +149,7 @@ def test_a_prediction_changes_nothing(tmp_path):
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize(("exact", "most"), [(True, 0.7), (False, 1)])  # the rest is codes
 def test_lower_precision_is_predicted_as_such(tmp_path, precision, exact, most):
-    config = DA3Config(gate=GateConfig(), memory=MemoryConfig(exact=exact))
+    config = DA3Config(gate=GateConfig(target=0.5, by="cell"), memory=MemoryConfig(exact=exact))
 
     def steps_of(**kwargs):
         learner = DA3Callback("a", 2, config=config)

@@ -30,7 +30,7 @@ CALLBACK = """
         num_classes: 2
         config:
           adapter: {hidden_channels: 4, min_stride: 1}
-          gate: {target: 0.7, noise: false}
+          gate: {target: 0.7, noise: false, by: cell}
 """
 STRATEGY = """
   strategy:
@@ -69,7 +69,7 @@ def test_a_yaml_with_the_callback_and_its_nested_config_runs(tmp_path):
     assert isinstance(done.model.net, DA3Model)
     assert done.model.net.config == DA3Config(
         adapter=AdapterConfig(hidden_channels=4, min_stride=1),
-        gate=GateConfig(target=0.7, noise=False),
+        gate=GateConfig(target=0.7, noise=False, by="cell"),
     )
     assert done.trainer.global_step == 3
     values = done.model.net.domain("digits").state_dict()

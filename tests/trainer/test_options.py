@@ -119,7 +119,9 @@ def test_the_tuner_scales_the_batch_size(tmp_path, door):
 
 @pytest.mark.parametrize("door", others_by_hand(EITHER, EITHER[0]))
 @pytest.mark.parametrize("backend", others_by_hand(["eager", "aot_eager"], "eager"))
-@pytest.mark.parametrize("gate", others_by_hand([None, GateConfig(noise=False)], None))
+@pytest.mark.parametrize(
+    "gate", others_by_hand([None, GateConfig(target=0.5, noise=False, by="cell")], None)
+)
 def test_a_compiled_module_trains_the_same(tmp_path, door, backend, gate):
     memory = MemoryConfig(exact=True)  # codes' last digits differ, and Adam makes much of them
     config = DA3Config(adapter=CONFIG.adapter, gate=gate, memory=memory)

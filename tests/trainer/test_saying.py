@@ -158,7 +158,9 @@ def test_kept_bytes_and_peaks_are_both_looked_at():
 @pytest.mark.parametrize(("weight", "steps", "warns"), [(0.0, 3, 1), (0.0, 9, 0)])
 def test_a_missed_target_of_gates_is_a_warning(tmp_path, monkeypatch, weight, steps, warns):
     monkeypatch.setattr(saying, "ENOUGH_STEPS", steps)
-    config = DA3Config(adapter=CONFIG.adapter, gate=GateConfig(target=0.2, weight=weight))
+    config = DA3Config(
+        adapter=CONFIG.adapter, gate=GateConfig(target=0.2, weight=weight, by="cell")
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer(tmp_path, DA3Callback("a", 2, config=config)).fit(lit(), data())

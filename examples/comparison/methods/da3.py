@@ -13,7 +13,7 @@ from lightning_da3 import DA3Callback, DA3Config, DA3Model, GateConfig, MemoryCo
 
 DOMAIN = "learned"
 DEFAULT = DA3Config()
-GATED = DA3Config(gate=GateConfig())
+GATED = DA3Config(gate=GateConfig(target=0.5, by="cell"))
 EXACT = DA3Config(memory=MemoryConfig(exact=True))
 
 
