@@ -3,11 +3,12 @@
 Inference: a domain's outputs in ONNX Runtime beside those in PyTorch, and the time beside that of
 the original network in ONNX Runtime. Training: a domain's parameters after steps in ONNX Runtime
 beside those after the same steps in PyTorch, with data that the file was not exported with; all
-tensors of the domain as one vector, and the worst of them. Time: one step of SGD in ONNX Runtime,
-of DA3 and of fine-tuning in PyTorch, each of these in its faster memory format; all take turns in
-one process, and medians count. Memory: the most that tensors hold at once in the order of the file,
-as its manifest says; and what a process takes from the system above the loaded file while steps
-run, without an arena, and also without buffers that are kept for others of their size. Every
+tensors of the domain as one vector, and the worst of them. Beside that, how far PyTorch's own are
+apart in two memory formats: what rounding decides otherwise adds up. Time: one step of SGD in ONNX
+Runtime, of DA3 and of fine-tuning in PyTorch, each of these in its faster memory format; all take
+turns in one process, and medians count. Memory: the most that tensors hold at once in the order of
+the file, as its manifest says; and what a process takes from the system above the loaded file while
+steps run, without an arena, and also without buffers that are kept for others of their size. Every
 network has a process of its own. Weights are random, with batch norms that have met images;
 EfficientNet-Lite0 has its own. Times depend on the machine.
 """
@@ -15,6 +16,7 @@ EfficientNet-Lite0 has its own. Times depend on the machine.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import sys
@@ -40,6 +42,8 @@ from device_files import (
 )
 from measure import FORMATS, Step, alternate, apart, processor, sgd
 from torch import Tensor, nn
+
+from lightning_da3 import DA3Model
 
 PARTS = ("inference", "training", "time", "memory")
 MODELS = ["resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", LITE0, "vit_b_16"]
@@ -139,19 +143,34 @@ def training(name: str, sizes: Sizes) -> list[Row]:
                     Row(name, "training: export", seconds, "s", 180.0),
                 ]
             device = Device(path, own)
-        model.train()
-        eager = kind(own.values(), lr=rate)
-        for i in range(sizes.steps):
-            images, labels = batch(2, sizes.image, 1 + i)
+        batches = [batch(2, sizes.image, 1 + i) for i in range(sizes.steps)]
+        for i, (images, labels) in enumerate(batches):
             device.step(images, labels, rate, i + 1)
-            eager.zero_grad()
-            nn.functional.cross_entropy(model(images), labels).backward()
-            eager.step()
+        again = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        learn_(model, batches, kind, rate)
+        learn_(again, batches, kind, rate)
+        others = {n: p.detach().numpy() for n, p in again.domain("measured").named_parameters()}
         worst, whole = apart_by(own, device.state)
         what = f"training: {sizes.steps} steps of {optimizer}, parameters off"
         rows.append(Row(name, what, whole, asked=1e-4))
         rows.append(Row(name, f"{what}, worst tensor", worst))
+        rows.append(Row(name, f"{what} in PyTorch, channels_last", apart_by(own, others)[1]))
     return rows
+
+
+def learn_(
+    model: DA3Model,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    kind: Callable[..., torch.optim.Optimizer],
+    rate: float,
+) -> None:
+    """Steps of the active domain in PyTorch."""
+    model.train()
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=rate)
+    for images, labels in batches:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
 
 
 def apart_by(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> tuple[float, float]:

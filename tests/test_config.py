@@ -310,7 +310,11 @@ def test_what_stands_for_no_config(value):
 
 
 def test_a_dict_is_a_config_as_in_yaml():
-    values = {"gate": {"by": "cell"}, "memory": {"budget": "1GiB"}, "adapter": {"hidden_channels": 3}}
+    values = {
+        "gate": {"by": "cell"},
+        "memory": {"budget": "1GiB"},
+        "adapter": {"hidden_channels": 3},
+    }
     want = DA3Config(AdapterConfig(hidden_channels=3), GateConfig(by="cell"))
     config = DA3Config.of(values)
     assert config == want
