@@ -253,7 +253,7 @@ class DA3Config:
 
         Args:
             name: ``"small"``: domain files of about a quarter. ``"default"``: ``DA3Config()``.
-                ``"accurate"``: on a finer grid. ``"fast"``: domains skip a fifth of the network's
+                ``"accurate"``: on a finer grid. ``"fast"``: domains skip a third of the network's
                 FLOPs, in whole residual branches.
 
         Raises:
@@ -335,7 +335,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {"adapter": AdapterConfig(hidden_channels=16)},
     "default": {},
     "accurate": {"adapter": AdapterConfig(max_cells=196)},
-    "fast": {"gate": GateConfig(by="domain", target=0.8)},
+    "fast": {"gate": GateConfig()},
 }
 
 

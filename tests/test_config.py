@@ -234,7 +234,7 @@ def test_presets_are_configs_by_name():
     assert small.adapter == AdapterConfig(hidden_channels=16)
     assert accurate.adapter == AdapterConfig(max_cells=196)
     assert small.gate is accurate.gate is None
-    assert fast == DA3Config(gate=GateConfig(by="domain", target=0.8))
+    assert fast == DA3Config(gate=GateConfig())
     assert len({small, DA3Config(), accurate, fast}) == 4
 
 

@@ -73,6 +73,8 @@ TOGETHER = 0.9999  # of all gradients as one
 SENSITIVE = {  # both of these
     "coat_lite_tiny": (0.995, TOGETHER),
     "efficientvit_b0": (0.995, 0.9995),  # divides by sums of what it codes
+    "fastvit_t8": (0.995, TOGETHER),
+    "vit_tiny_patch16_224": (0.985, TOGETHER),  # of one tensor; all others have 0.9997
 }
 EXACT = 1e-7  # PyTorch's own derivative of Hardsigmoid has its 1/6 in float32
 SINGLE = {"efficientvit_b0": 1e-5}  # attention in float32, whatever comes
