@@ -39,7 +39,8 @@ ROW, LEAST_ROW, LEAST_TOKEN = 64, 48, 16
 
 _LEAST_STEP = FBGEMM_SMALL  # smaller ranges than 255 of these are lost to it
 _LARGEST = 2.0**126  # numbers beyond count as infinite, or a range might be
-_MINUS_INF, _NAN, _INF = 253, 254, 255  # bytes in a marked group
+_MINUS_INF, _NAN = 253, 254  # bytes in a marked group; 255 is infinity
+_AT_ONCE = 2**15  # elements
 _HAS_FBGEMM = ENCODE_ROWS is not None and DECODE_ROWS is not None
 
 
@@ -79,7 +80,8 @@ def _encode_rows(rows: Tensor) -> Tensor:
     low, high = steps.aminmax()
     if not (low >= _LEAST_STEP and high < math.inf):
         odd = (steps > 0) & (steps < _LEAST_STEP) | ~steps.isfinite()
-        codes[odd] = _encode_any(rows[odd])
+        for some in _in_parts(odd, rows.shape[1]):
+            codes[some] = _encode_any(rows[some])
     return codes.view(-1)
 
 
@@ -92,11 +94,16 @@ def _encode_any(rows: Tensor) -> Tensor:
     span = (high - low).clamp_min(SMALL)
     last = torch.where(marked, _MINUS_INF - 1.0, 255.0)
     codes = numbers.sub(low).mul_(last / span).round_()
-    others = torch.where(rows > 0, _INF, torch.where(rows < 0, _MINUS_INF, _NAN))
+    others = (rows > 0).to(torch.uint8) - (rows < 0).to(torch.uint8) + _NAN
     codes = torch.where(strange, others, codes.to(torch.uint8))
     step = torch.where(marked, -span, span) / last
     ends = torch.cat((step, low), 1).view(torch.uint8)
     return torch.cat((codes.to(torch.uint8), ends), 1)
+
+
+def _in_parts(chosen: Tensor, elements: int) -> Sequence[Tensor]:
+    """The rows that are chosen, in parts: arithmetic on all of them might be the peak of a step."""
+    return torch.split(chosen.nonzero()[:, 0], max(1, _AT_ONCE // elements))
 
 
 def _ends(rows: Tensor) -> Tensor:
@@ -157,8 +164,8 @@ def _decode_rows(rows: Tensor) -> Tensor:
     elements: Tensor = DECODE_ROWS(rows)
     marks = rows[:, -5]  # of a step, the byte of its sign
     if not has_no_values(rows) and marks.amax() > 127:
-        marked = marks > 127
-        elements[marked] = _decode_any(rows[marked])
+        for some in _in_parts(marks > 127, rows.shape[1]):
+            elements[some] = _decode_any(rows[some])
     return elements.view(-1)
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lightning_da3.memory.measured import measure_step
 from lightning_da3.ops.bits import dense
 from lightning_da3.ops.codes import (
     Code,
@@ -231,3 +232,21 @@ def test_a_token_far_smaller_than_its_neighbours_keeps_its_own_range(width: int)
     torch.testing.assert_close(
         norm(back, (width,), eps=1e-12), norm(x, (width,), eps=1e-12), rtol=0, atol=0.03
     )
+
+
+@pytest.mark.parametrize("value", [1e-9, math.inf])
+def test_what_fbgemm_cannot_code_takes_no_memory_of_its_own(value):
+    x = randn(512, 4096).mul_(value if value < 1 else 1.0)
+    if value > 1:
+        x[:, ::64] = value
+    found = []
+
+    def back():
+        found[:] = [there_and_back(x)]
+
+    peak = measure_step(back, repeats=0).peak_bytes
+    allowed = 1.1 * (x.nbytes + encode(x).nbytes)  # as for any other values
+    assert peak <= allowed + 2**21
+    assert torch.equal(found[0].isinf(), x.isinf())
+    finite = ~x.isinf()
+    assert (found[0] - x)[finite].abs().max() <= x[finite].abs().max() / 100
