@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import string
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -26,14 +27,14 @@ def compact_(model: Any) -> None:
     graphs = list(_graphs(model.graph))
     named = {v.name for graph in graphs for v in (*graph.input, *graph.output)}
     named |= {t.name for graph in graphs for t in graph.initializer if len(t.raw_data) >= NAMED}
+    numbers = (n for n in map(_number, itertools.count()) if n not in named)
     short: dict[str, str] = {}
 
     def name(old: str) -> str:
         if not old or old in named:  # an input that is left out has none
             return old
         if old not in short:
-            new = _number(len(short))
-            short[old] = f"{new}_" if new in named else new
+            short[old] = next(numbers)
         return short[old]
 
     for graph in graphs:
