@@ -15,12 +15,13 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torchvision
+from comparison.backbones import LITE0, lite0
 from measure import CLASSES, Step, processor, sgd, step_flops
 from torch import Tensor, nn
 
 from lightning_da3 import DA3Config, DA3Model, convert
 
-NETWORKS = ("resnet50", "mobilenet_v2", "efficientnet_b0", "vit_b_16", "convnext_tiny")
+NETWORKS = ("resnet50", "mobilenet_v2", "efficientnet_b0", LITE0, "vit_b_16", "convnext_tiny")
 OPEN, SKIPPED, ORIGINAL = "open", "skipped", "original"
 
 
@@ -73,7 +74,12 @@ def training(
 
 def row(name: str, target: float, size: int, rounds: int) -> str:
     torch.manual_seed(0)
-    network: nn.Module = getattr(torchvision.models, name)(weights=None).eval()
+    network: nn.Module = (
+        lite0(size).with_head(CLASSES)
+        if name == LITE0
+        else getattr(torchvision.models, name)(weights=None)
+    )
+    network.eval()
     images = torch.randn(4, 3, size, size).contiguous(memory_format=torch.channels_last)
     model = convert(network, DA3Config(gate=None), images[:1], verify=False)
     network.to(memory_format=torch.channels_last)

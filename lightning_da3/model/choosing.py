@@ -143,7 +143,16 @@ class BranchChoice:
             more = (*self.skipped, ranked.pop(0))
             if plan.executed_share(more) < left:  # or it is in one that is skipped
                 self.skipped, left = more, plan.executed_share(more)
-        self.skipped = tuple(b.name for b in plan.branches if b.name in self.skipped)
+        self.skipped = tuple(b.name for b in plan.branches if b.name in self._needed())
+
+    def _needed(self) -> tuple[str, ...]:
+        """Those without which the target is missed: a large one may make smaller ones needless."""
+        needed = self.skipped
+        for name in reversed(self.skipped):  # those that cost the most come last
+            others = tuple(n for n in needed if n != name)
+            if self._model.plan.executed_share(others) <= self._target:
+                needed = others
+        return needed
 
     def _ranked(self, losses: list[Callable[[], Any]]) -> list[str]:
         """The other branches, those first whose absence costs the least for every FLOP."""

@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_da3.budget.microbatches import samples_in
 from lightning_da3.model.choosing import MOST_SAMPLES, BranchChoice
@@ -25,6 +25,7 @@ from lightning_da3.trainer.session import TrainingSession
 from lightning_da3.trainer.steps import domain_of
 
 ASKED = 'GateConfig(by="domain")'
+NEAR = 0.05  # of the network's FLOPs: what is left further below the target is said
 INSTEAD = "model.choose_branches(domain, batches, target)"
 
 
@@ -72,6 +73,12 @@ def choose_branches(trainer: Any, pl_module: Any, session: TrainingSession) -> N
             f"DA3: {name!r} skips {list(choice.skipped)}: {left:.0%} of the network's FLOPs are "
             "left."
         )
+        if left < gate.target - NEAR:
+            rank_zero_warn(
+                f"DA3: {name!r} keeps {left:.0%} of the network's FLOPs, though {gate.target:.0%} "
+                f"were asked for: single branches are so large. `GateConfig(target=...)` above "
+                f"{gate.target:g} skips fewer."
+            )
 
 
 def _losses(

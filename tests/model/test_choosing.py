@@ -77,8 +77,8 @@ def test_the_target_is_held_and_no_more_than_that_goes(target):
     found = model.choose_branches("a", [(images(8), torch.arange(8) % 3)], target)
     share = model.plan.executed_share(found)
     assert share <= target
-    largest = max((1 - model.plan.executed_share([name]) for name in found), default=0.1)
-    assert share + largest > target
+    for name in found:  # none of them is needless
+        assert model.plan.executed_share([n for n in found if n != name]) > target
     assert model.choose_branches("a", [(images(8), torch.arange(8) % 3)], 1.0) == ()
 
 

@@ -223,7 +223,7 @@ def test_heads_start_in_the_precision_of_the_steps(tmp_path):
 
 
 def test_branches_are_chosen_in_the_precision_of_the_steps(tmp_path, monkeypatch):
-    config = DA3Config(CONFIG.adapter, GateConfig(by="domain", target=0.75), memory=EXACT)
+    config = DA3Config(CONFIG.adapter, GateConfig(by="domain", target=0.7), memory=EXACT)
     lowered, forward = [], DA3Model.forward
 
     def noted(self, *args, **kwargs):
@@ -241,7 +241,7 @@ def test_branches_are_chosen_in_the_precision_of_the_steps(tmp_path, monkeypatch
 
 
 def test_branches_that_autocast_keeps_from_being_skipped_are_refused(tmp_path):
-    config = DA3Config(CONFIG.adapter, GateConfig(by="domain", target=0.8), memory=EXACT)
+    config = DA3Config(CONFIG.adapter, GateConfig(by="domain", target=0.7), memory=EXACT)
     with pytest.raises(ConfigError, match="no residual branch that can be skipped"):
         started(tmp_path, switching(Off), "bf16-mixed", config)
     assert started(tmp_path, switching(Off), "32-true", config).skipped

@@ -1,6 +1,7 @@
 """Domains that skip branches, learned in a Trainer."""
 
 import lightning as L
+import pytest
 import torch
 import torch.nn.functional as F
 from helpers.domains import refused
@@ -8,7 +9,7 @@ from helpers.lit import data, trainer
 from helpers.skips import BY_DOMAIN, config, network
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_da3 import ConfigError, DA3Callback, DomainLoader, convert
+from lightning_da3 import ConfigError, DA3Callback, DomainLoader, GateConfig, convert
 from lightning_da3.trainer.attaching import load_from_checkpoint
 
 CONFIG = config(gate=BY_DOMAIN)
@@ -120,6 +121,14 @@ def test_several_domains_each_skip_their_own(tmp_path):
     assert seen.skipped["a"] == chosen()[0]
     assert seen.skipped["b"]
     assert module.net.skipped("b") == seen.skipped["b"]
+
+
+def test_branches_that_are_so_large_that_the_target_is_missed_by_far_are_said(tmp_path):
+    module = Lit()
+    da3 = DA3Callback("a", 2, config(gate=GateConfig(target=0.95)))
+    with pytest.warns(UserWarning, match="'a' keeps 69% of the network's FLOPs, though 95%"):
+        fitted(tmp_path, module, data(1), da3)
+    assert len(module.net.skipped("a")) == 1
 
 
 def test_steps_that_cannot_be_asked_are_refused(tmp_path):
