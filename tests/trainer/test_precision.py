@@ -223,7 +223,7 @@ def test_heads_start_in_the_precision_of_the_steps(tmp_path):
 
 
 def test_branches_are_chosen_in_the_precision_of_the_steps(tmp_path, monkeypatch):
-    config = DA3Config(CONFIG.adapter, GateConfig(by="domain", target=0.73), memory=EXACT)
+    config = DA3Config(CONFIG.adapter, GateConfig(by="domain", target=0.6), memory=EXACT)
     lowered, forward = [], DA3Model.forward
 
     def noted(self, *args, **kwargs):
