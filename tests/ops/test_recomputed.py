@@ -113,7 +113,7 @@ def test_what_is_computed_again_decides_as_before(name):
 
 
 def test_recomputed_hands_gradients_to_parameters_and_numbers_through():
-    layer, x = nn.Linear(3, 2), randn(4, 3)
+    layer, x = nn.Linear(3, 2).double(), randn(4, 3)
     y, n = recomputed(lambda t: (layer(t), len(t)), x, exact=True, uses=[layer])
     assert n == 4
     y.sum().backward()
