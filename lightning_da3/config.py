@@ -78,7 +78,7 @@ class AdapterConfig:
         refuse(problems)
 
 
-_WEIGHT = 5.0
+_WEIGHT = 5.0  # where nothing else is said
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,7 @@ class GateConfig:
             files. They are chosen before it learns: by a `DA3Callback`, or by
             `DA3Model.choose_branches`. Adapters have no gates then. ``"cell"``: every sample has
             gates of its own, which say which cells of a host are computed at all, and are learned;
-            training moves from 1 to the target over its first half. They multiply, and save no
-            time.
+            training moves from 1 to the target over its first half. They save no time.
     """
 
     target: float = 0.65
@@ -124,17 +123,13 @@ class GateConfig:
             isinstance(self.noise, bool),
             f"`noise` must be a bool, got {shown(self.noise)}.",
         )
-        require(
-            problems,
-            is_one_of(self.by, ("domain", "cell")),
-            f"`by` must be 'domain' or 'cell', got {shown(self.by)}.",
-        )
+        known = is_one_of(self.by, ("domain", "cell"))
+        require(problems, known, f"`by` must be 'domain' or 'cell', got {shown(self.by)}.")
         learned = self.noise is False or (is_finite(self.weight) and self.weight != _WEIGHT)
         require(
             problems,
-            not (is_one_of(self.by, ["domain"]) and learned),
-            "`weight` and `noise` are for gates that are learned: say by='cell', or leave them "
-            "out.",
+            not (known and self.by == "domain" and learned),
+            "`weight` and `noise` are for gates that learn: say by='cell', or leave them out.",
         )
         refuse(problems)
 
@@ -330,7 +325,6 @@ class DA3Config:
 
 
 _CELLS = {"target": 0.5, "by": "cell"}
-
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {"adapter": AdapterConfig(hidden_channels=16)},
     "default": {},

@@ -51,9 +51,8 @@ def images(count=4, side=10, axes=2):
 def converted(net, x, gate=True, **memory):
     """With a domain that has learned something, and gates partly closed."""
     adapter = AdapterConfig(hidden_channels=4, min_stride=1, min_depth=0)
-    config = DA3Config(
-        adapter, GateConfig(target=0.5, by="cell") if gate else None, MemoryConfig(**memory)
-    )
+    gate = GateConfig(0.5, by="cell") if gate else None
+    config = DA3Config(adapter, gate, MemoryConfig(**memory))
     model = add(convert(net.eval(), config), "a")
     model.set_domain("a")
     if gate:
