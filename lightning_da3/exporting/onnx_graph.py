@@ -58,7 +58,7 @@ def standard_operations(model: Any) -> list[str]:
     Raises:
         ConversionError: There are others.
     """
-    used = {(node.domain, node.op_type) for node in _nodes(model.graph)}
+    used = {(node.domain, node.op_type) for graph in graphs_in(model.graph) for node in graph.node}
     others = sorted(f"{domain}::{kind}" for domain, kind in used if domain or not _known(kind))
     others += [f"{f.domain}::{f.name}" for f in model.functions]
     others += [f"{o.domain} (opset {o.version})" for o in model.opset_import if o.domain]
@@ -70,13 +70,14 @@ def standard_operations(model: Any) -> list[str]:
     return sorted(kind for _, kind in used)
 
 
-def _nodes(graph: Any) -> Iterator[Any]:
-    """The nodes of a graph, and of the graphs in them."""
+def graphs_in(graph: Any) -> Iterator[Any]:
+    """A graph, and the graphs in its nodes."""
+    yield graph
     for node in graph.node:
-        yield node
         for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _nodes(inner)
+            own = [attribute.g] if attribute.HasField("g") else []
+            for inner in (*own, *attribute.graphs):
+                yield from graphs_in(inner)
 
 
 def _known(kind: str) -> bool:
