@@ -16,6 +16,7 @@ from comparison.methods.lora import lora, merged
 from comparison.methods.plain import biases_only, fine_tuning, linear_probe
 from comparison.methods.residual_adapters import parallel_adapters, series_adapters
 from comparison.methods.tinytl import tinytl
+from lightning_da3 import DA3Config
 
 MakesOptimizer = Callable[[nn.Module, float], torch.optim.Optimizer]
 
@@ -70,6 +71,7 @@ class Method:
 TUNED, PROBE, BIASES, DA3 = "fine-tuning", "linear probe", "biases only", "DA3"
 GATED, EXACT = "DA3 gates", "DA3 exact"
 SHARES = 0.8, 0.65, 0.5  # of the network's FLOPs, left where domains skip branches
+PRESETS = "small", "accurate"  # the default is DA3, "fast" leaves 65 % of the FLOPs
 SMALL, MIDDLE, LARGE = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
 
 METHODS: dict[str, Method] = {
@@ -94,6 +96,7 @@ METHODS: dict[str, Method] = {
             (DA3, da3.DEFAULT),
             (GATED, da3.GATED),
             (EXACT, da3.EXACT),
+            *((f"{DA3} {preset}", DA3Config.preset(preset)) for preset in PRESETS),
             *((f"{DA3} {target:.0%} of FLOPs", da3.skipping(target)) for target in SHARES),
         )
     },
