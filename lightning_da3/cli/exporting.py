@@ -31,7 +31,7 @@ FRESH = "new"  # the name of a domain that has no file
 def export(given: argparse.Namespace) -> tuple[str, int]:
     """Write what options say; returns a line that says what was written."""
     _check(given)
-    check_format(given.format)
+    check_format(given.format, given.batch_size is None)
     check_target(given.output)
     config = None if given.domain is None else read_domain(given.domain).metadata.get("config")
     torch.manual_seed(0)

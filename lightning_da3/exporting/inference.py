@@ -18,7 +18,7 @@ from lightning_da3.exporting.writing import Example, check_format, check_target,
 from lightning_da3.formatting import shown
 from lightning_da3.planning.plan import Plan
 
-Format = Literal["onnx", "pt2"]
+Format = Literal["onnx", "pt2", "executorch", "executorch-xnnpack"]
 Place = Literal["inside", "inputs"]
 PLACES = ("inside", "inputs")
 
@@ -61,7 +61,7 @@ def export_inference(
         domains: See `DA3Model.export`.
         dynamic_batch: See `DA3Model.export`.
     """
-    check_format(format)
+    check_format(format, dynamic_batch)
     check_target(path)
     _check_place(domains, name)
     check_graphs(model.plan)

@@ -79,7 +79,7 @@ def export_training(
         example_targets: See `DA3Model.export_training`.
         start: Writes the domain as it is to a file, which goes beside the other.
     """
-    check_format(format)
+    check_format(format, dynamic_batch)
     check_target(path)
     steps = _optimizer(optimizer, accumulate)
     computes_loss = _loss(loss)

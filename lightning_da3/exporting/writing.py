@@ -8,6 +8,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_da3.errors import CheckpointError, ConfigError, ConversionError, DA3Error
+from lightning_da3.exporting.executorch_file import write_executorch
 from lightning_da3.exporting.manifest import KEY, NEW, SUFFIX
 from lightning_da3.exporting.onnx_graph import (
     OPSET,
@@ -29,7 +31,12 @@ from lightning_da3.formatting import shown
 
 MOST_ONNX_BYTES = 2**31 - 2**20  # of weights: the graph needs some, too
 TOLERANCE = 1e-3  # of the largest value; float32 leaves far less
-_EXTRA = ("onnx", "onnxscript", "onnxruntime")
+EXECUTORCH, XNNPACK = "executorch", "executorch-xnnpack"
+_EXTRAS = {  # what formats need, and the extra that installs it
+    "onnx": (("onnx", "onnxscript", "onnxruntime"), "export"),
+    EXECUTORCH: (("executorch",), "executorch"),
+    XNNPACK: (("executorch",), "executorch"),
+}
 
 Tensors = Sequence[Tensor]
 
@@ -59,17 +66,27 @@ class Write(Protocol):
         """See the class."""
 
 
-def check_format(format: str) -> None:  # noqa: A002 - the public argument's name
+def check_format(format: str, dynamic_batch: bool) -> None:  # noqa: A002 - the public argument's
     """Refuse what is no format, and one whose packages are missing.
 
     Raises:
-        ConfigError: There is no such format.
+        ConfigError: There is no such format, or it has no batches of any size.
         DA3Error: A package is missing.
     """
     if not isinstance(format, str) or format not in WRITERS:
         raise ConfigError(f"`format` must be one of {list(WRITERS)}, got {shown(format)}.")
-    if format == "onnx":
-        _needed_packages()
+    if format in (EXECUTORCH, XNNPACK) and dynamic_batch:
+        raise ConfigError(
+            f"format={format!r} plans memory ahead, for batches of the examples' size alone. Say "
+            "dynamic_batch=False (in the shell `--batch-size N`)."
+        )
+    packages, extra = _EXTRAS.get(format, ((), ""))
+    absent = [name for name in packages if importlib.util.find_spec(name) is None]
+    if absent:
+        raise DA3Error(
+            f"format={format!r} needs the packages {absent}. Install the extra: `pip install "
+            f"'lightning-da3[{extra}]'`; or write format='pt2', which needs torch alone."
+        )
 
 
 def check_target(path: str | os.PathLike[str]) -> None:
@@ -83,15 +100,6 @@ def check_target(path: str | os.PathLike[str]) -> None:
         why = "it is a folder" if target.is_dir() else f"there is no folder {str(target.parent)!r}"
         raise CheckpointError(
             f"Cannot write {str(path)!r}: {why}. Choose a path in a folder that exists."
-        )
-
-
-def _needed_packages() -> None:
-    absent = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
-    if absent:
-        raise DA3Error(
-            f"format='onnx' needs the packages {absent}. Install the extra: "
-            "`pip install 'lightning-da3[export]'`; or write format='pt2', which needs torch alone."
         )
 
 
@@ -251,5 +259,10 @@ def _write_pt2(
     return lambda inputs: cast(Tensors, run(*inputs))
 
 
-WRITERS: dict[str, Write] = {"onnx": _write_onnx, "pt2": _write_pt2}
+WRITERS: dict[str, Write] = {
+    "onnx": _write_onnx,
+    "pt2": _write_pt2,
+    EXECUTORCH: write_executorch,
+    XNNPACK: partial(write_executorch, xnnpack=True),
+}
 """How every format is written."""

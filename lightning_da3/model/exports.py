@@ -48,11 +48,13 @@ class Exports(Running):
             domain: One of `domains`, active or not; None: the backbone alone.
             path: The file; its folder must exist.
             example_inputs: A tensor, or a tuple of the tensors that the network takes.
-            format: "onnx", which needs the extra `export`; or "pt2", of `torch.export`.
+            format: "onnx", which needs the extra `export`; "pt2", of `torch.export`; "executorch",
+                which needs the extra `executorch`; or "executorch-xnnpack", with convolutions and
+                linear layers computed by XNNPACK.
             domains: "inside": the domain's tensors are constants of the file. "inputs": they are
                 inputs, by their names in the domain's own file; so one file serves all domains
                 with as many classes that skip nothing.
-            dynamic_batch: The first axis of every input may be of any size.
+            dynamic_batch: The first axis of every input may be of any size; not in ExecuTorch.
 
         Returns:
             The path.
@@ -117,8 +119,11 @@ class Exports(Running):
             loss: "cross_entropy", of scores (N, classes, *in) and classes (N, *in); or a callable
                 that takes the network's one output and the targets and gives a number.
             optimizer: "sgd", without momentum; or "adam", as `torch.optim.Adam` by default.
-            format: "onnx", which needs the extra `export`; or "pt2", of `torch.export`.
-            dynamic_batch: The first axis of inputs and targets may be of any size.
+            format: "onnx", which needs the extra `export`; "pt2", of `torch.export`; "executorch",
+                which needs the extra `executorch`; or "executorch-xnnpack", with convolutions and
+                linear layers computed by XNNPACK.
+            dynamic_batch: The first axis of inputs and targets may be of any size; not in
+                ExecuTorch.
             accumulate: Gradients go in and come out as well, so that those of several calls add
                 up to one step on a batch, which is taken in parts, even of one sample.
             example_targets: Targets, if they are no classes.
