@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from measure import CLASSES, build
 from torch import Tensor, nn
 
 from lightning_da3 import DA3Model, convert
+from lightning_da3.exporting.inference import Format
 
 TINY = "tiny"
+Arrays = dict[str, np.ndarray]
 
 
 def network_of(name: str, image_size: int) -> nn.Module:
@@ -64,14 +68,23 @@ def session_of(path: Path, **options: bool) -> onnxruntime.InferenceSession:
 
 
 class Device:
-    """Steps of a training file: a session and arrays, nothing else."""
+    """Steps of a training file: a runtime and arrays, nothing else.
 
-    def __init__(self, path: Path, tensors: Mapping[str, Tensor], **options: bool) -> None:
-        self.session = session_of(path, **options)
-        self.shapes = {port.name: port.shape for port in self.session.get_inputs()}
-        self.outputs = [port.name for port in self.session.get_outputs()]
-        self.state = {n: t.detach().numpy().copy() for n, t in tensors.items() if n in self.shapes}
-        for name, shape in self.shapes.items():
+    Args:
+        shapes: Of what the file takes, by name.
+        run: From these arrays to those that come out, by name.
+        tensors: Of the domain.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        run: Callable[[Arrays], Arrays],
+        tensors: Mapping[str, Tensor],
+    ) -> None:
+        self.shapes, self.run = shapes, run
+        self.state = {n: t.detach().numpy().copy() for n, t in tensors.items() if n in shapes}
+        for name, shape in shapes.items():
             if name.startswith("moment"):
                 self.state[name] = np.zeros(shape, np.float32)
 
@@ -79,9 +92,37 @@ class Device:
         said = {"learning_rate": rate, "step": number, "gate_target": 0.5}
         given = {n: np.asarray(v, np.float32) for n, v in said.items() if n in self.shapes}
         given |= {"input": images.numpy(), "targets": labels.numpy()}
-        values = self.session.run(self.outputs, {**given, **self.state})
-        found = dict(zip(self.outputs, values, strict=True))
+        found = self.run({**given, **self.state})
         self.state = {name: found[f"new.{name}"] for name in self.state}
+
+
+def onnx_device(path: Path, tensors: Mapping[str, Tensor], **options: bool) -> Device:
+    """A file in ONNX Runtime."""
+    session = session_of(path, **options)
+    outputs = [port.name for port in session.get_outputs()]
+
+    def run(given: Arrays) -> Arrays:
+        return dict(zip(outputs, session.run(outputs, given), strict=True))
+
+    return Device({port.name: port.shape for port in session.get_inputs()}, run, tensors)
+
+
+def executorch_device(path: Path, tensors: Mapping[str, Tensor]) -> Device:
+    """A file in ExecuTorch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is experimental
+        runtime: Any = importlib.import_module("executorch.runtime")
+        program = runtime.Runtime.get().load_program(path)
+    about = json.loads(Path(f"{path}.json").read_text())
+    shapes = {port["name"]: port["shape"] for port in about["inputs"]}
+    outputs = [port["name"] for port in about["outputs"]]
+
+    def run(given: Arrays) -> Arrays:
+        # `program` is to be kept while its methods run
+        found = program.load_method("forward").execute([torch.from_numpy(given[n]) for n in shapes])
+        return {name: y.numpy() for name, y in zip(outputs, found, strict=True)}
+
+    return Device(shapes, run, tensors)
 
 
 def batch(count: int, image_size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -91,15 +132,21 @@ def batch(count: int, image_size: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def training_file(
-    model: DA3Model, folder: Path, count: int, image_size: int, optimizer: str
+    model: DA3Model,
+    folder: Path,
+    count: int,
+    image_size: int,
+    optimizer: str,
+    format: Format = "onnx",  # noqa: A002 - as in `export_training`
 ) -> tuple[Path, float]:
     """A training step for batches of `count`, and the seconds that it took to write."""
     start = time.perf_counter()
     path = model.export_training(
         "measured",
-        folder / f"{optimizer}_{count}.onnx",
+        folder / f"{optimizer}_{count}",
         batch(count, image_size, 0)[0],
         optimizer=optimizer,
+        format=format,
         dynamic_batch=False,
     )
     return path, time.perf_counter() - start

@@ -8,21 +8,25 @@ apart in two memory formats: what rounding decides otherwise adds up. Time: one 
 Runtime, of DA3 and of fine-tuning in PyTorch, each of these in its faster memory format; all take
 turns in one process, and medians count. Memory: the most that tensors hold at once in the order of
 the file, as its manifest says; and what a process takes from the system above the loaded file while
-steps run, without an arena, and also without buffers that are kept for others of their size. Every
-network has a process of its own. Weights are random, with batch norms that have met images;
-EfficientNet-Lite0 has its own. Times depend on the machine.
+steps run, without an arena, and also without buffers that are kept for others of their size.
+ExecuTorch, where it is installed: agreement, arena and time of steps of a tiny network and of
+MobileNetV2, on its portable kernels and with XNNPACK, which has memory of its own. Every network
+has a process of its own. Weights are random, with batch norms that have met images; EfficientNet-
+Lite0 has its own. Times depend on the machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,52 +36,30 @@ import torch
 from comparison.backbones import LITE0
 from device_files import (
     TINY,
-    Device,
     batch,
+    executorch_device,
     learned,
     network_of,
+    onnx_device,
     original,
     session_of,
     training_file,
 )
+from device_rows import Row, table
 from measure import FORMATS, Step, alternate, apart, processor, sgd
 from torch import Tensor, nn
 
 from lightning_da3 import DA3Model
+from lightning_da3.exporting.inference import Format
 
-PARTS = ("inference", "training", "time", "memory")
+PARTS = ("inference", "training", "time", "memory", "executorch")
 MODELS = ["resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", LITE0, "vit_b_16"]
 NOT_TRAINED = "convnext_tiny"
+IN_EXECUTORCH = (TINY, "mobilenet_v2")
 FAST = ("resnet50", "mobilenet_v2", "efficientnet_b0")
 OPTIMIZERS = {"sgd": (torch.optim.SGD, 0.01), "adam": (torch.optim.Adam, 0.001)}
+KINDS: tuple[Format, ...] = ("executorch", "executorch-xnnpack")
 MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure; `asked` is the most it may be, or with `least` the least."""
-
-    network: str
-    what: str
-    value: float
-    unit: str = ""
-    asked: float | None = None
-    least: bool = False
-
-    @property
-    def good(self) -> bool:
-        """Whether it is as asked."""
-        if self.asked is None:
-            return True
-        return self.value >= self.asked if self.least else self.value <= self.asked
-
-    def cells(self) -> list[str]:
-        """As a row of a table."""
-        value = f"{self.value:.1e}" if 0 < self.value < 1e-2 else f"{self.value:.2f}"
-        sign = ">=" if self.least else "<="
-        asked = "" if self.asked is None else f"{sign} {self.asked:g}"
-        verdict = "" if self.asked is None else "pass" if self.good else "FAIL"
-        return [self.network, self.what, f"{value} {self.unit}".strip(), asked, verdict]
 
 
 @dataclass(frozen=True)
@@ -142,7 +124,7 @@ def training(name: str, sizes: Sizes) -> list[Row]:
                     ),
                     Row(name, "training: export", seconds, "s", 180.0),
                 ]
-            device = Device(path, own)
+            device = onnx_device(path, own)
         batches = [batch(2, sizes.image, 1 + i) for i in range(sizes.steps)]
         for i, (images, labels) in enumerate(batches):
             device.step(images, labels, rate, i + 1)
@@ -195,7 +177,7 @@ def step_times(name: str, sizes: Sizes, counts: Sequence[int] = (1, 4)) -> list[
         model = learned(network)
         with tempfile.TemporaryDirectory() as folder:
             path, _ = training_file(model, Path(folder), count, sizes.image, "sgd")
-            device = Device(path, dict(model.domain("measured").named_parameters()))
+            device = onnx_device(path, dict(model.domain("measured").named_parameters()))
         steps: dict[str, Callable[[], object]] = {
             "file": lambda d=device, x=images, y=labels: d.step(x, y, 1e-4, 1)
         }
@@ -252,7 +234,7 @@ def resident(
     path: Path, own: Mapping[str, Tensor], count: int, image_size: int, reuse: bool
 ) -> int:
     """The most bytes that this process holds above the loaded file while three steps run."""
-    device = Device(
+    device = onnx_device(
         path, own, enable_cpu_mem_arena=False, enable_mem_pattern=False, enable_mem_reuse=reuse
     )
     images, labels = batch(count, image_size, 1)
@@ -268,25 +250,60 @@ def _status(what: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
+# --- executorch ----------------------------------------------------------------------------------
+
+
+def executorch(name: str, sizes: Sizes) -> list[Row]:
+    """Parameters after the same steps in ExecuTorch, its arena, and the time of a step."""
+    network, rows = network_of(name, sizes.image), []
+    held = sum(p.nbytes for p in network.parameters())
+    for kind in KINDS:
+        model = learned(network)
+        own = dict(model.domain("measured").named_parameters())
+        with tempfile.TemporaryDirectory() as folder:
+            path, seconds = training_file(model, Path(folder), 2, sizes.image, "sgd", kind)
+            size = path.stat().st_size / held
+            arena = json.loads(Path(f"{path}.json").read_text())["planned_peak_bytes"]
+            device = executorch_device(path, own)
+            batches = [batch(2, sizes.image, 1 + i) for i in range(sizes.steps)]
+            for i, (images, labels) in enumerate(batches):
+                device.step(images, labels, 0.01, i + 1)
+            learn_(model, batches, torch.optim.SGD, 0.01)
+            off = apart_by(own, device.state)[1]
+            images, labels = batches[0]
+            runs: dict[str, Callable[[], object]] = {
+                "file": partial(device.step, images, labels, 1e-4, 1),
+                "DA3": Step(model, images, labels, sgd),
+            }
+            times = alternate(runs, sizes.rounds)
+        about = f"{kind}, batch 2:"
+        asked = 1e-4 if name == TINY else None
+        rows += [
+            Row(name, f"{about} {sizes.steps} steps of sgd, parameters off", off, asked=asked),
+            Row(name, f"{about} arena", arena / MIB, "MiB"),
+            Row(name, f"{about} the file, of the weights", size),
+            Row(name, f"{about} export", seconds, "s"),
+            Row(name, f"{about} a step", times["file"].cpu_ms, "ms"),
+            Row(name, f"{about} DA3 in PyTorch", times["DA3"].cpu_ms, "ms"),
+        ]
+    return rows
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown that also reads well on a terminal."""
-    cells = [["network", "", "measured", "asked", ""], *[row.cells() for row in rows]]
-    widths = [max(len(line[i]) for line in cells) for i in range(5)]
-    lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(x, widths, strict=True)) + " |" for x in cells
-    ]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
+def applies(part: str, name: str) -> bool:
+    """Whether a network has that part."""
+    if part == "executorch":
+        return name in IN_EXECUTORCH and importlib.util.find_spec("executorch") is not None
+    return name != TINY and (part == "inference" or name != NOT_TRAINED)
 
 
 def main() -> int:
     """Measures what was asked for; the exit code tells whether all is as asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all if left out")
-    parser.add_argument("--models", nargs="+", default=[*MODELS, NOT_TRAINED])
+    parser.add_argument("--models", nargs="+", default=[TINY, *MODELS, NOT_TRAINED])
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--steps", type=int, default=30, help="training steps that must agree")
     parser.add_argument("--rounds", type=int, default=15, help="timed runs of every contestant")
@@ -297,7 +314,7 @@ def main() -> int:
     given = parser.parse_args()
     if unknown := {*given.parts} - {*PARTS}:
         parser.error(f"there are no parts {sorted(unknown)}; there are {', '.join(PARTS)}")
-    measures = dict(zip(PARTS, (inference, training, step_times, memory), strict=True))
+    measures = dict(zip(PARTS, (inference, training, step_times, memory, executorch), strict=True))
     sizes = Sizes(given.image_size, given.steps, given.rounds)
     models = given.models
     if given.quick:
@@ -306,7 +323,7 @@ def main() -> int:
     rows: list[Row] = []
     for name in models:
         for part in given.parts or PARTS:
-            if part == "inference" or name != NOT_TRAINED:
+            if applies(part, name) or (given.quick and part != "executorch"):
                 found = apart(measures[part], name, sizes)
                 if given.quick:  # of a tiny network neither time nor size says anything
                     found = [
