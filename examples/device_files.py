@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import time
@@ -57,14 +58,14 @@ def learned(network: nn.Module) -> DA3Model:
     return model
 
 
-def session_of(path: Path, **options: bool) -> onnxruntime.InferenceSession:
+def session_of(file: Path | bytes, **options: bool) -> onnxruntime.InferenceSession:
     """A session with as many threads as PyTorch has."""
     chosen = onnxruntime.SessionOptions()
     chosen.intra_op_num_threads = torch.get_num_threads()
     chosen.log_severity_level = 3
     for name, value in options.items():
         setattr(chosen, name, value)
-    return onnxruntime.InferenceSession(path, chosen, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(file, chosen, providers=["CPUExecutionProvider"])
 
 
 class Device:
@@ -96,9 +97,9 @@ class Device:
         self.state = {name: found[f"new.{name}"] for name in self.state}
 
 
-def onnx_device(path: Path, tensors: Mapping[str, Tensor], **options: bool) -> Device:
+def onnx_device(file: Path | bytes, tensors: Mapping[str, Tensor], **options: bool) -> Device:
     """A file in ONNX Runtime."""
-    session = session_of(path, **options)
+    session = session_of(file, **options)
     outputs = [port.name for port in session.get_outputs()]
 
     def run(given: Arrays) -> Arrays:
@@ -123,6 +124,32 @@ def executorch_device(path: Path, tensors: Mapping[str, Tensor]) -> Device:
         return {name: y.numpy() for name, y in zip(outputs, found, strict=True)}
 
     return Device(shapes, run, tensors)
+
+
+def after_steps(
+    model: DA3Model,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    kind: Callable[..., torch.optim.Optimizer],
+    rate: float,
+) -> Arrays:
+    """The active domain's parameters after steps in PyTorch; the model stays as it is."""
+    model = copy.deepcopy(model).train()
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=rate)
+    for images, labels in batches:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return {n: p.detach().numpy() for n, p in model.domain("measured").named_parameters()}
+
+
+def apart_by(expected: Arrays, found: Arrays) -> tuple[float, float]:
+    """How far off the worst tensor is, and all of them as one vector; of what is expected."""
+    off, size = [], []
+    for name, values in expected.items():
+        off.append(float(np.linalg.norm(values.astype(np.float64) - found[name])))
+        size.append(float(np.linalg.norm(values)))
+    worst = max(a / b for a, b in zip(off, size, strict=True))
+    return worst, float(np.linalg.norm(off) / np.linalg.norm(size))
 
 
 def batch(count: int, image_size: int, seed: int) -> tuple[Tensor, Tensor]:

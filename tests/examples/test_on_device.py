@@ -24,10 +24,10 @@ def test_verdicts():
 
 
 def test_parameters_are_compared_as_one_vector_and_one_by_one():
-    from on_device import apart_by
+    from device_files import apart_by
 
-    own = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])}
-    worst, whole = apart_by(own, {"a": own["a"].numpy(), "b": own["b"].numpy() + 0.5})
+    own = {"a": np.array([3.0, 0.0], np.float32), "b": np.array([4.0], np.float32)}
+    worst, whole = apart_by(own, {"a": own["a"], "b": own["b"] + np.float32(0.5)})
     assert worst == pytest.approx(0.125)
     assert whole == pytest.approx(0.1)
 
@@ -40,5 +40,5 @@ def test_a_quick_run_prints_a_table(tmp_path):
     written = (tmp_path / "table.md").read_text()
     assert written in printed
     off = [line for line in written.splitlines() if " off" in line and "<=" in line]
-    assert len(off) == 3
+    assert len(off) >= 5  # and two more with ExecuTorch
     assert not any("FAIL" in line for line in off)
