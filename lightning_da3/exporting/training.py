@@ -27,6 +27,7 @@ from lightning_da3.planning.plan import Plan
 Named = Mapping[str, Tensor]
 TOLERANCE = 1e-2  # of the largest value: float32 moves single values to the next 8-bit code
 ROUNDING = 1e-5  # of a value: what dozens of layers make of that of float32
+NEARBY = 3  # such inputs; a single one may happen to decide as the model did
 LOSSES: dict[str, Loss] = {"cross_entropy": F.cross_entropy}
 
 
@@ -224,10 +225,14 @@ _SAID = {"learning_rate": 1.0, "step": 3.0, "gate_target": 0.5, "weight": 0.25, 
 def _example(step: Step, frozen: Named, given: Named) -> Example:
     """Inputs of the program, and what the model itself gives for them."""
     numbers = torch.Generator().manual_seed(1)
-    moved = dict(given)
-    for name in step.inputs:
-        if moved[name].is_floating_point():
-            drawn = torch.randn(moved[name].shape, generator=numbers).to(moved[name])
-            moved[name] = torch.addcmul(moved[name], moved[name], drawn, value=ROUNDING)
-    expected, nearby = (list(step.outputs(frozen, x).values()) for x in (given, moved))
-    return Example(list(given.values()), expected, nearby)
+
+    def nearby() -> list[Tensor]:
+        moved = dict(given)
+        for name in step.inputs:
+            if moved[name].is_floating_point():
+                drawn = torch.randn(moved[name].shape, generator=numbers).to(moved[name])
+                moved[name] = torch.addcmul(moved[name], moved[name], drawn, value=ROUNDING)
+        return list(step.outputs(frozen, moved).values())
+
+    expected = list(step.outputs(frozen, given).values())
+    return Example(list(given.values()), expected, [nearby() for _ in range(NEARBY)])

@@ -47,14 +47,14 @@ class Example(NamedTuple):
     Attributes:
         inputs: What goes in.
         expected: What the model gives for that.
-        nearby: What the model gives for inputs that are off by as much as rounding; empty: that
-            makes no difference. A ReLU close to zero decides otherwise then, and a gradient that
-            is a sum of many jumps, as it does between two kernels of one convolution.
+        nearby: What the model gives for several inputs that are off by as much as rounding; empty:
+            that makes no difference. A ReLU close to zero decides otherwise then, and a gradient
+            that is a sum of many jumps, as it does between two kernels of one convolution.
     """
 
     inputs: Tensors
     expected: Tensors
-    nearby: Tensors = ()
+    nearby: Sequence[Tensors] = ()
 
 
 class Write(Protocol):
@@ -151,15 +151,17 @@ def write_program(
 
 
 def _check(found: Tensors, example: Example, program: Program, tolerance: float) -> None:
-    nearby = example.nearby or example.expected
     given = {port.name: x for port, x in zip(program.inputs, example.inputs, strict=True)}
-    rows = zip(program.outputs, found, example.expected, nearby, strict=True)
-    for (name, *_), y, wanted, near in rows:
+    rows = zip(program.outputs, found, example.expected, *example.nearby, strict=True)
+    for (name, *_), y, wanted, *nearby in rows:
         # a step may take a value to almost zero, and is no more exact there
         before = given.get(name.removeprefix(NEW), wanted)
-        y, wanted, near, before = (t.detach().cpu().double() for t in (y, wanted, near, before))
+        y, wanted, before, *nearby = (
+            t.detach().cpu().double() for t in (y, wanted, before, *nearby)
+        )
         largest = max(_largest(wanted), _largest(before))
-        allowed = tolerance * largest + _largest(near - wanted) + 1e-6
+        rounding = max((_largest(near - wanted) for near in nearby), default=0.0)
+        allowed = tolerance * largest + rounding + 1e-6
         same = y.shape == wanted.shape and torch.allclose(y, wanted, 0.0, allowed, equal_nan=True)
         if not same:
             raise ConversionError(

@@ -1,7 +1,7 @@
 """The figures of files for devices: what they compare, and when a verdict fails."""
 
+import numpy as np
 import pytest
-import torch
 from helpers.examples import start
 
 pytest.importorskip("onnxruntime")
