@@ -21,6 +21,7 @@ from lightning_da3.ops.backward import once_differentiable
 from lightning_da3.ops.bits import is_recorded, layout_of
 from lightning_da3.ops.codes import Rows
 from lightning_da3.ops.exportable import is_exportable
+from lightning_da3.torch_private.decompositions import adaptive_pool
 from lightning_da3.torch_private.kernels import (
     ADAPTIVE_AVG_POOL_BACKWARD,
     UPSAMPLE_NEAREST_BACKWARD,
@@ -82,6 +83,8 @@ def pool(x: Tensor, grid: Sequence[int]) -> Tensor:
         return x.clone()  # whoever asked for means may keep them while x is overwritten
     if axes == 2 and divides(size, grid):
         return F.avg_pool2d(x, [n // cells for n, cells in zip(size, grid, strict=True)])
+    if is_exportable():  # else one slice is added after the other
+        return adaptive_pool(x, grid)
     adaptive: Callable[..., Tensor] = {
         1: F.adaptive_avg_pool1d,
         2: F.adaptive_avg_pool2d,

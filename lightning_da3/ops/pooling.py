@@ -18,6 +18,8 @@ from torch import Tensor
 
 from lightning_da3.ops.backward import once_differentiable
 from lightning_da3.ops.bits import pack_pairs, unpack_pairs
+from lightning_da3.ops.exportable import is_exportable
+from lightning_da3.torch_private.decompositions import adaptive_pool
 from lightning_da3.torch_private.kernels import (
     ADAPTIVE_AVG_POOL_BACKWARD,
     AVG_POOL_BACKWARD,
@@ -266,6 +268,8 @@ def adaptive_avg_pool(x: Tensor, grid: Sequence[int | None]) -> Tensor:
         return adaptive_avg_pool(x.unsqueeze(-2), (1, *sizes)).squeeze(-2)
     forward = {2: _aten.adaptive_avg_pool2d, 3: _aten.adaptive_avg_pool3d}[axes]
     if not _needs_graph(x):
+        if is_exportable() and any(n % m for n, m in zip(x.shape[-axes:], sizes, strict=True)):
+            return adaptive_pool(x, sizes)  # else one slice is added after the other
         return forward(x, sizes)  # type: ignore[no-any-return]
     # the backward kernel knows the grid from the gradient
     backward = ADAPTIVE_AVG_POOL_BACKWARD[axes]

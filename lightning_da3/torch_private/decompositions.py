@@ -134,7 +134,8 @@ def _adaptive_backward(grad: Tensor, x: Tensor) -> Tensor:
     return grad
 
 
-def _adaptive_pool(x: Tensor, grid: Sequence[int]) -> Tensor:
+def adaptive_pool(x: Tensor, grid: Sequence[int]) -> Tensor:
+    """Means of cells of any sizes: (N, C, *in) to (N, C, *grid)."""
     for axis, cells in zip(range(x.dim() - len(grid), x.dim()), grid, strict=True):
         if x.shape[axis] != cells:
             x = _along(x, axis, torch.tensor(_window_shares(x.shape[axis], cells)))
@@ -229,8 +230,8 @@ TABLE: dict[Any, Callable[..., Any]] = {
     _aten.convolution_backward.default: _convolution_backward,
     _aten._adaptive_avg_pool2d_backward.default: _adaptive_backward,
     _aten._adaptive_avg_pool3d_backward.default: _adaptive_backward,
-    _aten._adaptive_avg_pool2d.default: _adaptive_pool,
-    _aten._adaptive_avg_pool3d.default: _adaptive_pool,
+    _aten._adaptive_avg_pool2d.default: adaptive_pool,
+    _aten._adaptive_avg_pool3d.default: adaptive_pool,
     _aten.upsample_nearest1d_backward.default: _nearest_backward,
     _aten.upsample_nearest2d_backward.default: _nearest_backward,
     _aten.upsample_nearest3d_backward.default: _nearest_backward,

@@ -187,7 +187,7 @@ def test_bad_input(tmp_path, monkeypatch):
 
     with refused(DomainError, "no domain 'c'", "['a']"):
         export("c")
-    with refused(ConfigError, "`format` must be one of ['onnx', 'pt2']", "'tflite'"):
+    with refused(ConfigError, "`format` must be one of ['onnx', 'pt2', 'executorch', ", "'tflite'"):
         export(format="tflite")
     with refused(ConfigError, "`domains` must be one of ['inside', 'inputs']"):
         export(domains="outside")
@@ -240,3 +240,18 @@ def test_a_file_that_would_compute_something_else_is_refused(tmp_path):
         model.export(None, old, images(2))
     assert [file.name for file in tmp_path.iterdir()] == ["a.onnx"]
     assert old.read_text() == "old"
+
+
+@pytest.mark.slow
+def test_cells_of_unequal_sizes_are_products(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    head = (nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(72, CLASSES))
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.ReLU(), *head)
+    model = learned(network, "a", config=DA3Config(AdapterConfig(4, max_cells=9, min_stride=1)))
+    path = model.export("a", tmp_path / "a.onnx", images(2))
+    for count in (1, 3):
+        close(ran(path, input=images(count, 1)), output(model, "a", images(count, 1)))
+    operations = [node.op_type for node in onnx.load(path).graph.node]
+    assert "Gather" not in operations
+    assert "MatMul" in operations
