@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_da3 import convert
+from lightning_da3 import DA3Config, MemoryConfig, convert
 from lightning_da3.exporting.onnx_size import NAMED, compact_
 
 onnx = pytest.importorskip("onnx")
@@ -104,3 +104,22 @@ def test_a_training_file_holds_hardly_more_than_its_weights(tmp_path):
     assert path.stat().st_size <= 1.02 * weights
     names = [t.name for t in onnx.load(path).graph.initializer]
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.slow
+def test_weights_stored_in_half_are_so_in_the_file(tmp_path):
+    def file(weights):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512))
+        config = DA3Config(memory=MemoryConfig(weights=weights))
+        model = convert(nn.Sequential(network, nn.ReLU(), nn.Linear(512, 3)).eval(), config)
+        model.add_domain("a", num_classes=3)
+        path = model.export("a", tmp_path / f"{weights}.onnx", x)
+        (found,) = runtime.InferenceSession(path).run(None, {"input": x.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), model.run_domain("a", x))
+        return path.stat().st_size
+
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
+    frozen = 4 * (64 * 512 + 512 * 512)  # bytes; adapters and the head stay float32
+    assert file("same") - file("bfloat16") == pytest.approx(frozen / 2, rel=0.01)
