@@ -294,13 +294,13 @@ def test_a_file_may_be_as_far_off_as_rounding_leaves_the_model():
     port = Port("new.a", torch.zeros(2))
     program = Program(None, [], [port])
     wanted, near = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.1])
-    writing._check([wanted + 0.05], writing.Example([], [wanted], [near]), program, 1e-2)
-    for example in (writing.Example([], [wanted]), writing.Example([], [wanted], [wanted])):
+    writing._check([wanted + 0.05], writing.Example([], [wanted], [[near]]), program, 1e-2)
+    for example in (writing.Example([], [wanted]), writing.Example([], [wanted], [[wanted]])):
         writing._check([wanted + 0.005], example, program, 1e-2)
         with refused(ConversionError, "computes another 'new.a'"):
             writing._check([wanted + 0.05], example, program, 1e-2)
     with refused(ConversionError, "computes another 'new.a'"):
-        writing._check([wanted + 0.2], writing.Example([], [wanted], [near]), program, 1e-2)
+        writing._check([wanted + 0.2], writing.Example([], [wanted], [[near]]), program, 1e-2)
     stepped = Program(None, [Port("a", torch.zeros(2))], [port])  # almost to zero
     for before, off in ((2.0, 0.015), (1.0, 0.009)):
         example = writing.Example([torch.tensor([before, 0.0])], [wanted * 0.01])

@@ -32,7 +32,7 @@ def test_defaults_that_depend_on_each_other(tmp_path):
     assert parsed("--data", str(tmp_path)).train_images is None
     assert parsed("--smoke").methods == ["fine-tuning", "linear probe", "DA3"]
     assert parsed("--protocol", "visual-decathlon").image_size == 64
-    assert len(parsed("--methods", "all").methods) == 15
+    assert len(parsed("--methods", "all").methods) == 17
     # its accuracy is fine-tuning's, and the order is always the same
     assert parsed("--methods", "DA3", "checkpointing").methods == [
         "fine-tuning",
