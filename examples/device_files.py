@@ -18,7 +18,7 @@ from comparison.backbones import LITE0, lite0
 from measure import CLASSES, build
 from torch import Tensor, nn
 
-from lightning_da3 import DA3Model, convert
+from lightning_da3 import DA3Config, DA3Model, convert
 from lightning_da3.exporting.inference import Format
 
 TINY = "tiny"
@@ -46,9 +46,9 @@ def tiny() -> nn.Module:
     return nn.Sequential(*first, *rest, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
 
 
-def learned(network: nn.Module) -> DA3Model:
+def learned(network: nn.Module, config: DA3Config | None = None) -> DA3Model:
     """The network converted, with an active domain that adds something."""
-    model = convert(network)
+    model = convert(network, config)
     model.add_domain("measured", num_classes=CLASSES)
     numbers = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -33,6 +33,15 @@ class Row:
         return [self.network, self.what, f"{value} {self.unit}".strip(), asked, verdict]
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """How much is done: pixels, steps that must agree, timed steps."""
+
+    image: int
+    steps: int
+    rounds: int
+
+
 def table(rows: Sequence[Row]) -> str:
     """Markdown that also reads well on a terminal."""
     cells = [["network", "", "measured", "asked", ""], *[row.cells() for row in rows]]

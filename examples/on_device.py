@@ -1,7 +1,8 @@
 """Files for devices, measured: what they compute, how long that takes, and what memory they need.
 
 Inference: a domain's outputs in ONNX Runtime beside those in PyTorch, and the time beside that of
-the original network in ONNX Runtime. Training: a domain's parameters after steps in ONNX Runtime
+the original network in ONNX Runtime; then sizes and times with weights in bfloat16, and in 8 bits
+by the runtime's own quantizer. Training: a domain's parameters after steps in ONNX Runtime
 beside those after the same steps in PyTorch, with data that the file was not exported with; all
 tensors of the domain as one vector, and the worst of them. Beside that, how far PyTorch's own go
 apart when images are off by 1e-7 of their values, as rounding is: what it decides otherwise adds
@@ -25,7 +26,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -45,13 +46,14 @@ from device_files import (
     session_of,
     training_file,
 )
-from device_rows import Row, table
+from device_rows import Row, Sizes, table
+from device_smaller import smaller
 from measure import FORMATS, Step, alternate, apart, processor, sgd
 from torch import Tensor
 
 from lightning_da3.exporting.inference import Format
 
-PARTS = ("inference", "training", "time", "memory", "executorch")
+PARTS = ("inference", "smaller", "training", "time", "memory", "executorch")
 MODELS = ["resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", LITE0, "vit_b_16"]
 NOT_TRAINED = "convnext_tiny"
 IN_EXECUTORCH = (TINY, "mobilenet_v2")
@@ -60,15 +62,6 @@ OPTIMIZERS = {"sgd": (torch.optim.SGD, 0.01), "adam": (torch.optim.Adam, 0.001)}
 KINDS: tuple[Format, ...] = ("executorch", "executorch-xnnpack")
 MIB = 2**20
 ROUNDING = 1e-7  # of a value, in float32
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much is done: pixels, steps that must agree, timed steps."""
-
-    image: int
-    steps: int
-    rounds: int
 
 
 # --- inference ------------------------------------------------------------------------------------
@@ -287,7 +280,9 @@ def main() -> int:
     given = parser.parse_args()
     if unknown := {*given.parts} - {*PARTS}:
         parser.error(f"there are no parts {sorted(unknown)}; there are {', '.join(PARTS)}")
-    measures = dict(zip(PARTS, (inference, training, step_times, memory, executorch), strict=True))
+    measures = dict(
+        zip(PARTS, (inference, smaller, training, step_times, memory, executorch), strict=True)
+    )
     sizes = Sizes(given.image_size, given.steps, given.rounds)
     models = given.models
     if given.quick:

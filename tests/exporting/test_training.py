@@ -294,7 +294,8 @@ def test_a_file_may_be_as_far_off_as_rounding_leaves_the_model():
     port = Port("new.a", torch.zeros(2))
     program = Program(None, [], [port])
     wanted, near = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.1])
-    writing._check([wanted + 0.05], writing.Example([], [wanted], [[near]]), program, 1e-2)
+    for nearby in ([[near]], [[wanted], [near]], [[near], [wanted]]):
+        writing._check([wanted + 0.05], writing.Example([], [wanted], nearby), program, 1e-2)
     for example in (writing.Example([], [wanted]), writing.Example([], [wanted], [[wanted]])):
         writing._check([wanted + 0.005], example, program, 1e-2)
         with refused(ConversionError, "computes another 'new.a'"):
