@@ -12,6 +12,9 @@ from lightning_da3.ops.exportable_codes import code_parts, from_parts
 from lightning_da3.torch_private.decompositions import VIEWS
 
 _aten = torch.ops.aten
+TURNED = "_turned"
+"""What the name of a kernel that is turned around ends with, after that of the kernel."""
+
 _ENCODE = torch.ops.lightning_da3.encode_rows.default
 _DECODE = torch.ops.lightning_da3.decode_rows.default
 
@@ -59,7 +62,7 @@ def _fold_flips_(gm: fx.GraphModule) -> None:
         if node.target is not _aten.flip.default or node.args[0].op != "get_attr":
             continue
         turned = gm.get_buffer(node.args[0].target).flip(node.args[1])
-        name = f"{node.args[0].target}_turned"
+        name = f"{node.args[0].target}{TURNED}"
         gm.register_buffer(name, turned)
         with gm.graph.inserting_before(node):
             get = gm.graph.get_attr(name)

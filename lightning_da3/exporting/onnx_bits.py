@@ -52,8 +52,10 @@ def _bits_of(ir: Any, node: Any) -> Any:
     if numbers is None or cast is None or not _casts_to(ir.DataType.FLOAT, cast):
         return None
     bits = cast.inputs[0]
-    powers = [[float(1 << k) for k in range(8)]]
-    return bits if bits.dtype == ir.DataType.BOOL and numbers.numpy().tolist() == powers else None
+    powers = [float(1 << k) for k in range(8)]
+    row = numbers.numpy()
+    packs = row.shape[-2:] == (1, 8) and row.ravel().tolist() == powers
+    return bits if packs and bits.dtype == ir.DataType.BOOL else None
 
 
 def _casts_to(dtype: Any, node: Any) -> bool:

@@ -9,7 +9,10 @@ from typing import Any
 
 from lightning_da3.errors import ConversionError
 from lightning_da3.exporting.onnx_bits import pack_in_integers_
+from lightning_da3.exporting.onnx_convolutions import convolve_transposed_, turn_at_loading_
 from lightning_da3.exporting.onnx_order import keep_before_going_on_
+from lightning_da3.exporting.onnx_products import multiply_directly_, pool_before_padding_
+from lightning_da3.exporting.onnx_scalars import shape_scalars_
 
 OPSET = 20
 LOSS = "loss"  # what a training step's file calls it
@@ -33,15 +36,19 @@ def simplify_(model: Any, outputs: Sequence[str]) -> None:
     """
     optimizer: Any = importlib.import_module("onnxscript.optimizer")
     optimizer.inline(model)
+    multiply_directly_(model)
     optimizer.fold_constants(model)
     for name in ("RemoveUnusedNodes", "RemoveUnusedFunctions"):
         _passed(name, model)
-    _turn_transposed_(model)
+    pool_before_padding_(model)
+    convolve_transposed_(model, constants_of(model))
+    turn_at_loading_(model)
     pack_in_integers_(model)
+    shape_scalars_(model)
     _passed("RemoveUnusedNodes", model)
     _passed("ShapeInference", model)
     if LOSS in outputs:
-        keep_before_going_on_(model, LOSS, _constants(model))
+        keep_before_going_on_(model, LOSS, constants_of(model))
         _passed("ShapeInference", model)
     _passed("DeduplicateInitializers", model)
     _passed("ClearMetadataAndDocString", model)
@@ -89,81 +96,6 @@ def _known(kind: str) -> bool:
         return False
 
 
-# --- transposed convolutions
-
-
-def _turn_transposed_(model: Any) -> None:
-    """A transposed convolution of stride 1 with a constant kernel becomes a convolution.
-
-    ::
-
-        ConvTranspose(x, w)   becomes   Conv(x, w with its sides turned and its channels swapped)
-
-    Runtimes are up to five times faster at that. They turn the constant when they load the file,
-    so it lies there once, although forward and backward read it.
-    """
-    constant = _constants(model)
-    for node in list(model.graph):
-        if node.op_type != "ConvTranspose" or id(node.inputs[1]) not in constant:
-            continue
-        pads = _pads_of_turned(node)
-        if pads is not None:
-            _turn_(model, node, pads)
-
-
-def _pads_of_turned(node: Any) -> list[int] | None:
-    """The padding of the convolution; None: there is none."""
-    weight, given = node.inputs[1], node.attributes
-    if weight.shape is None or not all(isinstance(n, int) for n in weight.shape):
-        return None
-    sides = list(weight.shape)[2:]
-
-    def numbers(name: str, otherwise: int, count: int) -> list[int]:
-        return list(given[name].as_ints()) if name in given else [otherwise] * count
-
-    steps = numbers("dilations", 1, len(sides))
-    before = numbers("pads", 0, 2 * len(sides))
-    odd = "output_shape" in given or ("auto_pad" in given and given["auto_pad"].value != "NOTSET")
-    rest = numbers("output_padding", 0, len(sides))
-    if odd or max(numbers("strides", 1, len(sides)) + [n + 1 for n in rest]) > 1:
-        return None
-    reach = [d * (k - 1) for d, k in zip(steps, sides, strict=True)]
-    pads = [r - p for r, p in zip(reach * 2, before, strict=True)]
-    return pads if min(pads) >= 0 else None
-
-
-def _turn_(model: Any, node: Any, pads: Sequence[int]) -> None:
-    ir: Any = importlib.import_module("onnx_ir")
-    x, weight, *rest = node.inputs
-    groups = node.attributes["group"].as_int() if "group" in node.attributes else 1
-    taken, given, *sides = weight.shape  # of channels: all that go in, and those out of a group
-    pixels, name = math.prod(sides), f"{node.outputs[0].name}_turned"
-    steps: list[tuple[str, list[int] | None, dict[str, Any]]] = [
-        ("Reshape", [groups, taken // groups, given, pixels], {}),
-        ("Transpose", None, {"perm": [0, 2, 1, 3]}),
-        ("Gather", [*range(pixels)][::-1], {"axis": 3}),
-        ("Reshape", [groups * given, taken // groups, *sides], {}),
-    ]
-    made, value = [], weight
-    for i, (op, constant, attributes) in enumerate(steps):
-        inputs = [value]
-        if constant is not None:
-            inputs.append(ir.Value(name=f"{name}_{i}_by", const_value=ir.tensor(constant)))
-            inputs[1].const_value.name = inputs[1].name
-            model.graph.register_initializer(inputs[1])
-        made.append(ir.node(op, inputs, attributes))
-        (value,) = made[-1].outputs
-        value.name, value.dtype = f"{name}_{i}", weight.dtype
-    kept = {n: a for n, a in node.attributes.items() if n in ("dilations", "group")}
-    conv = ir.node("Conv", [x, value, *rest], {**kept, "pads": list(pads)})
-    before, after = node.outputs[0], conv.outputs[0]
-    after.shape, after.dtype, after.type = before.shape, before.dtype, before.type
-    model.graph.insert_before(node, [*made, conv])
-    before.replace_all_uses_with(after, replace_graph_outputs=True)
-    after.name = before.name
-    model.graph.remove(node, safe=True)
-
-
 # --- memory
 
 
@@ -180,7 +112,7 @@ def planned_peak_bytes(model: Any) -> int | None:
     Returns:
         Bytes; None: the shapes are not fixed.
     """
-    constant, inputs = _constants(model), [id(v) for v in model.graph.inputs]
+    constant, inputs = constants_of(model), [id(v) for v in model.graph.inputs]
     nodes = [n for n in model.graph if any(id(v) not in constant for v in n.outputs)]
     home = {v: v for v in inputs}  # of every value the one whose memory it lies in
     last: dict[int, float] = dict.fromkeys(inputs, math.inf)  # where it is read
@@ -223,7 +155,7 @@ def _bytes(value: Any) -> float:
     return math.ceil(math.prod(sides) * value.dtype.itemsize) if fixed else math.nan
 
 
-def _constants(model: Any) -> set[int]:
+def constants_of(model: Any) -> set[int]:
     """Values that no input decides."""
     fixed = {id(v) for v in model.graph.initializers.values()}
     fixed -= {id(v) for v in model.graph.inputs}

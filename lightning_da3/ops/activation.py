@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_da3.ops.backward import once_differentiable
 from lightning_da3.ops.bits import dense, pack_between, unpack
+from lightning_da3.ops.exportable import is_exportable
 from lightning_da3.ops.masks import recorded
 
 
@@ -61,13 +62,17 @@ class _PiecewiseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, slopes: Slopes, inplace: bool, bits: Tensor | None) -> Tensor:
         x_dense = dense(x)
-        ctx.save_for_backward(slopes.pack(x_dense) if bits is None else bits)
+        # runtimes join a convolution and its activation, if nothing else reads what is between;
+        # the result lies between the bounds where x does
+        late = bits is None and is_exportable() and slopes.slope == 0.0
+        if bits is None and not late:
+            bits = slopes.pack(x_dense)
+        if inplace:
+            ctx.mark_dirty(x)
+        y = slopes.evaluate(x, inplace)
+        ctx.save_for_backward(slopes.pack(y) if late else bits)
         ctx.size, ctx.stride, ctx.slopes = x.size(), x_dense.stride(), slopes
-        if not inplace:
-            return slopes.evaluate(x, inplace)
-        ctx.mark_dirty(x)
-        slopes.evaluate(x, inplace)
-        return x  # the argument itself, as torch.compile needs it
+        return x if inplace else y  # the argument itself, as torch.compile needs it
 
     @staticmethod
     @once_differentiable

@@ -176,9 +176,9 @@ def _pack_samples(inside: Tensor) -> Tensor:
     rows = inside.flatten(1) if inside.dim() > 1 else inside.reshape(-1, 1)
     if odd := -rows.shape[1] % 8:
         rows = torch.nn.functional.pad(rows, (0, odd))
-    planes = rows.reshape(rows.shape[0], 8, rows.shape[1] // 8).transpose(0, 1).reshape(8, -1)
-    numbers = torch.tensor([[float(1 << k) for k in range(8)]], device=inside.device)
-    packed = torch.mm(numbers, planes.to(torch.float32)).to(torch.uint8)
+    planes = rows.reshape(rows.shape[0], 8, rows.shape[1] // 8).to(torch.float32)
+    numbers = torch.tensor([[[float(1 << k) for k in range(8)]]], device=inside.device)
+    packed = torch.bmm(numbers.expand(rows.shape[0], 1, 8), planes).to(torch.uint8)
     return packed.reshape(rows.shape[0], rows.shape[1] // 8)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lightning_da3.exporting.onnx_graph import _constants, planned_peak_bytes, simplify_
+from lightning_da3.exporting.onnx_graph import constants_of, planned_peak_bytes, simplify_
 from lightning_da3.exporting.onnx_order import keep_before_going_on_
 
 onnx = pytest.importorskip("onnx")
@@ -124,7 +124,7 @@ def test_the_forward_waits_for_what_is_kept_of_it():
     model = model_of(steps, {"x": ["n", 8192]}, ["loss", "new"])
     x = drawn(2, 8192)
     expected = ran(model, x=x)
-    keep_before_going_on_(model, "loss", _constants(model))
+    keep_before_going_on_(model, "loss", constants_of(model))
     for found, wanted in zip(ran(model, x=x), expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
     needed, waiting = set(), [n for n in model.graph if n.op_type == "Sin"]
@@ -133,7 +133,7 @@ def test_the_forward_waits_for_what_is_kept_of_it():
         waiting += [v.producer() for v in waiting.pop().inputs if v.producer()]
     assert "ReduceMax" in needed
     count = model.graph.num_nodes()
-    keep_before_going_on_(model, "loss", _constants(model))
+    keep_before_going_on_(model, "loss", constants_of(model))
     assert model.graph.num_nodes() == count
 
 
@@ -145,5 +145,142 @@ def test_small_activations_are_not_waited_for():
         node("Mul", "loss kept", "new"),
     ]
     model = model_of(steps, {"x": [2, 16]}, ["loss", "new"])
-    keep_before_going_on_(model, "loss", _constants(model))
+    keep_before_going_on_(model, "loss", constants_of(model))
     assert model.graph.num_nodes() == len(steps)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "how", "convolves"),
+    [
+        ((6, 1, 3, 3), {"group": 6, "pads": [1, 1, 1, 1], "output_padding": [1, 1]}, True),
+        ((6, 1, 5, 5), {"group": 6, "pads": [2, 1, 2, 2]}, True),
+        ((6, 1, 3, 3), {"group": 6, "pads": [2, 2, 2, 2]}, False),  # zeros would be cut off
+        ((6, 4, 1, 1), {"output_padding": [1, 1]}, True),
+        ((6, 4, 1, 1), {}, False),  # ends with the last pixel
+        ((6, 4, 3, 3), {"pads": [1, 1, 1, 1], "output_padding": [1, 1]}, False),  # more to compute
+    ],
+)
+def test_strided_transposed_convolutions_become_convolutions(kernel, how, convolves):
+    made, x = node("ConvTranspose", "x w", "y", strides=[2, 2], **how), drawn(2, 6, 7, 7)
+    model = model_of([made], {"x": ["n", 6, 7, 7]}, ["y"], w=drawn(*kernel, seed=1))
+    (expected,) = ran(model, x=x)
+    simplify_(model, ["y"])
+    assert any(n.op_type == "ConvTranspose" for n in model.graph) is not convolves
+    (found,) = ran(model, x=x)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_kernels_that_were_turned_lie_there_once(same):
+    weight = drawn(4, 1, 3, 3, seed=1)
+    turned = weight[:, :, ::-1, ::-1] if same else drawn(4, 1, 3, 3, seed=2)
+    steps = [
+        node("Conv", "x w", "a", group=4, pads=[1, 1, 1, 1]),
+        node("Conv", "a w_turned", "y", group=4, pads=[1, 1, 1, 1]),
+    ]
+    held, x = {"w": weight, "w_turned": np.ascontiguousarray(turned)}, drawn(2, 4, 9, 9)
+    model = model_of(steps, {"x": ["n", 4, 9, 9]}, ["y"], **held)
+    (expected,) = ran(model, x=x)
+    simplify_(model, ["y"])
+    assert ("w_turned" in model.graph.initializers) is not same
+    np.testing.assert_array_equal(ran(model, x=x)[0], expected)
+
+
+def expanded_product(left):
+    """What PyTorch records for a matrix times maps (2, 3, 7, 5), or these times a matrix."""
+    steps = [node("Expand", "m copies", "e")]
+    if left:  # (4, 7) x (2, 3, 7, 5)
+        steps += [node("Reshape", "e folded", "f"), node("Reshape", "x flat", "g")]
+        steps += [node("MatMul", "f g", "p"), node("Reshape", "p back", "y")]
+        numbers = {"copies": [2, 3, 4, 7], "folded": [6, 4, 7], "flat": [6, 7, 5]}
+        numbers["back"] = [2, 3, 4, 5]
+    else:  # (2, 3, 7, 5) x (5, 4)
+        steps = [node("Reshape", "x flat", "g"), node("MatMul", "g m", "p")]
+        steps += [node("Reshape", "p back", "y")]
+        numbers = {"flat": [42, 5], "back": [2, 3, 7, 4]}
+    return steps, {name: np.array(n) for name, n in numbers.items()}
+
+
+@pytest.mark.parametrize("constant", [True, False])
+@pytest.mark.parametrize("left", [True, False])
+def test_a_matrix_for_a_batch_is_not_copied(left, constant):
+    steps, held = expanded_product(left)
+    m, x = drawn(4, 7, seed=1) if left else drawn(5, 4, seed=1), drawn(2, 3, 7, 5)
+    inputs = {"x": [2, 3, 7, 5]} if constant else {"x": [2, 3, 7, 5], "m": list(m.shape)}
+    held, fed = ({**held, "m": m}, {"x": x}) if constant else (held, {"x": x, "m": m})
+    model = model_of(steps, inputs, ["y"], **held)
+    (expected,) = ran(model, **fed)
+    simplify_(model, ["y"])
+    assert [n.op_type for n in model.graph] == ["MatMul"]
+    np.testing.assert_allclose(ran(model, **fed)[0], expected, rtol=1e-6)
+
+
+def test_products_of_batches_stay():
+    """Every map has a matrix of its own."""
+    steps = [node("Reshape", "m flat", "f"), node("MatMul", "f x", "y")]
+    inputs = {"m": [2, 3, 4, 7], "x": [6, 7, 5]}
+    model = model_of(steps, inputs, ["y"], flat=np.array([6, 4, 7]))
+    fed = {"m": drawn(2, 3, 4, 7), "x": drawn(6, 7, 5, seed=1)}
+    (expected,) = ran(model, **fed)
+    simplify_(model, ["y"])
+    assert [n.op_type for n in model.graph] == ["Reshape", "MatMul"]
+    np.testing.assert_array_equal(ran(model, **fed)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("pads", "value", "moves"),
+    [
+        ([0, 0, 1, 0, 0, 0, 2, 1], 0.0, True),
+        ([0, 0, 1, 0, 0, 0, 2, 1], 1.0, False),
+        ([0, 1, 1, 0, 0, 0, 2, 1], 0.0, False),  # more channels
+        ([0, 0, -1, 0, 0, 0, 2, 1], 0.0, False),
+    ],
+)
+def test_means_of_padded_maps_read_them_without_zeros(pads, value, moves):
+    size = [2, 3, 6, 6]
+    padded = [n + pads[i] + pads[i + 4] for i, n in enumerate(size)]
+    steps = [
+        node("Pad", "x pads value", "p"),
+        node("MatMul", "left p", "between"),
+        node("MatMul", "between right", "means"),
+        node("Conv", "p w", "y"),
+    ]
+    held = {
+        "pads": np.array(pads),
+        "value": np.array(value, np.float32),
+        "left": drawn(2, padded[2], seed=1),
+        "right": drawn(padded[3], 2, seed=2),
+        "w": drawn(4, padded[1], 1, 1, seed=3),
+    }
+    model, x = model_of(steps, {"x": size}, ["means", "y"], **held), drawn(*size)
+    expected = ran(model, x=x)
+    simplify_(model, ["means", "y"])
+    (first,) = [n for n in model.graph if n.outputs[0].name == "means"]
+    producer = first.inputs[0].producer().inputs[1].producer()
+    assert (producer is None) is moves
+    for found, wanted in zip(ran(model, x=x), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("number", "tensor", "shaped"),
+    [
+        ((), (64, 32, 1, 1), True),
+        ((1,), (64, 32, 1, 1), True),
+        ((), (64, 32), False),
+        ((), (4, 2, 1, 1), False),  # small
+        ((1, 1, 1, 1), (64, 32, 1, 1), False),
+        ((32, 1, 1), (64, 32, 1, 1), False),
+    ],
+)
+@pytest.mark.parametrize("op", ["Mul", "Sub"])
+def test_single_numbers_have_the_axes_of_what_they_meet(op, number, tensor, shaped):
+    a, b = drawn(*number), drawn(*tensor, seed=1)
+    steps = [node(op, "a b", "y"), node(op, "b a", "z")]
+    model = model_of(steps, {"a": list(number), "b": list(tensor)}, ["y", "z"])
+    fed = {"a": np.asarray(a, np.float32), "b": b}
+    expected = ran(model, **fed)
+    simplify_(model, ["y", "z"])
+    assert [n.op_type for n in model.graph] == [*["Reshape"] * shaped, op, op]  # once for both
+    for found, wanted in zip(ran(model, **fed), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
