@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import numpy as np
+
+from lightning_da3.exporting.onnx_nodes import Nodes
+
 
 def pack_in_integers_(model: Any) -> None:
     """Let products of bits be computed of bytes.
@@ -28,18 +32,14 @@ def pack_in_integers_(model: Any) -> None:
         bits = _bits_of(ir, node)
         if bits is None:
             continue
+        nodes = Nodes(model, f"{node.outputs[0].name}.packed")
         if powers is None:
-            numbers = ir.tensor([[1 << k for k in range(8)]], dtype=uint8, name="powers_of_two")
-            powers = ir.Value(name=numbers.name, const_value=numbers)
-            model.graph.register_initializer(powers)
-        as_bytes = ir.node("Cast", [bits], {"to": uint8.value})
-        (value,) = as_bytes.outputs
-        value.name, value.dtype, value.shape = f"{bits.name}_bytes", uint8, bits.shape
-        packed = ir.node("MatMulInteger", [powers, value])
-        (result,) = packed.outputs
-        result.name, result.dtype = f"{node.inputs[0].name}_integers", ir.DataType.INT32
-        result.shape = node.inputs[0].shape
-        model.graph.insert_before(node, [as_bytes, packed])
+            powers = nodes.constant(np.array([[1 << k for k in range(8)]], np.uint8))
+        as_bytes = nodes.call("Cast", bits, to=uint8.value)
+        as_bytes.dtype, as_bytes.shape = uint8, bits.shape
+        result = nodes.call("MatMulInteger", powers, as_bytes)
+        result.dtype, result.shape = ir.DataType.INT32, node.inputs[0].shape
+        model.graph.insert_before(node, nodes.made)
         node.replace_input_with(0, result)
 
 

@@ -47,6 +47,7 @@ class _NotSet(NamedTuple):
 
 
 _NOT_SET = _NotSet()
+_ADAPTED = (["Conv", "Resize"], ["Conv", "Conv"])  # a host, and what its adapter adds
 
 
 def convolve_transposed_(model: Any, constant: set[int]) -> None:
@@ -141,6 +142,50 @@ def _between_zeros(nodes: Nodes, x: Any, shape: Sequence[Any], stride: Sequence[
     for value in (copies, erased):
         value.shape, value.dtype = ir.Shape([*shape[:2], *sides]), x.dtype or ir.DataType.FLOAT
     return erased
+
+
+# --- what is added to them
+
+
+def add_residual_first_(model: Any) -> None:
+    """Add to a convolution what has its own size before what an adapter adds.
+
+    ::
+
+        (Conv + Resize(addend)) + x   becomes   (Conv + x) + Resize(addend)
+
+    Runtimes join the first sum with the convolution, as in the user's own network.
+
+    Args:
+        model: An ir model with shapes, edited in place.
+    """
+    for node in list(model.graph):
+        parts = _sum_of_three(node) if node.op_type == "Add" else None
+        if parts is None:
+            continue
+        conv, addend, residual = parts
+        inner, nodes = addend.uses()[0].node, Nodes(model, f"{node.outputs[0].name}.sum")
+        first = nodes.call("Add", conv, residual)
+        first.shape, first.dtype = conv.shape, conv.dtype
+        nodes.replace(node, nodes.call("Add", first, addend))
+        model.graph.remove(inner, safe=True)
+
+
+def _sum_of_three(node: Any) -> tuple[Any, Any, Any] | None:
+    """A convolution, what an adapter adds to it and what is added then; None: it is another sum."""
+    for between, residual in (node.inputs, node.inputs[::-1]):
+        inner = between.producer()
+        if inner is None or inner.op_type != "Add":
+            continue
+        if len(between.uses()) > 1 or between.is_graph_output():
+            continue
+        for conv, addend in (inner.inputs, inner.inputs[::-1]):
+            made = [v.producer() for v in (conv, addend)]
+            kinds = [None if n is None else n.op_type for n in made]
+            alone = len(addend.uses()) == 1 and residual.shape == conv.shape
+            if kinds in _ADAPTED and alone and conv.shape is not None:
+                return conv, addend, residual
+    return None
 
 
 # --- kernels that lie there twice

@@ -9,7 +9,11 @@ from typing import Any
 
 from lightning_da3.errors import ConversionError
 from lightning_da3.exporting.onnx_bits import pack_in_integers_
-from lightning_da3.exporting.onnx_convolutions import convolve_transposed_, turn_at_loading_
+from lightning_da3.exporting.onnx_convolutions import (
+    add_residual_first_,
+    convolve_transposed_,
+    turn_at_loading_,
+)
 from lightning_da3.exporting.onnx_order import keep_before_going_on_
 from lightning_da3.exporting.onnx_products import multiply_directly_, pool_before_padding_
 from lightning_da3.exporting.onnx_scalars import shape_scalars_
@@ -42,6 +46,7 @@ def simplify_(model: Any, outputs: Sequence[str]) -> None:
         _passed(name, model)
     pool_before_padding_(model)
     convolve_transposed_(model, constants_of(model))
+    add_residual_first_(model)
     turn_at_loading_(model)
     pack_in_integers_(model)
     shape_scalars_(model)

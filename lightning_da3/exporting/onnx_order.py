@@ -7,9 +7,10 @@ from would be held, as in plain training.
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any
+
+from lightning_da3.exporting.onnx_nodes import Nodes
 
 SMALL = 4096  # elements of a sample; where an activation has no more, nothing is gained
 
@@ -72,33 +73,15 @@ def _large(x: Any) -> bool:
 
 
 def _go_on_after_(model: Any, x: Any, values: list[Any], later: list[Any]) -> None:
-    ir: Any = importlib.import_module("onnx_ir")
-    name, made = f"{x.name}_on", []
-
-    def constant(what: str, numbers: list[int]) -> Any:
-        value = ir.Value(name=f"{name}_{what}", const_value=ir.tensor(numbers))
-        value.const_value.name = value.name
-        model.graph.register_initializer(value)
-        return value
-
-    def call(op: str, *inputs: Any, **attributes: Any) -> Any:
-        made.append(ir.node(op, inputs, attributes))
-        made[-1].outputs[0].name = f"{name}_{len(made)}"
-        return made[-1].outputs[0]
-
-    flat, first, zeros = (
-        constant("flat", [-1]),
-        constant("first", [0]),
-        constant("zeros", [0] * len(x.shape)),
-    )
-    ends = [call("Gather", call("Reshape", k, flat), first) for k in values]
-    numbers = [call("Cast", v, to=ir.DataType.INT64) for v in ends]
-    shape = zeros
-    for number in numbers:
-        shape = call("Mul", number, shape)
-    on = call("Reshape", x, shape)
+    nodes = Nodes(model, f"{x.name}.on")
+    flat, first = nodes.constant([-1]), nodes.constant([0])
+    shape = nodes.constant([0] * len(x.shape))
+    for k in values:
+        number = nodes.call("Gather", nodes.call("Reshape", k, flat), first)
+        shape = nodes.call("Mul", nodes.call("Cast", number, to=nodes.ir.DataType.INT64), shape)
+    on = nodes.call("Reshape", x, shape)
     on.shape, on.dtype, on.type = x.shape, x.dtype, x.type
     anchor = min((u.node for u in later), key=[*model.graph].index)
-    model.graph.insert_before(anchor, made)
+    model.graph.insert_before(anchor, nodes.made)
     for use in later:
         use.node.replace_input_with(use.idx, on)

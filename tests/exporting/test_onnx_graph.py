@@ -284,3 +284,30 @@ def test_single_numbers_have_the_axes_of_what_they_meet(op, number, tensor, shap
     assert [n.op_type for n in model.graph] == [*["Reshape"] * shaped, op, op]  # once for both
     for found, wanted in zip(ran(model, **fed), expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("residual", "kept", "first"),
+    [
+        ([2, 4, 6, 6], False, True),
+        ([1, 4, 6, 6], False, False),  # not of the convolution's size
+        ([2, 4, 6, 6], True, False),  # the sum is read elsewhere
+    ],
+)
+def test_what_an_adapter_adds_comes_last(residual, kept, first):
+    steps = [
+        node("Conv", "x w", "c"),
+        onnx.helper.make_node("Resize", ["a", "", "", "sizes"], ["up"], mode="nearest"),
+        node("Add", "up c", "inner"),
+        node("Add", "inner r", "y"),
+    ]
+    inputs = {"x": [2, 3, 6, 6], "a": [2, 4, 3, 3], "r": residual}
+    held = {"w": drawn(4, 3, 1, 1, seed=1), "sizes": np.array([2, 4, 6, 6])}
+    model = model_of(steps, inputs, ["y", "inner"] if kept else ["y"], **held)
+    fed = {name: drawn(*shape, seed=i) for i, (name, shape) in enumerate(inputs.items())}
+    expected = ran(model, **fed)
+    simplify_(model, ["y"])
+    (last,) = [n for n in model.graph if n.outputs[0].name == "y"]
+    assert (last.inputs[1].producer() is not None) is first
+    for found, wanted in zip(ran(model, **fed), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
