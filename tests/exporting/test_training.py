@@ -319,3 +319,20 @@ def test_a_fixed_batch_has_a_planned_peak(tmp_path):
     images = 4 * 3 * SIZE * SIZE * 4
     maps = 4 * 8 * (SIZE - 2) ** 2 * 4
     assert images + maps < peak < images + 4 * maps
+
+
+@pytest.mark.slow
+def test_nothing_but_an_activation_reads_what_it_reads(tmp_path):
+    """So that runtimes join it with its convolution; masks are made of what it gives."""
+    onnx = pytest.importorskip("onnx")
+    blocks = [part for _ in range(3) for part in (nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU6())]
+    model = convert(nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), *blocks, *head()))
+    model.add_domain("learned", num_classes=CLASSES)
+    images = torch.randn(2, 3, SIZE, SIZE)
+    path = model.export_training("learned", tmp_path / "step.onnx", images, dynamic_batch=False)
+    nodes = onnx.load(path).graph.node
+    clipped = {node.input[0] for node in nodes if node.op_type == "Clip"}
+    made = {v for node in nodes if node.op_type in ("Conv", "Add") for v in node.output}
+    assert len(clipped & made) >= 3
+    for name in clipped & made:
+        assert [n.op_type for n in nodes if name in n.input] == ["Clip"]
