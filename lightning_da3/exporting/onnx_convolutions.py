@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,7 +25,8 @@ class _Geometry(NamedTuple):
     def of(cls, node: Any, axes: int) -> _Geometry | None:
         """None: it says something else."""
         given = node.attributes
-        if "output_shape" in given or given.get("auto_pad", _NOT_SET).value != "NOTSET":
+        padded = "auto_pad" in given and given["auto_pad"].value != "NOTSET"
+        if padded or "output_shape" in given:
             return None
 
         def numbers(name: str, otherwise: int, count: int) -> list[int]:
@@ -42,11 +42,6 @@ class _Geometry(NamedTuple):
         )
 
 
-class _NotSet(NamedTuple):
-    value: str = "NOTSET"
-
-
-_NOT_SET = _NotSet()
 _ADAPTED = (["Conv", "Resize"], ["Conv", "Conv"])  # a host, and what its adapter adds
 
 
@@ -90,7 +85,9 @@ def _convolve_(model: Any, node: Any, constant: bool) -> None:
     if spread:
         known = x.shape is not None and all(isinstance(n, int) for n in list(x.shape)[1:])
         depthwise = groups == weight.shape[0] and weight.shape[1] == 1
-        if not known or len(sides) != 2 or not (depthwise or single):
+        floats = x.dtype is not None and x.dtype.name == "FLOAT"
+        fast = not bias if single else depthwise  # a bias is added to the zeros, too
+        if not known or not floats or len(sides) != 2 or not fast:
             return
         # zeros fill whole strides: some lie behind the last pixel already
         end = [e - s + 1 for e, s in zip(end, how.stride, strict=True)]
@@ -123,7 +120,7 @@ def _turned(nodes: Nodes, weight: Any, groups: int) -> Any:
 
 
 def _between_zeros(nodes: Nodes, x: Any, shape: Sequence[Any], stride: Sequence[int]) -> Any:
-    """Every pixel in a block of zeros, at its first place: copies of it, all but one erased."""
+    """Every pixel in a block of zeros, at its first place: copies of it, all but one replaced."""
     factors = np.array([1.0, 1.0, *stride], np.float32)
     copies = nodes.call(
         "Resize",
@@ -135,13 +132,13 @@ def _between_zeros(nodes: Nodes, x: Any, shape: Sequence[Any], stride: Sequence[
         nearest_mode="floor",
     )
     sides = [n * s for n, s in zip(shape[2:], stride, strict=True)]
-    kept = np.zeros(sides, np.float32)
-    kept[:: stride[0], :: stride[1]] = 1.0
-    erased = nodes.call("Mul", copies, nodes.constant(kept))
-    ir: Any = importlib.import_module("onnx_ir")
-    for value in (copies, erased):
-        value.shape, value.dtype = ir.Shape([*shape[:2], *sides]), x.dtype or ir.DataType.FLOAT
-    return erased
+    first = np.zeros(sides, bool)
+    first[:: stride[0], :: stride[1]] = True
+    zero = nodes.constant(np.zeros((), np.float32))
+    between = nodes.call("Where", nodes.constant(first), copies, zero)
+    for value in (copies, between):
+        value.shape, value.dtype = nodes.ir.Shape([*shape[:2], *sides]), nodes.ir.DataType.FLOAT
+    return between
 
 
 # --- what is added to them

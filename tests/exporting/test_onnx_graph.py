@@ -150,19 +150,26 @@ def test_small_activations_are_not_waited_for():
 
 
 @pytest.mark.parametrize(
-    ("kernel", "how", "convolves"),
+    ("kernel", "how", "bias", "convolves"),
     [
-        ((6, 1, 3, 3), {"group": 6, "pads": [1, 1, 1, 1], "output_padding": [1, 1]}, True),
-        ((6, 1, 5, 5), {"group": 6, "pads": [2, 1, 2, 2]}, True),
-        ((6, 1, 3, 3), {"group": 6, "pads": [2, 2, 2, 2]}, False),  # zeros would be cut off
-        ((6, 4, 1, 1), {"output_padding": [1, 1]}, True),
-        ((6, 4, 1, 1), {}, False),  # ends with the last pixel
-        ((6, 4, 3, 3), {"pads": [1, 1, 1, 1], "output_padding": [1, 1]}, False),  # more to compute
+        ((6, 1, 3, 3), {"group": 6, "pads": [1, 1, 1, 1], "output_padding": [1, 1]}, False, True),
+        ((6, 1, 5, 5), {"group": 6, "pads": [2, 1, 2, 2]}, True, True),
+        ((6, 1, 3, 3), {"group": 6, "pads": [2, 2, 2, 2]}, False, False),  # zeros would be cut off
+        ((6, 4, 1, 1), {"output_padding": [1, 1]}, False, True),
+        ((6, 4, 1, 1), {"output_padding": [1, 1]}, True, False),  # that is added to zeros, too
+        ((6, 1, 1, 1), {"output_padding": [1, 1], "group": 6}, False, True),
+        ((6, 1, 1, 1), {"output_padding": [1, 1], "group": 6}, True, False),
+        ((6, 4, 1, 1), {}, False, False),  # ends with the last pixel
+        ((6, 4, 3, 3), {"pads": [1, 1, 1, 1], "output_padding": [1, 1]}, False, False),  # more work
     ],
 )
-def test_strided_transposed_convolutions_become_convolutions(kernel, how, convolves):
-    made, x = node("ConvTranspose", "x w", "y", strides=[2, 2], **how), drawn(2, 6, 7, 7)
-    model = model_of([made], {"x": ["n", 6, 7, 7]}, ["y"], w=drawn(*kernel, seed=1))
+def test_strided_transposed_convolutions_become_convolutions(kernel, how, bias, convolves):
+    x, held = drawn(2, 6, 7, 7), {"w": drawn(*kernel, seed=1)}
+    x[0, 0, 3, 3] = np.inf  # what lies beside it stays what it is
+    if bias:
+        held["b"] = drawn(kernel[1] * how.get("group", 1), seed=2)
+    made = node("ConvTranspose", " ".join(["x", *held]), "y", strides=[2, 2], **how)
+    model = model_of([made], {"x": ["n", 6, 7, 7]}, ["y"], **held)
     (expected,) = ran(model, x=x)
     simplify_(model, ["y"])
     assert any(n.op_type == "ConvTranspose" for n in model.graph) is not convolves
