@@ -165,7 +165,6 @@ def test_small_activations_are_not_waited_for():
 )
 def test_strided_transposed_convolutions_become_convolutions(kernel, how, bias, convolves):
     x, held = drawn(2, 6, 7, 7), {"w": drawn(*kernel, seed=1)}
-    x[0, 0, 3, 3] = np.inf  # what lies beside it stays what it is
     if bias:
         held["b"] = drawn(kernel[1] * how.get("group", 1), seed=2)
     made = node("ConvTranspose", " ".join(["x", *held]), "y", strides=[2, 2], **how)
