@@ -122,8 +122,8 @@ def _turned(nodes: Nodes, weight: Any, groups: int) -> Any:
 def _between_zeros(nodes: Nodes, x: Any, shape: Sequence[Any], stride: Sequence[int]) -> Any:
     """Every pixel in a block of zeros, at its first place: copies of it, all but one times zero.
 
-    ONNX Runtime is four times faster at that than at a condition. Where a value is infinite, or none,
-    the block is NaN.
+    ONNX Runtime is four times faster at that than at a condition. Where a value is infinite or no
+    number, its block is NaN.
     """
     factors = np.array([1.0, 1.0, *stride], np.float32)
     copies = nodes.call(
