@@ -18,13 +18,13 @@ from torch import Tensor
 from lightning_da3.errors import CheckpointError, ConfigError, ConversionError, DA3Error
 from lightning_da3.exporting.executorch_file import write_executorch
 from lightning_da3.exporting.manifest import KEY, NEW, SUFFIX
-from lightning_da3.exporting.onnx_graph import (
+from lightning_da3.exporting.onnx_passes.graph import (
     OPSET,
     planned_peak_bytes,
     simplify_,
     standard_operations,
 )
-from lightning_da3.exporting.onnx_size import compact_
+from lightning_da3.exporting.onnx_passes.size import compact_
 from lightning_da3.exporting.program import Program
 from lightning_da3.files.writing import replacing
 from lightning_da3.formatting import shown

@@ -171,7 +171,7 @@ def _pack_samples(inside: Tensor) -> Tensor:
     """Bits of a condition (N, ..), sample by sample, so that N may be any number: (N, bytes).
 
     Runtimes shift no bytes: a byte is a product of eight bits with the powers of two, exact as
-    floats. Files of ONNX hold it in integers (`lightning_da3.exporting.onnx_bits`).
+    floats. Files of ONNX hold it in integers (`lightning_da3.exporting.onnx_passes.bits`).
     """
     rows = inside.flatten(1) if inside.dim() > 1 else inside.reshape(-1, 1)
     if odd := -rows.shape[1] % 8:

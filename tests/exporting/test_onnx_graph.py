@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from lightning_da3.exporting.onnx_graph import constants_of, planned_peak_bytes, simplify_
-from lightning_da3.exporting.onnx_order import keep_before_going_on_
+from lightning_da3.exporting.onnx_passes.graph import constants_of, planned_peak_bytes, simplify_
+from lightning_da3.exporting.onnx_passes.order import keep_before_going_on_
 
 onnx = pytest.importorskip("onnx")
 ir = pytest.importorskip("onnx_ir")

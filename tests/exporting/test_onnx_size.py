@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lightning_da3 import DA3Config, MemoryConfig, convert
-from lightning_da3.exporting.onnx_size import NAMED, compact_
+from lightning_da3.exporting.onnx_passes.size import NAMED, compact_
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 
 from lightning_da3.errors import CheckpointError, ConversionError
 from lightning_da3.exporting import writing
-from lightning_da3.exporting.onnx_graph import OPSET, standard_operations
+from lightning_da3.exporting.onnx_passes.graph import OPSET, standard_operations
 from lightning_da3.exporting.program import Program
 from lightning_da3.exporting.writing import Example, write_program
 from lightning_da3.files.domain_file import write_domain

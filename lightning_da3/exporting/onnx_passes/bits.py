@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_da3.exporting.onnx_nodes import Nodes
+from lightning_da3.exporting.onnx_passes.nodes import Nodes
 
 
 def pack_in_integers_(model: Any) -> None:

@@ -9,7 +9,7 @@ import string
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning_da3.exporting.onnx_graph import OPSET, graphs_in
+from lightning_da3.exporting.onnx_passes.graph import OPSET, graphs_in
 
 NAMED = 1024  # bytes; constants of fewer bytes have no name that says anything
 _DIGITS = string.digits + string.ascii_letters

@@ -8,15 +8,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lightning_da3.errors import ConversionError
-from lightning_da3.exporting.onnx_bits import pack_in_integers_
-from lightning_da3.exporting.onnx_convolutions import (
+from lightning_da3.exporting.onnx_passes.bits import pack_in_integers_
+from lightning_da3.exporting.onnx_passes.convolutions import (
     add_residual_first_,
     convolve_transposed_,
     turn_at_loading_,
 )
-from lightning_da3.exporting.onnx_order import keep_before_going_on_
-from lightning_da3.exporting.onnx_products import multiply_directly_, pool_before_padding_
-from lightning_da3.exporting.onnx_scalars import shape_scalars_
+from lightning_da3.exporting.onnx_passes.order import keep_before_going_on_
+from lightning_da3.exporting.onnx_passes.products import multiply_directly_, pool_before_padding_
+from lightning_da3.exporting.onnx_passes.scalars import shape_scalars_
 
 OPSET = 20
 LOSS = "loss"  # what a training step's file calls it

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lightning_da3.exporting.lowering import TURNED
-from lightning_da3.exporting.onnx_nodes import Nodes
+from lightning_da3.exporting.onnx_passes.nodes import Nodes
 
 
 class _Geometry(NamedTuple):

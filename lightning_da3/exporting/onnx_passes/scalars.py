@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lightning_da3.exporting.onnx_nodes import Nodes
+from lightning_da3.exporting.onnx_passes.nodes import Nodes
 
 SMALL = 256  # elements; with fewer, nothing is gained
 _BINARY = set("Add Sub Mul Div Pow".split())

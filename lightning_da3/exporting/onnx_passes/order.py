@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lightning_da3.exporting.onnx_nodes import Nodes
+from lightning_da3.exporting.onnx_passes.nodes import Nodes
 
 SMALL = 4096  # elements of a sample; where an activation has no more, nothing is gained
 
