@@ -1,1 +1,1 @@
-"""Edits of a graph of ONNX, one each: the same results, sooner, in less memory and smaller files."""
+"""Edits of a graph of ONNX: the same results, sooner, in less memory and smaller files."""
