@@ -276,6 +276,7 @@ def test_means_of_padded_maps_read_them_without_zeros(pads, value, moves):
         ((), (64, 32), False),
         ((), (4, 2, 1, 1), False),  # small
         ((1, 1, 1, 1), (64, 32, 1, 1), False),
+        ((1, 1, 1), (512, 1), False),  # the result has three axes
         ((32, 1, 1), (64, 32, 1, 1), False),
     ],
 )

@@ -48,6 +48,6 @@ def shape_scalars_(model: Any) -> None:
 def _meets(number: Any, tensor: Any) -> bool:
     """Whether one is a single number, and the other large and ends in a side of 1."""
     single, sides = list(number.shape), list(tensor.shape)
-    if any(n != 1 for n in single) or len(single) == len(sides) or not sides or sides[-1] != 1:
+    if any(n != 1 for n in single) or len(single) >= len(sides) or sides[-1] != 1:
         return False
     return math.prod(n for n in sides if isinstance(n, int)) > SMALL
