@@ -191,7 +191,7 @@ def _write_onnx(
     compact_(model)
     onnx.helper.set_model_props(model, {KEY: json.dumps(manifest, sort_keys=True)})
     onnx.save_model(model, str(path))
-    return _onnx_run(path, names)
+    return _onnx_run(path, names, [port.name for port in program.outputs])
 
 
 def _as_onnx(program: Program, names: Sequence[str]) -> Any:
@@ -223,7 +223,9 @@ def _as_onnx(program: Program, names: Sequence[str]) -> Any:
     return made.model
 
 
-def _onnx_run(path: Path, names: Sequence[str]) -> Callable[[Tensors], Tensors]:
+def _onnx_run(
+    path: Path, names: Sequence[str], outputs: Sequence[str]
+) -> Callable[[Tensors], Tensors]:
     runtime: Any = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
@@ -242,7 +244,7 @@ def _onnx_run(path: Path, names: Sequence[str]) -> Callable[[Tensors], Tensors]:
         fed = {
             n: x.detach().cpu().numpy() for n, x in zip(names, inputs, strict=True) if n in taken
         }
-        return [torch.from_numpy(y) for y in session.run(None, fed)]
+        return [torch.from_numpy(y) for y in session.run(outputs, fed)]
 
     return run
 

@@ -49,7 +49,8 @@ def _bits_of(ir: Any, node: Any) -> Any:
     if product is None or product.op_type != "MatMul":
         return None
     numbers, cast = product.inputs[0].const_value, product.inputs[1].producer()
-    if numbers is None or cast is None or not _casts_to(ir.DataType.FLOAT, cast):
+    given = product.inputs[0].is_graph_input()
+    if numbers is None or given or cast is None or not _casts_to(ir.DataType.FLOAT, cast):
         return None
     bits = cast.inputs[0]
     powers = [float(1 << k) for k in range(8)]

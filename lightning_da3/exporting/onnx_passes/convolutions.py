@@ -45,7 +45,7 @@ class _Geometry(NamedTuple):
 _ADAPTED = (["Conv", "Resize"], ["Conv", "Conv"])  # a host, and what its adapter adds
 
 
-def convolve_transposed_(model: Any, constant: set[int]) -> None:
+def convolve_transposed_(model: Any, constant: set[int], *, strided: bool) -> None:
     """Transposed convolutions become convolutions, where that is faster.
 
     ::
@@ -62,13 +62,15 @@ def convolve_transposed_(model: Any, constant: set[int]) -> None:
     Args:
         model: An ir model, edited in place.
         constant: Values that no input decides.
+        strided: Also those of other strides. Where a value is infinite or no number, those that lie
+            beside it are NaN then: for training steps, which such a value ends anyway.
     """
     for node in list(model.graph):
         if node.op_type == "ConvTranspose":
-            _convolve_(model, node, id(node.inputs[1]) in constant)
+            _convolve_(model, node, id(node.inputs[1]) in constant, strided)
 
 
-def _convolve_(model: Any, node: Any, constant: bool) -> None:
+def _convolve_(model: Any, node: Any, constant: bool, strided: bool) -> None:
     x, weight, *bias = node.inputs
     sides = [] if weight.shape is None else list(weight.shape)[2:]
     how = _Geometry.of(node, len(sides))
@@ -87,7 +89,7 @@ def _convolve_(model: Any, node: Any, constant: bool) -> None:
         depthwise = groups == weight.shape[0] and weight.shape[1] == 1
         floats = x.dtype is not None and x.dtype.name == "FLOAT"
         fast = not bias if single else depthwise  # a bias is added to the zeros, too
-        if not known or not floats or len(sides) != 2 or not fast:
+        if not strided or not known or not floats or len(sides) != 2 or not fast:
             return
         # zeros fill whole strides: some lie behind the last pixel already
         end = [e - s + 1 for e, s in zip(end, how.stride, strict=True)]
@@ -110,20 +112,24 @@ def _turned(nodes: Nodes, weight: Any, groups: int) -> Any:
     pixels = math.prod(sides)
     value = nodes.call("Reshape", weight, nodes.constant([groups, taken // groups, given, pixels]))
     value = nodes.call("Transpose", value, perm=[0, 2, 1, 3])
+    return _reversed(nodes, value, 3, [groups * given, taken // groups, *sides], weight.dtype)
+
+
+def _reversed(nodes: Nodes, value: Any, axis: int, shape: list[int], dtype: Any) -> Any:
+    """Kernels whose pixels lie along one axis, the other way round, in their shape."""
+    pixels = math.prod(shape[2:])
     if pixels > 1:
-        value = nodes.call("Gather", value, nodes.constant([*range(pixels)][::-1]), axis=3)
-    shape = [groups * given, taken // groups, *sides]
+        value = nodes.call("Gather", value, nodes.constant([*range(pixels)][::-1]), axis=axis)
     value = nodes.call("Reshape", value, nodes.constant(shape))
     for made in nodes.made:
-        made.outputs[0].dtype = weight.dtype
+        made.outputs[0].dtype = dtype
     return value
 
 
 def _between_zeros(nodes: Nodes, x: Any, shape: Sequence[Any], stride: Sequence[int]) -> Any:
     """Every pixel in a block of zeros, at its first place: copies of it, all but one times zero.
 
-    ONNX Runtime is four times faster at that than at a condition. Where a value is infinite or no
-    number, its block is NaN.
+    ONNX Runtime is four times faster at that than at a condition.
     """
     factors = np.array([1.0, 1.0, *stride], np.float32)
     copies = nodes.call(
@@ -138,7 +144,8 @@ def _between_zeros(nodes: Nodes, x: Any, shape: Sequence[Any], stride: Sequence[
     sides = [n * s for n, s in zip(shape[2:], stride, strict=True)]
     first = np.zeros(sides, np.float32)
     first[:: stride[0], :: stride[1]] = 1.0
-    between = nodes.call("Mul", copies, nodes.constant(first))
+    name = f"first_of_{stride}_in_{sides}"
+    between = nodes.call("Mul", copies, nodes.constant(first, name))
     for value in (copies, between):
         value.shape, value.dtype = nodes.ir.Shape([*shape[:2], *sides]), nodes.ir.DataType.FLOAT
     return between
@@ -203,16 +210,15 @@ def turn_at_loading_(model: Any) -> None:
         turned, weight = held[name], held.get(name.removesuffix(TURNED))
         if weight is None or weight.const_value is None or len(weight.shape) < 3:
             continue
+        if weight.is_graph_input() or turned.is_graph_output():
+            continue
         values, axes = weight.const_value.numpy(), tuple(range(2, len(weight.shape)))
         if not np.array_equal(np.flip(values, axes), turned.const_value.numpy()):
             continue
         shape, pixels = list(weight.shape), math.prod(list(weight.shape)[2:])
         nodes = Nodes(model, f"{name}_again")
         value = nodes.call("Reshape", weight, nodes.constant([-1, pixels]))
-        value = nodes.call("Gather", value, nodes.constant([*range(pixels)][::-1]), axis=1)
-        value = nodes.call("Reshape", value, nodes.constant(shape))
-        for made in nodes.made:
-            made.outputs[0].dtype = weight.dtype
+        value = _reversed(nodes, value, 1, shape, weight.dtype)
         value.shape = weight.shape
         turned.replace_all_uses_with(value)
         model.graph.insert_before(first, nodes.made)

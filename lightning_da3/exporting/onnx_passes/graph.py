@@ -45,7 +45,7 @@ def simplify_(model: Any, outputs: Sequence[str]) -> None:
     for name in ("RemoveUnusedNodes", "RemoveUnusedFunctions"):
         _passed(name, model)
     pool_before_padding_(model)
-    convolve_transposed_(model, constants_of(model))
+    convolve_transposed_(model, constants_of(model), strided=LOSS in outputs)
     add_residual_first_(model)
     turn_at_loading_(model)
     pack_in_integers_(model)

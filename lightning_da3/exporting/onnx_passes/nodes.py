@@ -29,10 +29,13 @@ class Nodes:
         value.name = f"{self.name}.{len(self.made)}"
         return value
 
-    def constant(self, numbers: list[int] | np.ndarray) -> Any:
-        """A constant; integers are of 64 bits."""
-        self.held += 1
-        name = f"{self.name}.by_{self.held}"
+    def constant(self, numbers: list[int] | np.ndarray, name: str | None = None) -> Any:
+        """A constant; integers are of 64 bits. One with a name is made once."""
+        if name is not None and name in self.model.graph.initializers:
+            return self.model.graph.initializers[name]
+        if name is None:
+            self.held += 1
+            name = f"{self.name}.by_{self.held}"
         value = self.ir.Value(name=name, const_value=self.ir.tensor(numbers, name=name))
         self.model.graph.register_initializer(value)
         return value

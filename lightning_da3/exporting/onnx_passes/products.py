@@ -40,20 +40,21 @@ def _use_one_matrix_(model: Any, node: Any, i: int) -> None:
     made = _made_by("Reshape", copies)
     expanded = copies if made is None else made.inputs[0]
     made = _made_by("Expand", expanded)
-    if made is None or _rank(other) < 3 or not _same(other, result, -2):
+    if made is None or _rank(other) < 3 or not _same(other, result, slice(0, -2)):
         return
-    matrix = made.inputs[0]
-    if _rank(matrix) < 2 or not _same(matrix, copies, slice(-2, None)):
+    matrix, sides = made.inputs[0], slice(-2, None)
+    alike = _same(matrix, expanded, sides) and _same(matrix, copies, sides)
+    if _rank(matrix) < 2 or not alike:
         return
     if any(n != 1 for n in list(matrix.shape)[:-2]):
         return
     if _rank(matrix) > 2:
         nodes = Nodes(model, f"{result.name}.matrix")
-        sides = list(matrix.shape)[-2:]
-        if not all(isinstance(n, int) for n in sides):
+        shape = list(matrix.shape)[-2:]
+        if not all(isinstance(n, int) for n in shape):
             return
-        flat = nodes.call("Reshape", matrix, nodes.constant(sides))
-        flat.shape, flat.dtype = nodes.ir.Shape(sides), matrix.dtype
+        flat = nodes.call("Reshape", matrix, nodes.constant(shape))
+        flat.shape, flat.dtype = nodes.ir.Shape(shape), matrix.dtype
         model.graph.insert_before(node, nodes.made)
         matrix = flat
     node.replace_input_with(i, matrix)
@@ -76,6 +77,9 @@ def _use_unfolded_(model: Any, node: Any, i: int) -> bool:
         alike = _rank(back) == _rank(x) and _same(back, x, slice(0, kept))
         if not alike or not _same(back, result, slice(kept, None)):
             return False
+    ends = [user for user in users if user.outputs[0].is_graph_output()]
+    if len(ends) > 1:  # each has a name of its own
+        return False
     nodes = Nodes(model, f"{result.name}.direct")
     operands = (node.inputs[0], x) if i == 0 else (x, node.inputs[1])
     y = nodes.call("MatMul", *operands)
@@ -83,6 +87,9 @@ def _use_unfolded_(model: Any, node: Any, i: int) -> bool:
     model.graph.insert_before(node, nodes.made)
     for user in users:
         user.outputs[0].replace_all_uses_with(y, replace_graph_outputs=True)
+    for user in ends:
+        y.name = user.outputs[0].name
+        model.graph.remove(user, safe=True)
     return True
 
 
@@ -129,6 +136,8 @@ def _zeros(node: Any) -> Sequence[int] | None:
     axes = len(node.inputs) > 3 and node.inputs[3] is not None
     if pads is None or value is None or value.any() or mode != "constant" or axes:
         return None
+    if len(pads) < 4:  # of a vector
+        return None
     begin, end = pads[: len(pads) // 2].tolist(), pads[len(pads) // 2 :].tolist()
     if any(begin[:-2] + end[:-2]) or min(begin + end) < 0:
         return None
@@ -146,7 +155,7 @@ def _made_by(op: str, value: Any) -> Any:
 
 def _numbers(value: Any) -> np.ndarray | None:
     """A constant's numbers; None: it is none."""
-    if value is None:
+    if value is None or value.is_graph_input():
         return None
     held = value.const_value
     node = _made_by("Constant", value)
@@ -160,10 +169,9 @@ def _rank(value: Any) -> int:
     return 0 if value is None or value.shape is None else len(value.shape)
 
 
-def _same(a: Any, b: Any, axes: slice | int) -> bool:
-    """Whether two values have sides alike there; before an axis, if that is a number."""
-    part = slice(0, axes) if isinstance(axes, int) else axes
-    first, second = (list(v.shape)[part] if v.shape is not None else [None] for v in (a, b))
+def _same(a: Any, b: Any, axes: slice) -> bool:
+    """Whether two values have sides alike there."""
+    first, second = (list(v.shape)[axes] if v.shape is not None else [None] for v in (a, b))
     return len(first) == len(second) and all(map(_equal, first, second))
 
 
